@@ -1,0 +1,47 @@
+# Everything runs in .venv, made on first use and made again when dependencies change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-full check format wheel-test clean help
+
+help:
+	@echo "make demo       run the main job: three methods on 50 simulated clients, under 3 minutes"
+	@echo "make test       the tests (make test-full adds the slow ones)"
+	@echo "make check      lint, types, import contracts"
+	@echo "make format     format the code"
+	@echo "make bench-…    experiments behind docs/benchmarks: bench-accuracy, bench-engine"
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ScaleFL needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev --editable ".[demo]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/scalefl plan examples/demo.toml
+	$(BIN)/scalefl run examples/demo.toml --overwrite
+	$(BIN)/scalefl run examples/demo-fedavg.toml --overwrite
+	$(BIN)/scalefl run examples/demo-fedavg-micro.toml --overwrite
+	$(BIN)/scalefl report runs/demo-scalefl runs/demo-fedavg runs/demo-fedavg-micro
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

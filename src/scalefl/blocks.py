@@ -1,0 +1,166 @@
+"""Blocks: runs of units between chosen cuts, and what training a span of them needs and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+from scalefl.errors import UncuttableModel
+from scalefl.models.output import OutputSpec
+from scalefl.models.spec import ModelSpec
+from scalefl.partition import Cut, Partition, partition
+from scalefl.parts import Part
+from scalefl.problem import Problem
+
+
+@dataclass(frozen=True)
+class Span:
+    """Blocks `first` … `last`, counted from 0, both included."""
+
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+    def __str__(self) -> str:
+        return f"{self.first + 1}" if len(self) == 1 else f"{self.first + 1}-{self.last + 1}"
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A model in blocks.
+
+    Args:
+        model: the model.
+        partition: it between its cuts.
+        ends: the last unit of each block.
+    """
+
+    model: ModelSpec
+    partition: Partition
+    ends: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def whole(self) -> Span:
+        """The span of all blocks."""
+        return Span(0, len(self) - 1)
+
+    def cut(self, block: int) -> Cut | None:
+        """The cut after a block; None after the last."""
+        return self.partition.cuts[self.ends[block]] if block < len(self) - 1 else None
+
+    def units(self, span: Span) -> range:
+        """The units of a span."""
+        start = self.ends[span.first - 1] + 1 if span.first else 0
+        return range(start, self.ends[span.last] + 1)
+
+    def held(self, span: Span) -> list[str]:
+        """Tensors that training the span needs: those of its prefix and its own."""
+        last = self.ends[span.last]
+        return [name for name, unit in self.partition.unit_of.items() if unit <= last]
+
+    def trainable(self, span: Span, coadapted_layers: int = 0) -> frozenset[str]:
+        """Parameters that the span trains, with the last layers of the block before it."""
+        units = self.units(span)
+        own = {n for n in self.partition.parameters if self.partition.unit_of[n] in units}
+        near = (name for _, names in self._coadapted(span, coadapted_layers) for name in names)
+        return frozenset(own | (set(near) & self.partition.parameters))
+
+    def active(self, span: Span, coadapted_layers: int = 0) -> tuple[str, ...]:
+        """Modules that run in train mode: those of the span, and the co-adapted layers with their norms."""
+        units = self.units(span)
+        inside = [
+            path
+            for path, (enter, leave) in self.partition.module_units.items()
+            if enter <= units[-1] and leave >= units[0]
+        ]
+        return tuple(sorted({*inside, *(path for path, _ in self._coadapted(span, coadapted_layers))}))
+
+    def statistics(self, active: Sequence[str]) -> frozenset[str]:
+        """Buffers that norms in train mode update."""
+        return frozenset(name for path in active for name in self.partition.statistics.get(path, ()))
+
+    def part(self, span: Span, output: OutputSpec | None, coadapted_layers: int = 0) -> Part:
+        """What a step that trains the span runs."""
+        stop = self.cut(span.last)
+        return Part(
+            model=self.model,
+            stop=stop,
+            output=output,
+            feature=stop or self.partition.feature,
+            source=self.partition.source,
+            active=self.active(span, coadapted_layers),
+            held=tuple(self.held(span)),
+        )
+
+    def _coadapted(self, span: Span, count: int) -> list[tuple[str, tuple[str, ...]]]:
+        """The last `count` weight layers before the span and the norms that follow them.
+
+        Paper: ScaleFL, section 3 (parameter co-adaptation); the authors train the last convolution and its norm.
+        """
+        if span.first == 0 or count == 0:
+            return []
+        block = self.units(Span(span.first - 1, span.first - 1))
+        before = [layer for layer in self.partition.layers if self.partition.unit_of[layer[1][0]] in block]
+        found: list[tuple[str, tuple[str, ...]]] = []
+        for layer in reversed(before):
+            found.append(layer)
+            if layer[0] not in self.partition.norms:
+                count -= 1
+            if count == 0:
+                break
+        return found
+
+
+@lru_cache(maxsize=64)
+def blocks_by_count(model: ModelSpec, problem: Problem, count: int) -> Blocks:
+    """Cut into `count` blocks that hold weight layers as evenly as may be.
+
+    Raises:
+        UncuttableModel: there are fewer units than blocks.
+    """
+    found = partition(model, problem)
+    if not 1 <= count <= found.num_units:
+        raise UncuttableModel(
+            f"model {model.name} has {found.num_units} units: it can be cut into 1 to {found.num_units} blocks, "
+            f"not {count}"
+        )
+    loads = [
+        sum(found.unit_of[names[0]] == unit and path not in found.norms for path, names in found.layers)
+        for unit in range(found.num_units)
+    ]
+    return Blocks(model, found, _even_ends(tuple(loads), count))
+
+
+@lru_cache(maxsize=64)
+def blocks_by_hand(model: ModelSpec, problem: Problem, cuts: tuple[str, ...]) -> Blocks:
+    """Cut after the modules named in `cuts`; without any, the whole model is one block."""
+    found = partition(model, problem, cuts)
+    return Blocks(model, found, tuple(range(found.num_units)))
+
+
+@lru_cache(maxsize=1024)
+def blocks_from_ends(model: ModelSpec, problem: Problem, ends: tuple[int, ...]) -> Blocks:
+    """Blocks that end with the given units of the automatic partition."""
+    return Blocks(model, partition(model, problem), ends)
+
+
+def _even_ends(loads: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """Ends of `count` non-empty runs whose loads have the least sum of squares (dynamic programming)."""
+
+    @cache
+    def best(start: int, runs: int) -> tuple[int, tuple[int, ...]]:
+        if runs == 1:
+            return sum(loads[start:]) ** 2, (len(loads) - 1,)
+        options = []
+        for end in range(start, len(loads) - runs + 1):
+            cost, ends = best(end + 1, runs - 1)
+            options.append((sum(loads[start : end + 1]) ** 2 + cost, (end, *ends)))
+        return min(options)
+
+    return best(0, count)[1]

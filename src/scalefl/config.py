@@ -1,0 +1,248 @@
+"""A run's settings: the dataclasses themselves, read from TOML (or JSON), checked key by key."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from scalefl.data import Devices, Iid, Partitioner, Source
+from scalefl.errors import ConfigError
+from scalefl.methods import METHODS, PRESETS
+from scalefl.models import resolve
+from scalefl.models.spec import ModelSpec, load_object
+from scalefl.problem import Problem
+from scalefl.types import LocalWork, Method
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What clients hold.
+
+    Args:
+        source: the data set.
+        clients: how many share it.
+        partition: how.
+        validation: share of the training data that is held out to choose by.
+    """
+
+    source: Source
+    clients: int = 100
+    partition: Partitioner = Iid()
+    validation: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Where clients run.
+
+    Args:
+        workers: processes beside this one; 0 runs clients in this one. Results do not depend on it.
+        threads: torch's threads for each process. Results depend on it in the last bits.
+    """
+
+    workers: int = 0
+    threads: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured along the way.
+
+    Args:
+        every: rounds between evaluations on validation data; the last round is always evaluated.
+        plane_every: rounds between points of the nHSIC plane; 0 draws only the start and the end.
+        plane_cuts: where the plane is read: a number of blocks, or module paths.
+        plane_samples: validation samples of the plane's probe.
+    """
+
+    every: int = 1
+    plane_every: int = 0
+    plane_cuts: int | tuple[str, ...] = 4
+    plane_samples: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run.
+
+    Args:
+        model: a built-in name, or "package.module:factory" for any `nn.Module`.
+        model_arguments: keyword arguments for its factory.
+        data: what clients hold.
+        devices: what they can do.
+        rounds: how long.
+        name: of the run's folder.
+        seed: of everything random.
+        clients_per_round: size of the cohort.
+        method: its `name` (or "package.module:Class") and its settings.
+        work: what each client does in a round.
+        engine: where clients run.
+        evaluation: what is measured along the way.
+        save_every: rounds between saved states.
+    """
+
+    model: str
+    data: DataConfig
+    devices: Devices
+    rounds: int
+    name: str = "run"
+    seed: int = 0
+    clients_per_round: int = 10
+    model_arguments: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "scalefl"})
+    work: LocalWork = LocalWork()
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    save_every: int = 1
+
+    def __post_init__(self) -> None:
+        for key in ("rounds", "clients_per_round", "save_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} = {getattr(self, key)}: expected at least 1")
+        if not self.name or Path(self.name).name != self.name:
+            raise ConfigError(f"name = {self.name!r}: expected the name of a folder, without slashes")
+        self.make_method()
+
+    def make_model(self, problem: Problem) -> ModelSpec:
+        """The model; what its factory asks of the data by name, and the config leaves open, comes from the data."""
+        spec = ModelSpec.of(resolve(self.model), **self.model_arguments)
+        return spec.completed(_facts(problem))
+
+    def make_method(self) -> Method:
+        """The method, with this run's local work."""
+        settings = dict(self.method)
+        preset = PRESETS.get(str(settings.get("name")))
+        if preset is not None:
+            settings = {**preset, **settings, "name": preset["name"]}
+        name = str(settings.pop("name", "scalefl"))
+        target = load_object(METHODS[name]) if name in METHODS else _own_method(name)
+        if "work" in settings:
+            raise ConfigError("method.work: local work has a table of its own, [work], shared by all methods")
+        return cast(Method, replace(convert(settings, target, "method"), work=self.work))
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """A config from a TOML file (or the `config.json` of a run), with "key=value" overrides.
+
+    Raises:
+        ConfigError: the file is missing or malformed, a key is unknown, or a value has the wrong type.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        raw = msgspec.json.decode(content) if path.suffix == ".json" else tomllib.loads(content.decode())
+    except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if path.suffix == ".json" and isinstance(raw, dict):
+        raw = raw.get("config", raw)
+    for override in overrides:
+        _override(raw, override)
+    return make_config(raw)
+
+
+def make_config(raw: Mapping[str, Any]) -> Config:
+    """A config from plain values."""
+    return convert(raw, Config, "")
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """A config as JSON values, every default spelled out."""
+    return cast(dict[str, Any], msgspec.to_builtins(config))
+
+
+def convert(raw: Any, target: type[T], where: str) -> T:
+    """Plain values as `target`.
+
+    Raises:
+        ConfigError: names an unknown key and the nearest known one, or a value of the wrong type.
+    """
+    _check_keys(raw, msgspec.inspect.type_info(target), where)
+    try:
+        return msgspec.convert(raw, target)
+    except msgspec.ValidationError as error:
+        message = str(error).replace("`$.", f"`{where}." if where else "`").replace("`$`", f"`{where or 'config'}`")
+        raise ConfigError(message) from error
+
+
+def _facts(problem: Problem) -> dict[str, Any]:
+    facts: dict[str, Any] = {"num_classes": problem.num_classes}
+    shapes = [column.shape[1:] for column in problem.example(1).values() if column.ndim == 4]
+    if shapes:
+        facts |= {"in_channels": shapes[0][0], "image_size": shapes[0][-1]}
+    return facts
+
+
+def _own_method(path: str) -> Any:
+    if ":" in path:
+        return load_object(path)
+    known = [*METHODS, *PRESETS]
+    raise ConfigError(
+        f"no method {path!r}{_nearest(path, known)}; known: {', '.join(sorted(known))}, or your own as "
+        "'package.module:Class'"
+    )
+
+
+def _override(raw: Any, text: str) -> None:
+    """Set `a.b.c=value` in nested tables; the value is TOML, or a bare string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r}: expected key=value")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    *path, last = key.strip().split(".")
+    for part in path:
+        raw = raw.setdefault(part, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"--set {text!r}: {part} is not a table")
+    raw[last] = parsed
+
+
+def _check_keys(raw: Any, target: Any, where: str) -> None:
+    """Refuse keys that no field has: msgspec passes over them in dataclasses, and never names the nearest."""
+    members = getattr(target, "types", (target,))
+    if isinstance(raw, list | tuple):
+        items = [t.item_type for t in members if hasattr(t, "item_type")]
+        for i, item in enumerate(raw if items else ()):
+            _check_keys(item, items[0], f"{where}[{i}]")
+    elif isinstance(raw, Mapping):
+        table = _table(members, raw)
+        if table is not None:
+            _check_table(raw, table, where)
+
+
+def _check_table(raw: Mapping[str, Any], table: Any, where: str) -> None:
+    fields = {field.encode_name: field.type for field in table.fields}
+    tag_field = getattr(table, "tag_field", None)
+    known = [*fields, *([tag_field] if tag_field else [])]
+    for key, value in raw.items():
+        place = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            raise ConfigError(f"unknown key {place!r}{_nearest(str(key), known)}; known: {', '.join(known)}")
+        if key in fields:
+            _check_keys(value, fields[key], place)
+
+
+def _table(members: Iterable[Any], raw: Mapping[str, Any]) -> Any:
+    """The member of a union that a table means: by its tag, or the only one with fields."""
+    tables = [t for t in members if hasattr(t, "fields")]
+    tagged = [t for t in tables if getattr(t, "tag", None) is not None]
+    if tagged:
+        return next((t for t in tagged if raw.get(t.tag_field) == t.tag), None)
+    return tables[0] if tables else None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f": did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,44 @@
+"""Take a submodel's tensors out of the global ones, and put them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from scalefl.params import Params
+from scalefl.types import Coords, Window
+
+
+def whole(names: Iterable[str]) -> Coords:
+    """Coordinates of whole tensors."""
+    return dict.fromkeys(names)
+
+
+def extract(params: Params, coords: Coords) -> dict[str, Tensor]:
+    """The tensors that a client gets: views of whole tensors, copies of windows."""
+    return {name: take(params[name], window) for name, window in coords.items()}
+
+
+def take(tensor: Tensor, window: Window | None) -> Tensor:
+    """The part of `tensor` under `window`."""
+    return tensor if window is None else tensor[_mesh(tensor, window)]
+
+
+def put(tensor: Tensor, window: Window | None, value: Tensor) -> None:
+    """Write `value` into `tensor` under `window`."""
+    tensor[... if window is None else _mesh(tensor, window)] = value
+
+
+def add(tensor: Tensor, window: Window | None, value: Tensor | int) -> None:
+    """Add `value` to `tensor` under `window`; a window names no coordinate twice."""
+    if window is None:
+        tensor += value
+    else:
+        tensor[_mesh(tensor, window)] += value
+
+
+def _mesh(tensor: Tensor, window: Window) -> tuple[Tensor, ...]:
+    indices = [torch.arange(size) if index is None else index for size, index in zip(tensor.shape, window, strict=True)]
+    return torch.meshgrid(*indices, indexing="ij") if indices else ()

@@ -1,0 +1,45 @@
+"""Data sets, how they are shared among clients, and what clients' devices can do."""
+
+from scalefl.data.dataset import Dataset, FederatedData, PartitionedData, stratified_split
+from scalefl.data.devices import (
+    PROFILES,
+    Devices,
+    MemoryClass,
+    ResolvedClass,
+    format_bytes,
+    parse_bytes,
+)
+from scalefl.data.partitioners import (
+    Capability,
+    Dirichlet,
+    Iid,
+    Natural,
+    Partitioner,
+    Pathological,
+    Shards,
+    partition,
+)
+from scalefl.data.sources import Source, load
+
+__all__ = [
+    "PROFILES",
+    "Capability",
+    "Dataset",
+    "Devices",
+    "Dirichlet",
+    "FederatedData",
+    "Iid",
+    "MemoryClass",
+    "Natural",
+    "PartitionedData",
+    "Partitioner",
+    "Pathological",
+    "ResolvedClass",
+    "Shards",
+    "Source",
+    "format_bytes",
+    "load",
+    "parse_bytes",
+    "partition",
+    "stratified_split",
+]

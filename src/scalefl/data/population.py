@@ -1,0 +1,50 @@
+"""The clients of a simulation: what each holds and what its device can do, worked out when asked."""
+
+from __future__ import annotations
+
+from scalefl.data.dataset import FederatedData
+from scalefl.data.devices import Devices, ResolvedClass
+from scalefl.types import ClientInfo
+
+
+class SimulatedPopulation:
+    """Clients 0 … N−1 of a data set on devices of given classes; nothing is stored for each client.
+
+    Args:
+        data: tells how many examples a client holds.
+        devices: the device classes.
+        full_training_bytes: the peak of full training, of which budgets may be fractions.
+        seed: decides which client has which device.
+    """
+
+    def __init__(self, data: FederatedData, devices: Devices, full_training_bytes: int, seed: int) -> None:
+        self._data, self._devices, self._seed = data, devices, seed
+        self.classes = devices.resolve(full_training_bytes)
+
+    @property
+    def smallest_memory_bytes(self) -> int:
+        """The least that any class has."""
+        return min(member.memory_bytes for member in self.classes)
+
+    @property
+    def largest_memory_bytes(self) -> int:
+        """The most that any class has."""
+        return max(member.memory_bytes for member in self.classes)
+
+    def __len__(self) -> int:
+        return self._data.num_clients
+
+    def __getitem__(self, index: int) -> ClientInfo:
+        device = self.device(index)
+        return ClientInfo(
+            id=index,
+            num_examples=self._data.num_examples(index),
+            memory_bytes=device.memory_bytes,
+            device=device.name,
+            flops_per_second=device.flops_per_second,
+            bandwidth_bytes_per_second=device.bandwidth_bytes_per_second,
+        )
+
+    def device(self, index: int) -> ResolvedClass:
+        """A client's device class."""
+        return self.classes[self._devices.class_of(index, self._seed)]

@@ -1,0 +1,180 @@
+"""Clients simulated on this machine: in this process, or in worker processes beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from scalefl.client import Residents
+from scalefl.data import FederatedData
+from scalefl.engines.wire import decode, encode
+from scalefl.engines.worker import run_safely
+from scalefl.errors import ConfigError
+from scalefl.params import Params
+from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method, Population, Receipt
+
+
+class LocalEngine:
+    """Runs clients in this process (`workers = 0`) or in `workers` processes.
+
+    The numbers do not depend on `workers`, only on `threads`, since kernels choose their order of summation by
+    it. A worker that dies loses its task, not the run. A context manager: it stops its workers at the end.
+
+    Args:
+        data: every client's examples.
+        clients: what the server knows of them.
+        workers: processes; 0 runs clients in this one.
+        threads: torch's threads for each process that trains.
+    """
+
+    def __init__(self, data: FederatedData, clients: Population, *, workers: int = 0, threads: int = 1) -> None:
+        if workers < 0 or threads < 1:
+            raise ConfigError(f"workers ({workers}) must be at least 0 and threads ({threads}) at least 1")
+        self._data, self._clients = data, clients
+        self._threads = threads
+        self._residents = Residents()
+        self._workers: list[_Worker] = []
+        self._num_workers = workers
+        self._threads_before = torch.get_num_threads()
+
+    def __enter__(self) -> Self:
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        torch.set_num_threads(self._threads_before)
+        for worker in self._workers:
+            worker.stop()
+        self._workers.clear()
+
+    def population(self) -> Population:
+        """The clients."""
+        return self._clients
+
+    def fit(self, method: Method, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[ClientUpdate | ClientLoss]:
+        """Run the tasks; results come as they are ready."""
+        return self._fit_here(method, orders) if self._num_workers == 0 else self._fit_beside(method, orders)
+
+    def _fit_here(
+        self, method: Method, orders: Iterable[tuple[ClientTask, Params]]
+    ) -> Iterator[ClientUpdate | ClientLoss]:
+        for task, params in orders:
+            # Frozen tensors stay the server's; what training changes is copied.
+            own = {name: t.clone() if name in task.moving else t for name, t in params.items()}
+            examples = self._data.examples(task.client_id)
+            yield run_safely(method, self._data.problem, self._residents, task, own, examples)
+
+    def _fit_beside(
+        self, method: Method, orders: Iterable[tuple[ClientTask, Params]]
+    ) -> Iterator[ClientUpdate | ClientLoss]:
+        while len(self._workers) < self._num_workers:
+            self._workers.append(_Worker(self._threads))
+        queue = iter(orders)
+        busy: dict[Connection, _Worker] = {}
+        try:
+            for worker in self._workers:
+                self._give(worker, method, queue, busy)
+            while busy:
+                for ready in wait(list(busy)):
+                    worker = busy.pop(ready)  # type: ignore[call-overload]
+                    answer = worker.answer()
+                    self._give(worker, method, queue, busy)
+                    yield answer
+        finally:
+            # The caller gave up in the middle: an answer to an old task must not meet the next round.
+            for worker in busy.values():
+                worker.stop()
+                self._workers.remove(worker)
+
+    def _give(
+        self,
+        worker: _Worker,
+        method: Method,
+        queue: Iterator[tuple[ClientTask, Params]],
+        busy: dict[Connection, _Worker],
+    ) -> None:
+        order = next(queue, None)
+        if order is not None:
+            task, params = order
+            header = (method, self._data.problem, task)
+            worker.send(task, encode(header, params, self._data.examples(task.client_id)))
+            busy[worker.connection] = worker
+
+
+class _Worker:
+    """One process that trains, and the pipe to it; starts again by itself when it has died."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._start()
+
+    def send(self, task: ClientTask, content: bytes) -> None:
+        """Give it a task."""
+        self._task = task
+        try:
+            self.connection.send_bytes(content)
+        except OSError:  # it died idle: its successor gets the task
+            self._restart()
+            self.connection.send_bytes(content)
+
+    def answer(self) -> ClientUpdate | ClientLoss:
+        """Its answer; a record of the loss if it died over the task."""
+        try:
+            content = self.connection.recv_bytes()
+        except (EOFError, OSError):
+            cause = self._obituary()
+            self._restart()
+            return ClientLoss(self._task.client_id, self._task.round, cause)
+        head, (params,) = decode(content, 1)
+        if isinstance(head, ClientLoss):
+            return head
+        client_id, num_examples, metrics, receipt = head
+        assert isinstance(receipt, Receipt)
+        return ClientUpdate(client_id, params, num_examples, metrics, receipt)
+
+    def stop(self) -> None:
+        """End it, whatever it is doing."""
+        self.connection.close()
+        self._process.kill()
+        self._process.wait()
+        self._stderr.close()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        # The worker is a fresh interpreter, not a fork: forking a process that has run OpenMP threads is
+        # unsafe, and a fresh one does not import the caller's main script again.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "scalefl.engines.worker", str(theirs.fileno()), str(self._threads)],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stderr=self._stderr,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
+        )
+        theirs.close()
+        self.connection = Connection(ours.detach())
+
+    def _restart(self) -> None:
+        self.stop()
+        self._start()
+
+    def _obituary(self) -> str:
+        code = self._process.wait()
+        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
+        self._stderr.seek(0)
+        said = self._stderr.read().decode(errors="replace").strip().splitlines()
+        return f"its worker died: {how}" + (f": {said[-1]}" if said else "")

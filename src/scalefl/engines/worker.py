@@ -1,0 +1,50 @@
+"""A worker process: takes one task after another from a pipe and answers with updates. It holds no data."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+import torch
+
+from scalefl.client import Residents, run_task
+from scalefl.engines.wire import decode, encode
+from scalefl.params import Params
+from scalefl.problem import Batch, Problem
+from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method
+
+
+def serve(connection: Connection, threads: int) -> None:
+    """Answer until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
+    torch.set_num_threads(threads)
+    residents = Residents()
+    while True:
+        try:
+            content = connection.recv_bytes()
+        except EOFError:
+            return
+        (method, problem, task), (params, examples) = decode(content, 2)
+        del content
+        answer = run_safely(method, problem, residents, task, params, examples)
+        if isinstance(answer, ClientUpdate):
+            head = (answer.client_id, answer.num_examples, answer.metrics, answer.receipt)
+            connection.send_bytes(encode(head, answer.params))
+        else:
+            connection.send_bytes(encode(answer))
+
+
+def run_safely(
+    method: Method, problem: Problem, residents: Residents, task: ClientTask, params: Params, examples: Batch
+) -> ClientUpdate | ClientLoss:
+    """`run_task`, with any failure of the client turned into a record of it."""
+    try:
+        return run_task(method, problem, residents, task, params, examples)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return ClientLoss(task.client_id, task.round, f"{type(error).__name__}: {lines[0]}")
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -1,0 +1,62 @@
+"""What can go wrong, as one tree.
+
+    ScaleFLError
+    ├── ConfigError        a setting is unknown, of the wrong type, or contradicts another
+    ├── DataError          a data set lacks a column, a split or examples
+    ├── UncuttableModel    no place, or not the place asked for, splits the model into blocks
+    ├── UnsliceableModel   the model has no width to scale
+    ├── BudgetError        no allowed means fits a memory budget
+    ├── EmptyCohort        no client can take part in the round
+    ├── RoundFailed        every client of a round was lost
+    ├── BadUpdate          a client sent something that must not enter the mean
+    └── CheckpointError    a saved run is truncated, foreign, newer, or cannot be written
+
+A message gives the fact, the numbers, and what to do. A client that is lost is data in the round's
+record, not an exception; only a round that loses all of its clients raises.
+"""
+
+from __future__ import annotations
+
+
+class ScaleFLError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(ScaleFLError):
+    """A setting is unknown, of the wrong type, or contradicts another."""
+
+
+class DataError(ScaleFLError):
+    """A data set lacks a column, a split or examples."""
+
+
+class UncuttableModel(ScaleFLError):
+    """No place, or not the place asked for, splits the model into blocks."""
+
+
+class UnsliceableModel(ScaleFLError):
+    """The model has no width to scale."""
+
+
+class BudgetError(ScaleFLError):
+    """No allowed means fits a memory budget."""
+
+
+class EmptyCohort(ScaleFLError):
+    """No client can take part in the round."""
+
+
+class RoundFailed(ScaleFLError):
+    """Every client of a round was lost; the state from before the round is still good."""
+
+
+class BadUpdate(ScaleFLError):
+    """A client sent something that must not enter the mean."""
+
+    def __init__(self, client_id: int, round: int, name: str, why: str) -> None:
+        super().__init__(f"update of client {client_id} in round {round}: {name}: {why}")
+        self.client_id, self.round, self.name, self.why = client_id, round, name, why
+
+
+class CheckpointError(ScaleFLError):
+    """A saved run is truncated, foreign, newer than this version, or cannot be written."""

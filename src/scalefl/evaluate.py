@@ -1,0 +1,118 @@
+"""Measure a deployed model on data that no client trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scalefl.client import Residents
+from scalefl.hsic import Form, centred_kernel, normalised
+from scalefl.models.spec import ModelSpec
+from scalefl.params import Params
+from scalefl.partition import Cut
+from scalefl.parts import Part
+from scalefl.problem import Batch, Problem, num_rows
+from scalefl.rng import generator
+
+EVALUATION_BATCH = 250
+
+
+def evaluate(
+    residents: Residents, model: ModelSpec, params: Params, problem: Problem, examples: Batch
+) -> dict[str, float]:
+    """The problem's metrics over `examples`, the model in eval mode."""
+    sums: dict[str, list[float]] = {}
+    part = Part(model, None, None, None, None, active=(), held=tuple(params))
+    with residents[model].holding(part, params) as (runner, _), torch.no_grad():
+        for start in range(0, num_rows(examples), EVALUATION_BATCH):
+            batch = {name: column[start : start + EVALUATION_BATCH] for name, column in examples.items()}
+            for name, (value, weight) in problem.metrics(runner(batch, problem).logits, batch).items():
+                entry = sums.setdefault(name, [0.0, 0.0])
+                entry[0] += float(value)
+                entry[1] += weight
+    return {name: value / weight for name, (value, weight) in sums.items()}
+
+
+def nhsic_plane(
+    residents: Residents,
+    model: ModelSpec,
+    params: Params,
+    problem: Problem,
+    probe: Batch,
+    cuts: Sequence[Cut],
+    source: str | None,
+    *,
+    seed: int,
+    form: Form = "cka",
+) -> list[dict[str, float | str]]:
+    """nHSIC(X; Z) and nHSIC(Y; Z) at each cut, for the paper's diagnosis (ScaleFL, section 3).
+
+    Beside each value stands its baseline: the same with the samples of X or Y permuted, which is what the
+    biased estimator gives where nothing is shared.
+
+    Args:
+        probe: the same samples in every call; values for different numbers of samples do not compare.
+        cuts: where Z is read.
+        source: the module whose output stands for X (token models).
+        seed: of the permutation.
+    """
+    part = Part(model, None, None, None, source, active=(), held=tuple(params))
+    with residents[model].holding(part, params) as (runner, _), torch.no_grad():
+        x, features = runner.features(probe, problem, tuple(cuts))
+        kernels_z = [centred_kernel(z) for z in features]
+        kernel_x = centred_kernel(x)
+        kernel_y = centred_kernel(problem.y_features(probe).float())
+    order = torch.randperm(num_rows(probe), generator=generator(seed, "permutation"))
+    return [
+        {
+            "cut": cut.module,
+            "x": float(normalised(kernel_x, k, form)),
+            "y": float(normalised(kernel_y, k, form)),
+            "x_permuted": float(normalised(_permuted(kernel_x, order), k, form)),
+            "y_permuted": float(normalised(_permuted(kernel_y, order), k, form)),
+        }
+        for cut, k in zip(cuts, kernels_z, strict=True)
+    ]
+
+
+def stratified_rows(labels: Tensor, count: int, seed: int) -> Tensor:
+    """`count` rows (or all) with each label's share as in `labels`, sorted."""
+    shares = torch.bincount(labels).double() / len(labels)
+    return rows_by_distribution(labels, shares, seed, count)
+
+
+def rows_by_distribution(labels: Tensor, shares: Tensor, seed: int, count: int | None = None) -> Tensor:
+    """Rows drawn without replacement so that labels have the given shares, sorted.
+
+    Args:
+        labels: [N].
+        shares: [K], summing to 1.
+        seed: of the draw.
+        count: how many rows, at most; None: as many as the rarest label allows.
+    """
+    available = torch.bincount(labels, minlength=len(shares)).double()
+    wanted = shares > 0
+    possible = float((available[wanted] / shares[wanted]).min()) if bool(wanted.any()) else 0.0
+    total = possible if count is None else min(possible, float(count))
+    take = _largest_remainders(shares * total, int(total + 1e-9))
+    draw = generator(seed, "rows")
+    rows = []
+    for label, number in enumerate(take.tolist()):
+        own = (labels == label).nonzero().flatten()
+        rows.append(own[torch.randperm(len(own), generator=draw)[:number]])
+    return torch.cat(rows).sort().values
+
+
+def _largest_remainders(ideal: Tensor, total: int) -> Tensor:
+    """Whole numbers near `ideal` that sum to `total`."""
+    floor = ideal.floor()
+    missing = total - int(floor.sum())
+    order = (ideal - floor).argsort(descending=True, stable=True)
+    floor[order[:missing]] += 1
+    return floor.long()
+
+
+def _permuted(k_BB: Tensor, order: Tensor) -> Tensor:
+    return k_BB[order][:, order]

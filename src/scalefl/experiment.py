@@ -1,0 +1,397 @@
+"""A run from its config into a folder: assembled, driven round by round, saved, resumed and summed up."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scalefl.checkpoint import load_state, save_state, write_whole
+from scalefl.client import Residents
+from scalefl.config import Config, make_config, to_plain
+from scalefl.data import FederatedData, Natural, PartitionedData, load
+from scalefl.data.population import SimulatedPopulation
+from scalefl.engines.local import LocalEngine
+from scalefl.errors import CheckpointError, ConfigError
+from scalefl.evaluate import evaluate, nhsic_plane, rows_by_distribution, stratified_rows
+from scalefl.federate import federate
+from scalefl.memory import Cost
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
+from scalefl.params import Params
+from scalefl.partition import Cut, partition
+from scalefl.plan import MemoryPlan, memory_plan
+from scalefl.planner import full_step, step_cost
+from scalefl.problem import Batch, Problem, take
+from scalefl.rng import derive
+from scalefl.sampling import UniformSampler
+from scalefl.types import Method, ServerState
+
+FORMAT = "scalefl-run"
+VERSION = 1
+LOW_MEMORY_CLIENTS = 1000
+"""So many clients, at most, are asked for the label distribution of low-memory clients."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config and the format version."""
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions and machine."""
+        return self.path / "environment.json"
+
+    @property
+    def plan(self) -> Path:
+        """The memory plan."""
+        return self.path / "plan.json"
+
+    @property
+    def journal(self) -> Path:
+        """One line for each round."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def state(self) -> Path:
+        """The last saved state."""
+        return self.path / "state.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        """The final figures; exists once the run is done."""
+        return self.path / "summary.json"
+
+
+class Experiment:
+    """What a config describes, assembled: data, clients, model and method."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.method: Method = config.make_method()
+        loaded = _load_data(config)
+        self.problem: Problem = loaded.problem
+        self.model: ModelSpec = config.make_model(self.problem)
+        self.data, self.population = self._clients(loaded)
+
+    @cached_property
+    def full_cost(self) -> Cost:
+        """Full training of the configured model on whole batches: what fractions of budgets refer to."""
+        step = full_step(self.model, self.problem, self.config.work.at_round(0))
+        return step_cost(step, self.problem, TaskLoss())
+
+    def initial_state(self) -> ServerState:
+        """The state before the first round."""
+        return self.method.init(
+            self.model,
+            self.problem,
+            seed=self.config.seed,
+            smallest_memory_bytes=self.population.smallest_memory_bytes,
+        )
+
+    def plan(self, state: ServerState | None = None) -> MemoryPlan:
+        """The memory plan."""
+        budgets = {member.name: member.memory_bytes for member in self.population.classes}
+        return memory_plan(self.method, state or self.initial_state(), budgets)
+
+    @cached_property
+    def probe(self) -> Batch:
+        """The fixed, stratified validation samples of the nHSIC plane."""
+        labels = self.problem.labels(self.data.validation)
+        rows = stratified_rows(labels, self.config.evaluation.plane_samples, derive(self.config.seed, "probe"))
+        return take(self.data.validation, rows)
+
+    @cached_property
+    def low_memory_test(self) -> Batch:
+        """Test rows drawn by the label distribution of the clients that cannot hold full training.
+
+        The same rows for every method: they depend on data, devices and seed only. Where all clients hold full
+        training, those of the weakest class are meant.
+        """
+        limit = min(self.full_cost.peak_bytes, self.population.largest_memory_bytes)
+        counts = torch.zeros(self.problem.num_classes, dtype=torch.int64)
+        low = (i for i in range(len(self.population)) if self.population.device(i).memory_bytes < limit)
+        for _, client in zip(range(LOW_MEMORY_CLIENTS), low, strict=False):
+            counts += self.data.label_counts(client)
+        labels = self.problem.labels(self.data.test)
+        shares = counts.double() / counts.sum().clamp(min=1)
+        return take(self.data.test, rows_by_distribution(labels, shares, derive(self.config.seed, "low memory")))
+
+    def plane_cuts(self, model: ModelSpec) -> tuple[tuple[Cut, ...], str | None]:
+        """Where the nHSIC plane is read, and the module that stands for the input."""
+        from scalefl.blocks import blocks_by_count
+
+        wanted = self.config.evaluation.plane_cuts
+        if isinstance(wanted, tuple):
+            found = partition(model, self.problem, wanted)
+            return found.cuts, found.source
+        blocks = blocks_by_count(model, self.problem, wanted)
+        cuts = [blocks.cut(block) for block in range(len(blocks) - 1)]
+        return tuple(cut for cut in cuts if cut), blocks.partition.source
+
+    def _clients(self, loaded: Any) -> tuple[FederatedData, SimulatedPopulation]:
+        config, devices = self.config, self.config.devices
+        full_bytes = self.full_cost.peak_bytes
+        if isinstance(loaded, FederatedData):
+            return loaded, SimulatedPopulation(loaded, devices, full_bytes, config.seed)
+        strengths = [member.strength for member in devices.resolve(full_bytes)]
+        data = PartitionedData.from_dataset(
+            loaded,
+            config.data.partition,
+            config.data.clients,
+            groups=[strengths[devices.class_of(i, config.seed)] for i in range(config.data.clients)],
+            validation_fraction=config.data.validation,
+            seed=config.seed,
+        )
+        return data, SimulatedPopulation(data, devices, full_bytes, config.seed)
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """A round that is done: its journal line, and how many there are in all."""
+
+    line: Mapping[str, Any]
+    rounds: int
+
+
+def run(config: Config, folder: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Run a config into a folder and return its summary; see `run_rounds`."""
+    for _ in run_rounds(Experiment(config), folder, resume=resume):
+        pass
+    return read_summary(folder)
+
+
+def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) -> Iterator[RunProgress]:
+    """Run round by round, yielding after each. Whatever stops it, what was saved last is whole and can be resumed.
+
+    Args:
+        experiment: what to run.
+        folder: where to; a new or empty one unless `resume`.
+        resume: go on from the last saved state, in the folder of a run of the same config.
+
+    Raises:
+        ConfigError: the folder holds another run.
+        CheckpointError: the folder cannot be resumed from or written to.
+    """
+    config, files = experiment.config, RunFolder(folder)
+    state = _resumed(experiment, files) if resume and files.config.exists() else _started(experiment, files)
+    residents = Residents()
+    with LocalEngine(
+        experiment.data,
+        experiment.population,
+        workers=config.engine.workers,
+        threads=config.engine.threads,
+    ) as engine:
+        observer = _Observer(experiment, residents)
+        if state.round == 0 and not files.state.exists():
+            _append(files.journal, {"round": 0, **observer.observe(state)})
+            _save(files, state)
+        rounds = federate(experiment.method, engine, UniformSampler(config.clients_per_round), state)
+        while state.round < config.rounds:
+            state, record = next(rounds)
+            line = {**asdict(record), **observer.observe(state)}
+            _append(files.journal, line)
+            if state.round % config.save_every == 0 or state.round == config.rounds:
+                _save(files, state)
+            yield RunProgress(line, config.rounds)
+        if not files.summary.exists():
+            _write_json(files.summary, observer.conclude(state, read_journal(folder)))
+
+
+def deployed(folder: Path) -> tuple[ModelSpec, Params]:
+    """The model of a run's last saved state.
+
+    Raises:
+        CheckpointError: there is no run there, or it cannot be read.
+    """
+    files = RunFolder(folder)
+    experiment = Experiment(read_config(folder))
+    state, _ = load_state(files.state, experiment.model, experiment.problem)
+    model, params = experiment.method.deploy(_with_model(experiment, state))
+    return model, params
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved config of a run.
+
+    Raises:
+        CheckpointError: there is no run in the folder, or it is of a newer format.
+    """
+    content = _read_json(RunFolder(folder).config)
+    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{folder} is not the folder of a run")
+    if content.get("version", 0) > VERSION:
+        raise CheckpointError(f"{folder} has format version {content['version']}; this ScaleFL reads up to {VERSION}")
+    return make_config(content["config"])
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The journal's lines; a half-written last line (a run killed in the act) is left out."""
+    lines = []
+    for text in RunFolder(folder).journal.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The final figures of a finished run.
+
+    Raises:
+        CheckpointError: the run is not finished.
+    """
+    return _read_json(RunFolder(folder).summary)
+
+
+class _Observer:
+    """What is measured beside training."""
+
+    def __init__(self, experiment: Experiment, residents: Residents) -> None:
+        self._experiment, self._residents = experiment, residents
+
+    def observe(self, state: ServerState) -> dict[str, Any]:
+        """Validation metrics and the nHSIC plane, where this round is due for them."""
+        evaluation, rounds = self._experiment.config.evaluation, self._experiment.config.rounds
+        ends = state.round in (0, rounds)
+        model, params = self._experiment.method.deploy(state)
+        found: dict[str, Any] = {}
+        if ends or state.round % evaluation.every == 0:
+            found["validation"] = self._measure(model, params, self._experiment.data.validation)
+        if ends or (evaluation.plane_every and state.round % evaluation.plane_every == 0):
+            found["plane"] = self._plane(model, params)
+        return found
+
+    def conclude(self, state: ServerState, journal: list[dict[str, Any]]) -> dict[str, Any]:
+        """The final figures: test data is touched here and nowhere else."""
+        experiment = self._experiment
+        model, params = experiment.method.deploy(state)
+        rounds = [line for line in journal if line["round"] > 0]
+        clients = {i for line in rounds for ids in line["rungs"].values() for i in ids}
+        return {
+            "name": experiment.config.name,
+            "rounds": state.round,
+            "test": self._measure(model, params, experiment.data.test),
+            "low_memory_test": self._measure(model, params, experiment.low_memory_test),
+            "validation": journal[-1]["validation"],
+            "full_training_peak_bytes": experiment.full_cost.peak_bytes,
+            "predicted_peak_bytes": max(line["predicted_peak_bytes"] for line in rounds),
+            "num_clients": len(experiment.population),
+            "num_clients_seen": len(clients),
+            "num_clients_lost": sum(len(line["lost"]) for line in rounds),
+            **{k: sum(line[k] for line in rounds) for k in ("flops", "bytes_down", "bytes_up", "simulated_seconds")},
+            "seconds": sum(line["seconds"] for line in rounds),
+        }
+
+    def _measure(self, model: ModelSpec, params: Params, examples: Batch) -> dict[str, float]:
+        return evaluate(self._residents, model, params, self._experiment.problem, examples)
+
+    def _plane(self, model: ModelSpec, params: Params) -> list[dict[str, Any]]:
+        experiment = self._experiment
+        cuts, source = experiment.plane_cuts(model)
+        seed = derive(experiment.config.seed, "plane")
+        return nhsic_plane(
+            self._residents, model, params, experiment.problem, experiment.probe, cuts, source, seed=seed
+        )
+
+
+def _load_data(config: Config) -> Any:
+    by = config.data.partition
+    return load(config.data.source, natural_ids=by.column if isinstance(by, Natural) else None)
+
+
+def _started(experiment: Experiment, files: RunFolder) -> ServerState:
+    if files.path.exists() and any(files.path.iterdir()):
+        raise ConfigError(
+            f"{files.path} is not empty: resume the run in it (--resume), remove it (--overwrite), "
+            "or give this one another name (--set name=...)"
+        )
+    try:
+        files.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make {files.path}: {error.strerror}") from error
+    state = experiment.initial_state()
+    _write_json(files.plan, experiment.plan(state).to_json())
+    _write_json(files.environment, environment())
+    # Last: a folder with a config in it can be resumed.
+    content = {"format": FORMAT, "version": VERSION, "config": to_plain(experiment.config)}
+    _write_json(files.config, content)
+    return state
+
+
+def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
+    saved, asked = to_plain(read_config(files.path)), to_plain(experiment.config)
+    differing = [key for key in asked if asked[key] != saved[key] and key not in ("engine", "save_every")]
+    if differing:
+        raise ConfigError(f"{files.path} holds a run whose {', '.join(differing)} differ: resume with its own config")
+    if not files.state.exists():  # it was killed before its first save
+        files.journal.unlink(missing_ok=True)
+        return experiment.initial_state()
+    state, extra = load_state(files.state, experiment.model, experiment.problem)
+    # What was journalled after the last save is done again.
+    with files.journal.open("r+b") as journal:
+        journal.truncate(extra["journal_bytes"])
+    return _with_model(experiment, state)
+
+
+def _with_model(experiment: Experiment, state: ServerState) -> ServerState:
+    """A loaded state with the model that the method trains, which may not be the configured one."""
+    from dataclasses import replace
+
+    return replace(state, model=experiment.initial_state().model)
+
+
+def _save(files: RunFolder, state: ServerState) -> None:
+    save_state(files.state, state, {"journal_bytes": files.journal.stat().st_size})
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist: not a run, or not a finished one") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    packages = ("scalefl", "torch", "numpy", "datasets", "flwr-datasets", "safetensors", "msgspec")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": {name: version(name) for name in packages},
+        "torch_cpu": torch.backends.cpu.get_cpu_capability(),
+    }

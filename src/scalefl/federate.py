@@ -1,0 +1,56 @@
+"""The round loop: a generator that the caller drives. Saving, evaluating and stopping are the caller's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from scalefl.aggregate import Total, check
+from scalefl.coords import extract
+from scalefl.errors import BadUpdate, EmptyCohort, RoundFailed
+from scalefl.record import RoundRecord, Tally
+from scalefl.sampling import Sampler
+from scalefl.types import ClientLoss, Engine, Method, RoundPlan, ServerState
+
+
+def federate(
+    method: Method, engine: Engine, sample: Sampler, state: ServerState
+) -> Iterator[tuple[ServerState, RoundRecord]]:
+    """Yield the state and the record after each round, for as long as the caller keeps asking.
+
+    Raises:
+        EmptyCohort: no client can take part in the next round.
+        RoundFailed: every client of a round was lost; the state yielded before is still good.
+    """
+    while True:
+        start = time.perf_counter()
+        cohort = sample(engine.population(), method.floor_bytes(state), state)
+        plan = method.plan(state, cohort)
+        if not plan.tasks:
+            raise EmptyCohort(f"round {state.round + 1}: none of {len(cohort)} selected clients can do its task")
+        total, tally = _reduce(method, engine, state, plan)
+        if not tally.updates:
+            raise RoundFailed(f"round {state.round + 1}: all {len(plan.tasks)} clients were lost: {tally.causes()}")
+        state = method.aggregate(state, plan, total)
+        yield state, tally.record(plan, state.round, time.perf_counter() - start)
+
+
+def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan) -> tuple[Total, Tally]:
+    """Add updates up as they come: the server holds no client's tensors for longer than that takes."""
+    total = Total(state.params, sum(client.num_examples for client in plan.clients.values()))
+    tally = Tally()
+    tasks = {task.client_id: task for task in plan.tasks}
+    orders = ((task, extract(state.params, plan.coords[task.client_id])) for task in plan.tasks)
+    for answer in engine.fit(method, orders):
+        if isinstance(answer, ClientLoss):
+            tally.lose(answer)
+            continue
+        task, coords = tasks[answer.client_id], plan.coords[answer.client_id]
+        try:
+            check(task, answer, extract(state.params, {name: coords[name] for name in task.moving}))
+        except BadUpdate as error:
+            tally.lose(ClientLoss(answer.client_id, task.round, f"{error.name}: {error.why}", answer.receipt))
+            continue
+        total.add(answer.params, answer.num_examples, coords)
+        tally.add(answer)
+    return total, tally

@@ -1,0 +1,85 @@
+"""The Training Harmonizer's forward half: which block is trained in which round (ScaleFL, section 3).
+
+Its backward half, co-adaptation of the last layers of the block before, is `Blocks.trainable`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from scalefl.params import Params
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """Where growth stands: the block in turn, rounds spent on it, and quiet rounds in a row."""
+
+    stage: int = 0
+    rounds: int = 0
+    quiet: int = 0
+
+    def next_stage(self, stage: int) -> Progress:
+        """At the start of another stage."""
+        return Progress(stage=stage)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return msgspec.structs.asdict(self)
+
+
+class RoundRobin(msgspec.Struct, frozen=True, tag_field="kind", tag="round_robin", forbid_unknown_fields=True):
+    """Dynamic model growth: the block changes every round, 1, 2, …, T, 1, 2, …"""
+
+    def advance(self, progress: Progress, num_blocks: int, movement: float) -> Progress:
+        """The next block."""
+        return progress.next_stage((progress.stage + 1) % num_blocks)
+
+
+class Sequential(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="sequential", forbid_unknown_fields=True
+):
+    """A fixed number of rounds for each block, first to last; the last block keeps its turn."""
+
+    rounds: int = 10
+
+    def advance(self, progress: Progress, num_blocks: int, movement: float) -> Progress:
+        """The same block until its rounds are spent."""
+        if progress.rounds + 1 >= self.rounds and progress.stage + 1 < num_blocks:
+            return progress.next_stage(progress.stage + 1)
+        return Progress(progress.stage, progress.rounds + 1)
+
+
+class Converged(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="converged", forbid_unknown_fields=True
+):
+    """A block keeps its turn until it has hardly moved for a few rounds; the last block keeps it.
+
+    Args:
+        threshold: a round is quiet if ‖Δθ‖ / ‖θ‖ of the block stays under it.
+        patience: quiet rounds in a row that end the turn.
+        longest: rounds after which the turn ends anyway.
+    """
+
+    threshold: float = 0.01
+    patience: int = 2
+    longest: int = 50
+
+    def advance(self, progress: Progress, num_blocks: int, movement: float) -> Progress:
+        """The next block once this one is quiet."""
+        quiet = progress.quiet + 1 if movement < self.threshold else 0
+        rounds = progress.rounds + 1
+        done = quiet >= self.patience or rounds >= self.longest
+        if done and progress.stage + 1 < num_blocks:
+            return progress.next_stage(progress.stage + 1)
+        return Progress(progress.stage, rounds, quiet)
+
+
+Growth = RoundRobin | Sequential | Converged
+
+
+def relative_movement(before: Params, after: Params, names: frozenset[str]) -> float:
+    """‖after − before‖ / ‖before‖ over `names`."""
+    moved = sum(float((after[n].double() - before[n].double()).square().sum()) for n in sorted(names))
+    size = sum(float(before[n].double().square().sum()) for n in sorted(names))
+    return float((moved / max(size, 1e-300)) ** 0.5)

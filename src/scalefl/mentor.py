@@ -1,0 +1,101 @@
+"""The Curriculum Mentor: an objective for each block (ScaleFL, arXiv 2408.10826, section 3).
+
+    L_t = CE(φ_t(z_t), Y) − λ_t · nHSIC(X; Z_t) − γ_t · nHSIC(Y; Z_t)
+
+Early blocks keep information about the input (λ high), late ones learn the task (γ high).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+from torch import Tensor
+
+from scalefl.hsic import SIGMA, Form, nhsic
+from scalefl.models.output import Projection
+from scalefl.parts import Taps
+from scalefl.problem import Batch, Problem, Weighted
+
+Tap = Literal["output", "cut"]
+
+
+class Linear(msgspec.Struct, frozen=True, tag_field="kind", tag="linear", forbid_unknown_fields=True):
+    """λ falls and γ rises linearly from the first block to the last."""
+
+    def weights(self, position: float) -> tuple[float, float]:
+        """Factors of λ_max and γ_max for a block at `position` in [0, 1]."""
+        return 1 - position, position
+
+
+class Cosine(msgspec.Struct, frozen=True, tag_field="kind", tag="cosine", forbid_unknown_fields=True):
+    """λ falls and γ rises along half a cosine: slowly at both ends."""
+
+    def weights(self, position: float) -> tuple[float, float]:
+        """Factors of λ_max and γ_max for a block at `position` in [0, 1]."""
+        down = (1 + math.cos(math.pi * position)) / 2
+        return down, 1 - down
+
+
+class Constant(msgspec.Struct, frozen=True, tag_field="kind", tag="constant", forbid_unknown_fields=True):
+    """The same λ and γ for every block."""
+
+    def weights(self, position: float) -> tuple[float, float]:
+        """Factors of λ_max and γ_max: 1."""
+        return 1.0, 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mentor:
+    """The mentor's settings.
+
+    Args:
+        lambda_max, gamma_max: largest weights of nHSIC(X; Z) and nHSIC(Y; Z).
+        schedule: how they change from block to block: "linear", "cosine" or "constant".
+        form: the normalisation of HSIC.
+        sigma: bandwidth of the Gaussian kernels, in units of √d.
+        tap: Z is read after the output module's light layers and projection head ("output", the authors'
+            choice), or is the block's own feature z_t ("cut").
+        projection: the projection head for the label term.
+    """
+
+    lambda_max: float = 1.0
+    gamma_max: float = 1.0
+    schedule: Linear | Cosine | Constant = Linear()
+    form: Form = "cka"
+    sigma: float = SIGMA
+    tap: Tap = "output"
+    projection: Projection = "none"
+
+    def coefficients(self, end: int, num_blocks: int) -> tuple[tuple[str, float], ...]:
+        """λ and γ of a span that ends with block `end` (from 0) of `num_blocks`."""
+        position = end / (num_blocks - 1) if num_blocks > 1 else 1.0
+        down, up = self.schedule.weights(position)
+        return (("lambda", self.lambda_max * down), ("gamma", self.gamma_max * up))
+
+
+@dataclass(frozen=True)
+class MentorLoss:
+    """The problem's loss less the two weighted nHSIC terms; a term of weight 0 is not computed."""
+
+    mentor: Mentor
+    lambda_x: float
+    gamma_y: float
+
+    def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Weighted:
+        """The loss of the logits."""
+        return problem.loss(taps.logits, batch)
+
+    def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
+        """−λ nHSIC(X; Z) − γ nHSIC(Y; Z)."""
+        mentor = self.mentor
+        z_x, z_y = (taps.z, taps.z) if mentor.tap == "cut" else (taps.late, taps.projected)
+        terms = []
+        if self.lambda_x:
+            terms.append(-self.lambda_x * nhsic(taps.x, z_x, mentor.form, mentor.sigma))
+        if self.gamma_y:
+            y_features = problem.y_features(batch).to(z_y.dtype)
+            terms.append(-self.gamma_y * nhsic(y_features, z_y, mentor.form, mentor.sigma))
+        return sum(terms[1:], terms[0]) if terms else None

@@ -1,0 +1,26 @@
+"""The methods. One file each; a new one is a file and a line in this table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METHODS: Mapping[str, str] = {
+    "fedavg": "scalefl.methods.fedavg:FedAvg",
+    "scalefl": "scalefl.methods.scalefl:ScaleFL",
+}
+"""Short name -> "package.module:Class"."""
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # Plain sequential block-wise training: the paper's motivation and the base of its ablations.
+    "sbt": {
+        "name": "scalefl",
+        "spans": "single",
+        "mentor": None,
+        "coadapted_layers": 0,
+        "growth": {"kind": "sequential"},
+    },
+    # The paper's ScaleFL, without what this package adds to it.
+    "scalefl-paper": {"name": "scalefl", "spans": "single"},
+}
+"""Settings that go by a name of their own; what a config sets beside the name overrides them."""

@@ -1,0 +1,42 @@
+"""What methods share: initial tensors, and plans in which clients hold whole tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from scalefl.coords import whole
+from scalefl.models.skeleton import tensors
+from scalefl.models.spec import ModelSpec
+from scalefl.rng import derive
+from scalefl.types import Choice, ClientInfo, ClientTask, LocalWork, RoundPlan, ServerState
+
+
+def initial_params(model: ModelSpec, seed: int) -> dict[str, Tensor]:
+    """The model's own initial weights and buffers, drawn from the run's seed."""
+    return {name: t.clone() for name, t in tensors(model.build(derive(seed, "model"))).items()}
+
+
+def make_plan(
+    state: ServerState,
+    stage: str,
+    cohort: Sequence[ClientInfo],
+    chosen: Mapping[int, Choice],
+    work: LocalWork,
+) -> RoundPlan:
+    """A plan in which each client of `chosen` does one step on whole tensors, at the round's learning rate."""
+    work_now = work.at_round(state.round)
+    tasks, coords, costs = [], {}, {}
+    steps = {choice.step: replace(choice.step, work=work_now) for choice in set(chosen.values())}
+    names = {step: whole(step.part.names()) for step in steps}
+    for client in cohort:
+        if client.id not in chosen:
+            continue
+        step, cost, _ = chosen[client.id]
+        seed = derive(state.seed, "task", state.round, client.id)
+        tasks.append(ClientTask(client.id, state.round, (steps[step],), seed))
+        coords[client.id], costs[client.id] = names[step], cost
+    rungs = {id: choice.rung for id, choice in chosen.items()}
+    return RoundPlan(stage, tuple(tasks), coords, costs, rungs, {client.id: client for client in cohort})

@@ -1,0 +1,107 @@
+"""FedAvg: every client trains the whole model (McMahan et al., AISTATS 2017), under a memory gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from scalefl.methods.common import initial_params, make_plan
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
+from scalefl.params import Params, without_attachments
+from scalefl.planner import budget_error, cheapest, fitting_means, full_step
+from scalefl.problem import Problem
+from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
+from scalefl.types import (
+    Aux,
+    Choice,
+    ClientInfo,
+    LocalWork,
+    Objective,
+    RoundPlan,
+    ServerState,
+    Step,
+    Totals,
+)
+
+WIDTH_STEPS = 32
+"""`all_small` looks for its width among multiples of 1/32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAvg:
+    """FedAvg and its populations.
+
+    Args:
+        work: what each client does.
+        population: "exclusive": clients whose memory holds training of the whole model; "all": every client,
+            as if memory were no matter (an upper reference that no real system reaches); "all_small": every
+            client, with the widest model that the weakest one can train.
+        smallest_micro_batch: how far clients may split a batch to fit (gradient accumulation); None: not at all.
+        server: what the server does with the mean.
+    """
+
+    work: LocalWork = LocalWork()
+    population: Literal["exclusive", "all", "all_small"] = "exclusive"
+    smallest_micro_batch: int | None = None
+    server: ServerOptimizer = Average()
+
+    def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
+        """The model at its width, with its initial weights."""
+        if self.population == "all_small":
+            model = self._widest(model, problem, smallest_memory_bytes)
+        return ServerState(model, problem, initial_params(model, seed), round=0, seed=seed)
+
+    def menu(self, state: ServerState) -> list[Choice]:
+        """The whole model."""
+        return [self._least(state.model, state.problem)]
+
+    def floor_bytes(self, state: ServerState) -> int:
+        """What training the whole model takes at the least; 0 for "all"."""
+        return 0 if self.population == "all" else self._least(state.model, state.problem).cost.peak_bytes
+
+    def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
+        """The whole model for everybody."""
+        step = self._step(state.model, state.problem)
+        least = self._least(state.model, state.problem)
+        fits = {}
+        for budget in {client.memory_bytes for client in cohort}:
+            fit = fitting_means(step, state.problem, TaskLoss(), budget, self.smallest_micro_batch)
+            fits[budget] = Choice(*fit, "full") if fit else least
+        chosen = {client.id: fits[client.memory_bytes] for client in cohort}
+        return make_plan(state, "full", cohort, chosen, self.work)
+
+    def objective(self, step: Step) -> Objective:
+        """The problem's loss."""
+        return TaskLoss()
+
+    def aggregate(self, state: ServerState, plan: RoundPlan, total: Totals) -> ServerState:
+        """The weighted mean, through the server optimizer."""
+        params, history = apply_mean(self.server, state, plan, total)
+        return replace(state, params=params, round=state.round + 1, aux=Aux(history, state.aux.values))
+
+    def deploy(self, state: ServerState) -> tuple[ModelSpec, Params]:
+        """The model as it is."""
+        return state.model, without_attachments(state.params)
+
+    def _step(self, model: ModelSpec, problem: Problem) -> Step:
+        return full_step(model, problem, self.work.at_round(0))
+
+    def _least(self, model: ModelSpec, problem: Problem) -> Choice:
+        step = self._step(model, problem)
+        return Choice(*cheapest(step, problem, TaskLoss(), self.smallest_micro_batch), "full")
+
+    def _widest(self, model: ModelSpec, problem: Problem, budget_bytes: int) -> ModelSpec:
+        """The widest model whose training fits, by bisection: more width never takes less memory."""
+        if self._least(model, problem).cost.peak_bytes <= budget_bytes:
+            return model
+        low, high = 0, WIDTH_STEPS
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = self._least(model.at_width(middle / WIDTH_STEPS), problem).cost.peak_bytes <= budget_bytes
+            low, high = (middle, high) if fits else (low, middle)
+        if low == 0:
+            least = self._least(model.at_width(1 / WIDTH_STEPS), problem)
+            raise budget_error(f"{model.name} at width 1/{WIDTH_STEPS}", least.cost, budget_bytes)
+        return model.at_width(low / WIDTH_STEPS)

@@ -1,0 +1,215 @@
+"""ScaleFL: sequential block-wise training with a Curriculum Mentor and a Training Harmonizer.
+
+Wu, Li, Tian et al., "Bridging Memory Gaps: Scaling Federated Learning for Heterogeneous Clients",
+arXiv 2408.10826 (first version: NeuLite). Plain sequential block-wise training is the preset `sbt`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand, blocks_from_ends
+from scalefl.errors import ConfigError
+from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
+from scalefl.memory import Cost
+from scalefl.mentor import Mentor, MentorLoss
+from scalefl.methods.common import initial_params, make_plan
+from scalefl.models.output import OutputSpec
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
+from scalefl.params import Params, without_attachments
+from scalefl.planner import budget_error, cheapest, fitting_means, output_module, span_step
+from scalefl.problem import Problem
+from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
+from scalefl.types import Aux, Choice, ClientInfo, LocalWork, Objective, RoundPlan, ServerState, Step, Totals
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleFL:
+    """ScaleFL.
+
+    Args:
+        work: what each client does.
+        blocks: how many blocks; or the module paths after which to cut; or "memory": as few as let the weakest
+            client train each.
+        spans: "single": all clients of a round train the block in turn (the paper); "elastic": each client
+            trains the longest span around it that fits its memory.
+        smallest_micro_batch: how far clients may split a batch to fit (gradient accumulation); None: not at all.
+        mentor: the Curriculum Mentor; None trains on the task loss alone.
+        growth: the order in which blocks have their turn.
+        coadapted_layers: weight layers before the block that train with it.
+        server: what the server does with the mean.
+    """
+
+    work: LocalWork = LocalWork()
+    blocks: int | tuple[str, ...] | Literal["memory"] = 4
+    spans: Literal["single", "elastic"] = "elastic"
+    smallest_micro_batch: int | None = None
+    mentor: Mentor | None = Mentor()
+    growth: Growth = RoundRobin()
+    coadapted_layers: int = 1
+    server: ServerOptimizer = Average()
+
+    def __post_init__(self) -> None:
+        if self.coadapted_layers < 0:
+            raise ConfigError(f"coadapted_layers must be at least 0, not {self.coadapted_layers}")
+        if self.smallest_micro_batch is not None and self.smallest_micro_batch < 1:
+            raise ConfigError(f"smallest_micro_batch must be at least 1, not {self.smallest_micro_batch}")
+
+    def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
+        """The model's weights, and an output module after each block but the last."""
+        blocks = self._first_blocks(model, problem, smallest_memory_bytes)
+        params: dict[str, Any] = dict(initial_params(model, seed))
+        for block in range(len(blocks) - 1):
+            params |= self._output(blocks, block, problem).initial(seed)  # type: ignore[union-attr]
+        values = {"growth": Progress().to_json(), "ends": list(blocks.ends)}
+        return ServerState(model, problem, params, round=0, seed=seed, aux=Aux(values=values))
+
+    def menu(self, state: ServerState) -> list[Choice]:
+        """Each block; with elastic spans each longer span too."""
+        blocks = self.blocks_of(state)
+        longest = 1 if self.spans == "single" else len(blocks)
+        spans = [s for s in _spans(blocks) if len(s) <= longest]
+        return [self._least(blocks, span, state.problem) for span in spans]
+
+    def floor_bytes(self, state: ServerState) -> int:
+        """What the block in turn takes at the least; with elastic spans, what the cheapest block takes."""
+        blocks = self.blocks_of(state)
+        if self.spans == "single":
+            return self._least(blocks, _single(self._progress(state).stage), state.problem).cost.peak_bytes
+        return min(self._least(blocks, _single(b), state.problem).cost.peak_bytes for b in range(len(blocks)))
+
+    def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
+        """The block in turn, or for each client the longest span around it that fits."""
+        stage = self._progress(state).stage
+        turn = state.round // len(self.blocks_of(state))
+        budgets = {client.memory_bytes for client in cohort}
+        fits = {budget: self._choice(state, stage, turn, budget) for budget in sorted(budgets)}
+        chosen = {c.id: fit for c in cohort if (fit := fits[c.memory_bytes]) is not None}
+        return make_plan(state, f"block {stage + 1}", cohort, chosen, self.work)
+
+    def objective(self, step: Step) -> Objective:
+        """The mentor's objective for the span's end; the task loss without a mentor."""
+        if self.mentor is None:
+            return TaskLoss()
+        weights = dict(step.coefficients)
+        return MentorLoss(self.mentor, weights["lambda"], weights["gamma"])
+
+    def aggregate(self, state: ServerState, plan: RoundPlan, total: Totals) -> ServerState:
+        """The weighted mean of what moved; then the next block's turn."""
+        params, history = apply_mean(self.server, state, plan, total)
+        blocks, progress = self.blocks_of(state), self._progress(state)
+        movement = relative_movement(state.params, params, blocks.trainable(_single(progress.stage)))
+        progress = self.growth.advance(progress, len(blocks), movement)
+        values = {**state.aux.values, "growth": progress.to_json()}
+        return replace(state, params=params, round=state.round + 1, aux=Aux(history, values))
+
+    def deploy(self, state: ServerState) -> tuple[ModelSpec, Params]:
+        """The whole model, without output modules."""
+        return state.model, without_attachments(state.params)
+
+    def blocks_of(self, state: ServerState) -> Blocks:
+        """The blocks of a run."""
+        if isinstance(self.blocks, tuple):
+            return blocks_by_hand(state.model, state.problem, self.blocks)
+        return blocks_from_ends(state.model, state.problem, tuple(state.aux.values["ends"]))
+
+    def stage_step(self, blocks: Blocks, span: Span, problem: Problem) -> Step:
+        """The step that trains a span, before means are chosen for it."""
+        return _span_step(self, blocks, span, problem)
+
+    def _choice(self, state: ServerState, stage: int, turn: int, budget: int) -> Choice | None:
+        blocks = self.blocks_of(state)
+        if self.spans == "single":
+            return self._fit(blocks, _single(stage), state.problem, budget)
+        # Longest first; around the block in turn before elsewhere; equals take turns.
+        spans = _spans(blocks)
+        for distance, length in sorted({(_distance(s, stage), -len(s)) for s in spans}):
+            equals = [s for s in spans if (_distance(s, stage), -len(s)) == (distance, length)]
+            fits = [fit for s in equals if (fit := self._fit(blocks, s, state.problem, budget)) is not None]
+            if fits:
+                return fits[turn % len(fits)]
+        return None
+
+    def _fit(self, blocks: Blocks, span: Span, problem: Problem, budget: int) -> Choice | None:
+        step = self.stage_step(blocks, span, problem)
+        fit = fitting_means(step, problem, self.objective(step), budget, self.smallest_micro_batch)
+        return Choice(*fit, _label(blocks, span)) if fit else None
+
+    def _least(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
+        step = self.stage_step(blocks, span, problem)
+        found = cheapest(step, problem, self.objective(step), self.smallest_micro_batch)
+        return Choice(*found, _label(blocks, span))
+
+    def _output(self, blocks: Blocks, block: int, problem: Problem) -> OutputSpec | None:
+        projection = self.mentor.projection if self.mentor else "none"
+        return output_module(blocks, block, problem, self.work.at_round(0), projection)
+
+    def _progress(self, state: ServerState) -> Progress:
+        return Progress(**state.aux.values["growth"])
+
+    def _first_blocks(self, model: ModelSpec, problem: Problem, smallest_memory_bytes: int) -> Blocks:
+        if isinstance(self.blocks, tuple):
+            return blocks_by_hand(model, problem, self.blocks)
+        if isinstance(self.blocks, int):
+            return blocks_by_count(model, problem, self.blocks)
+        return self._blocks_by_memory(model, problem, smallest_memory_bytes)
+
+    def _blocks_by_memory(self, model: ModelSpec, problem: Problem, budget: int) -> Blocks:
+        """Each block in turn as long as its stage fits the budget (greedy, so the fewest that can be)."""
+        last = blocks_by_count(model, problem, 1).ends[0]
+        ends: list[int] = []
+        while not ends or ends[-1] < last:
+            start = ends[-1] + 1 if ends else 0
+            fitting = start - 1
+            for end in range(start, last + 1):
+                cost = self._unit_cost(model, problem, start, end, last)
+                if cost.peak_bytes > budget:
+                    break
+                fitting = end
+            if fitting < start:
+                cost = self._unit_cost(model, problem, start, start, last)
+                raise budget_error(f"unit {start + 1} of {last + 1} of {model.name}", cost, budget)
+            ends.append(fitting)
+        return blocks_from_ends(model, problem, tuple(ends))
+
+    def _unit_cost(self, model: ModelSpec, problem: Problem, start: int, end: int, last: int) -> Cost:
+        ends = sorted({*([start - 1] if start else []), end, last})
+        blocks = blocks_from_ends(model, problem, tuple(ends))
+        return self._least(blocks, _single(ends.index(end)), problem).cost
+
+
+def _single(block: int) -> Span:
+    return Span(block, block)
+
+
+def _spans(blocks: Blocks) -> list[Span]:
+    """All of them, shortest first."""
+    spans = [Span(a, b) for a in range(len(blocks)) for b in range(a, len(blocks))]
+    return sorted(spans, key=len)
+
+
+def _label(blocks: Blocks, span: Span) -> str:
+    if span == blocks.whole:
+        return "full"
+    return f"block {span}" if len(span) == 1 else f"blocks {span}"
+
+
+def _distance(span: Span, block: int) -> int:
+    return max(span.first - block, block - span.last, 0)
+
+
+@lru_cache(maxsize=1024)
+def _span_step(method: ScaleFL, blocks: Blocks, span: Span, problem: Problem) -> Step:
+    mentor = method.mentor
+    return span_step(
+        blocks,
+        span,
+        method._output(blocks, span.last, problem),
+        method.work.at_round(0),
+        coefficients=mentor.coefficients(span.last, len(blocks)) if mentor else (),
+        coadapted_layers=method.coadapted_layers,
+    )

@@ -1,0 +1,184 @@
+"""Output modules: light stand-ins for the blocks that a stage does not run (ScaleFL, section 3).
+
+While block t trains, φ_t follows it: one light layer for each change of resolution on the way to the model's
+head, global pooling, and a linear classifier. So block t learns features that the missing blocks can use.
+Shapes: B examples, C channels, H×W pixels, L tokens, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scalefl.params import ATTACHMENT, Params
+from scalefl.rng import derive, seeded
+
+Shape = tuple[int, ...]
+Projection = Literal["none", "linear", "mlp"]
+Layers = Literal["full", "separable", "bare"]
+
+# From the closest stand-in to the cheapest; the first whose cost stays within that of the missing part is taken.
+LAYERS: tuple[Layers, ...] = ("full", "separable", "bare")
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """What an output module is made of.
+
+    Args:
+        cut: the module path after which it stands.
+        shape: the shape of one example there: (C, H, W), (L, D) or (D,).
+        targets: the shapes that its light layers lead to, in order.
+        layers: "full" 3×3 convolutions, depthwise-"separable" ones, or "bare" pooling.
+        num_classes: K.
+        projection: the head for the mentor's label term: "none" (the pooled feature itself), "linear" (d → d)
+            or the authors' three linear layers "mlp" (d → 4d → 2d → d).
+    """
+
+    cut: str
+    shape: Shape
+    targets: tuple[Shape, ...]
+    num_classes: int
+    layers: Layers = "full"
+    projection: Projection = "none"
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its tensors start with."""
+        return f"{ATTACHMENT}output.{self.cut}."
+
+    def build(self) -> OutputModule:
+        """The module, with weights from the current default generator."""
+        return OutputModule(self)
+
+    def names(self) -> list[str]:
+        """Names of its parameters."""
+        return [self.prefix + name for name, _ in empty_output(self).named_parameters()]
+
+    def initial(self, seed: int) -> Params:
+        """Its first weights: a function of the seed and the cut, whatever else the model holds."""
+        with seeded(derive(seed, "output", self.cut)):
+            return {self.prefix + name: t.detach() for name, t in self.build().state_dict().items()}
+
+
+@dataclass(frozen=True)
+class OutputTaps:
+    """What an output module shows: logits [B, K], its last light layer's features, and the projected vector [B, d]."""
+
+    logits: Tensor
+    features: Tensor
+    projected: Tensor
+
+
+class OutputModule(nn.Module):
+    """φ_t: light layers, global pooling, projection head, classifier."""
+
+    def __init__(self, spec: OutputSpec) -> None:
+        super().__init__()
+        targets = () if spec.layers == "bare" else spec.targets
+        shapes = [spec.shape, *targets]
+        self.layers = nn.ModuleList(
+            _layer(source, target, separable=spec.layers == "separable")
+            for source, target in itertools.pairwise(shapes)
+        )
+        width = _width(shapes[-1])
+        self.projection = _projection(spec.projection, width)
+        self.classifier = nn.Linear(width, spec.num_classes)
+
+    def forward(self, z: Tensor, mask_BL: Tensor | None = None) -> OutputTaps:
+        """Logits and taps for a feature `z` of the shape that the spec names; `mask_BL` marks the tokens that count."""
+        for layer in self.layers:
+            z = layer(z)
+        pooled_BD = _pool(z, mask_BL)
+        return OutputTaps(self.classifier(pooled_BD), z, self.projection(pooled_BD))
+
+
+def light_targets(shape: Shape, later: Sequence[Shape]) -> tuple[Shape, ...]:
+    """The shapes that light layers lead to from `shape`: one for each later resolution (or token width).
+
+    Changes of the channel count alone are merged with the change of resolution that follows, or fine-grained
+    models would drown in light layers.
+    """
+    same_rank = list(itertools.takewhile(lambda s: len(s) == len(shape), later))
+    runs = [list(run) for _, run in itertools.groupby([shape, *same_rank], key=_resolution)]
+    targets = [run[-1] for run in runs[1:]]
+    if not targets and _width(runs[0][-1]) != _width(shape):
+        targets = [runs[0][-1]]
+    return tuple(targets)
+
+
+class TokenLayer(nn.Module):
+    """A token-wise linear layer [B, L, D] → [B, L', D'], pooling tokens where there are fewer later."""
+
+    def __init__(self, source: Shape, target: Shape) -> None:
+        super().__init__()
+        self.linear = nn.Linear(source[-1], target[-1])
+        self.num_tokens = target[0] if target[0] < source[0] else None
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Project each token, then average neighbours down to the later number of tokens."""
+        y_BLD: Tensor = self.linear(x_BLD)
+        if self.num_tokens is None:
+            return y_BLD
+        return F.adaptive_avg_pool1d(y_BLD.transpose(1, 2), self.num_tokens).transpose(1, 2)
+
+
+def _layer(source: Shape, target: Shape, *, separable: bool) -> nn.Module:
+    if len(source) == 3:
+        return _convolution(source, target, separable=separable)
+    return TokenLayer(source, target) if len(source) == 2 else nn.Linear(source[-1], target[-1])
+
+
+def _convolution(source: Shape, target: Shape, *, separable: bool) -> nn.Module:
+    (c, h, w), (c2, h2, w2) = source, target
+    whole = h % h2 == 0 and w % w2 == 0 and h // h2 == w // w2
+    stride = h // h2 if whole else 1
+    if separable:
+        layers = [
+            nn.Conv2d(c, c, 3, stride=stride, padding=1, groups=c, bias=False),
+            nn.Conv2d(c, c2, 1, bias=False),
+        ]
+    else:
+        layers = [nn.Conv2d(c, c2, 3, stride=stride, padding=1, bias=False)]
+    if not whole:
+        layers.insert(0, nn.AdaptiveAvgPool2d((h2, w2)))  # type: ignore[arg-type]
+    return nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+
+
+def _projection(kind: Projection, width: int) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(width, width)
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.Linear(4 * width, 2 * width), nn.Linear(2 * width, width))
+
+
+def _pool(z: Tensor, mask_BL: Tensor | None) -> Tensor:
+    if z.ndim == 2:
+        return z
+    if z.ndim == 3:
+        if mask_BL is None or mask_BL.shape[1] != z.shape[1]:
+            return z.mean(1)
+        weight_BL1 = mask_BL.to(z.dtype).unsqueeze(-1)
+        return (z * weight_BL1).sum(1) / weight_BL1.sum(1).clamp(min=1)
+    return z.flatten(2).mean(2)
+
+
+def _width(shape: Shape) -> int:
+    return shape[-1] if len(shape) <= 2 else shape[0]
+
+
+def _resolution(shape: Shape) -> Shape:
+    return shape[1:] if len(shape) >= 3 else shape
+
+
+def empty_output(spec: OutputSpec) -> OutputModule:
+    """The module on the meta device: a skeleton to lay tensors on."""
+    with torch.device("meta"):
+        return spec.build()

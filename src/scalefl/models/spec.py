@@ -1,0 +1,120 @@
+"""A model as a recipe: a factory and its arguments. Built whole, as a skeleton, or at another width."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from scalefl.errors import ConfigError, UnsliceableModel
+from scalefl.rng import seeded
+
+Factory = Callable[..., nn.Module]
+
+
+def load_object(path: str) -> Any:
+    """The object at "package.module:name".
+
+    Raises:
+        ConfigError: the module cannot be imported or has no such name.
+    """
+    module_name, _, attribute = path.partition(":")
+    if not module_name or not attribute:
+        raise ConfigError(f"{path!r} is not of the form 'package.module:name'")
+    try:
+        target: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"cannot import {module_name!r} for {path!r}: {error}") from error
+    try:
+        return functools.reduce(getattr, attribute.split("."), target)
+    except AttributeError as error:
+        raise ConfigError(f"{path!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """How to build a model; hashable, and picklable where the factory is.
+
+    Args:
+        factory: "package.module:function", or the callable itself.
+        arguments: keyword arguments for it, as sorted pairs (see `ModelSpec.of`).
+    """
+
+    factory: str | Factory
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, model: str | Factory | nn.Module | ModelSpec, **arguments: Any) -> ModelSpec:
+        """A spec for a factory, a "package.module:factory" path, or a module to be copied."""
+        if isinstance(model, ModelSpec):
+            return replace(model, arguments=_frozen({**dict(model.arguments), **arguments}))
+        if isinstance(model, nn.Module):
+            return cls(functools.partial(copy.deepcopy, model))
+        return cls(model, _frozen(arguments))
+
+    def build(self, seed: int) -> nn.Module:
+        """The whole model with its own initial weights, drawn from `seed`."""
+        with seeded(seed):
+            return self._make()
+
+    def skeleton(self) -> nn.Module:
+        """The model without memory: every tensor on the meta device."""
+        with seeded(0):
+            try:
+                with torch.device("meta"):
+                    return self._make().to("meta")
+            except (RuntimeError, NotImplementedError):
+                # A factory that looks at its own weights (an .item() in an initialiser) can't run on
+                # meta tensors: build it once for real and let the memory go.
+                return self._make().to("meta")
+
+    def at_width(self, width: float) -> ModelSpec:
+        """The same model with `width` times the channels.
+
+        Raises:
+            UnsliceableModel: the factory takes no `width`.
+        """
+        if "width" not in inspect.signature(self._callable()).parameters:
+            raise UnsliceableModel(f"{self.name}: the factory has no `width` argument to scale the model by")
+        current = dict(self.arguments).get("width", 1.0)
+        return ModelSpec.of(self, width=current * width)
+
+    def completed(self, facts: Mapping[str, Any]) -> ModelSpec:
+        """The spec with those of `facts` that the factory has a parameter for and the arguments leave open."""
+        wanted = inspect.signature(self._callable()).parameters
+        return ModelSpec.of(self, **{k: v for k, v in facts.items() if k in wanted and k not in dict(self.arguments)})
+
+    @property
+    def name(self) -> str:
+        """A short name for tables and messages."""
+        if isinstance(self.factory, str):
+            return self.factory.rpartition(":")[2]
+        return getattr(self.factory, "__name__", type(self.factory).__name__)
+
+    def _callable(self) -> Factory:
+        return load_object(self.factory) if isinstance(self.factory, str) else self.factory
+
+    def _make(self) -> nn.Module:
+        factory = self._callable()
+        try:
+            inspect.signature(factory).bind(**dict(self.arguments))
+        except TypeError as error:
+            raise ConfigError(f"model {self.name}: {error}") from error
+        except ValueError:
+            pass  # a built-in without a signature: let the call itself speak
+        model = factory(**dict(self.arguments))
+        if not isinstance(model, nn.Module):
+            returned = type(model).__name__
+            raise ConfigError(f"model {self.name}: the factory returned {returned}, not an nn.Module")
+        return model
+
+
+def _frozen(arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in arguments.items()))

@@ -1,0 +1,469 @@
+"""Where a model can be cut into blocks, and what belongs to each side.
+
+A cut is a place where one tensor carries everything forward: in the autograd graph, a node on every path
+from the input to the logits (a dominator), with nothing else shared across it. The model is run once on a
+tiny batch, on fake tensors where it can be; nothing in it is rewritten, and no model-specific code is
+needed. The pieces between neighbouring cuts are units; blocks are runs of units.
+
+Source: the block-wise set-up of ScaleFL (arXiv 2408.10826, section 3) needs a cut of the model and leaves
+open how to find it; the search for dominators is ours.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalefl.errors import ScaleFLError, UncuttableModel
+from scalefl.models.skeleton import aliases, lay_fakes, tensors
+from scalefl.models.spec import ModelSpec
+from scalefl.problem import Problem
+from scalefl.torch_private import FakeTensorMode
+
+PROBE_EXAMPLES = 2
+
+Node = Any  # a node of the autograd graph; torch has no public type for it
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A module after which the model can be cut.
+
+    Args:
+        module: its dotted path.
+        position: which of the floating-point tensors in its output carries the graph.
+        shape: that tensor's shape for one example.
+    """
+
+    module: str
+    position: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """A model between its cuts: `len(cuts) + 1` units, numbered in order of execution.
+
+    Args:
+        cuts: the places between units.
+        path: every shape that the one tensor takes on its way, as (unit, shape), in order.
+        unit_of: the first unit that needs each tensor.
+        module_units: the first and last unit in which each module runs.
+        layers: modules that own parameters, in order of execution, with the parameters' names.
+        parameters: names of the trainable parameters; the user's own frozen ones are not among them.
+        norms: those of `layers` that own vectors only (norms, scales): they go with the layer before them.
+        statistics: names of the buffers that each norm with running statistics updates in train mode.
+        source: the module whose output is the input features (token models); None where the input is.
+        feature: the last feature before the model's own head.
+        aliases: further names of tied tensors.
+    """
+
+    cuts: tuple[Cut, ...]
+    path: tuple[tuple[int, tuple[int, ...]], ...]
+    unit_of: Mapping[str, int]
+    module_units: Mapping[str, tuple[int, int]]
+    layers: tuple[tuple[str, tuple[str, ...]], ...]
+    parameters: frozenset[str]
+    norms: frozenset[str]
+    statistics: Mapping[str, tuple[str, ...]]
+    source: str | None
+    feature: Cut | None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_units(self) -> int:
+        """Number of units."""
+        return len(self.cuts) + 1
+
+    def shapes_after(self, unit: int) -> list[tuple[int, ...]]:
+        """The shapes that the one tensor takes in the units after `unit`."""
+        return [shape for where, shape in self.path if where > unit]
+
+
+@lru_cache(maxsize=64)
+def partition(model: ModelSpec, problem: Problem, cuts: tuple[str, ...] | None = None) -> Partition:
+    """Cut a model at every place where one tensor carries everything, or at the modules named in `cuts`.
+
+    A cut by hand may lie where the search would not cut: the block before it then holds what leads to that
+    module's output, and the rest belongs to the block after.
+
+    Raises:
+        UncuttableModel: there is no such place, or a named module is missing, runs more than once, or has
+            no single floating-point output.
+    """
+    trace = _traced(model, problem)
+    graph = _Graph(trace)
+    chosen = _automatic(trace, graph) if cuts is None else _by_hand(trace, cuts)
+    return _partition(trace, graph, chosen)
+
+
+@lru_cache(maxsize=64)
+def num_outputs(model: ModelSpec, problem: Problem) -> int:
+    """The number of logits that the model gives for an example."""
+    return _traced(model, problem).num_outputs
+
+
+@dataclass
+class _Call:
+    """What the probe saw of one module: when it ran, and the graph nodes of its output."""
+
+    enter: int
+    exit: int = -1
+    times: int = 0
+    outputs: list[tuple[Node | None, tuple[int, ...]]] = field(default_factory=list)
+
+    def carried(self) -> tuple[int, Node, tuple[int, ...]] | None:
+        """Position, node and shape of the one output that carries the graph, if there is just one."""
+        grads = [(i, node, shape) for i, (node, shape) in enumerate(self.outputs) if node is not None]
+        return grads[0] if self.times == 1 and len({id(node) for _, node, _ in grads}) == 1 else None
+
+
+@dataclass
+class _Trace:
+    """One watched run: the graph is read from `sink`, the node of the logits."""
+
+    module: nn.Module
+    trainable: frozenset[str]
+    calls: dict[str, _Call]
+    inputs: list[Tensor]
+    sink: Node
+    num_outputs: int
+
+    def __post_init__(self) -> None:
+        self._names = {id(p): name for name, p in self.module.named_parameters()}
+
+    def parameter(self, node: Node) -> str | None:
+        """The parameter whose gradient `node` accumulates, if it does that."""
+        return self._names.get(id(getattr(node, "variable", None)))
+
+
+@dataclass(frozen=True)
+class _Place:
+    path: str
+    call: _Call
+    position: int
+    node: Node
+    shape: tuple[int, ...]
+
+    def cut(self) -> Cut:
+        return Cut(self.path, self.position, self.shape[1:])
+
+
+def floating(output: Any) -> list[Tensor]:
+    """The floating-point tensors in a module's output, in order: of a tensor, tuple, list, dict or dataclass."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif not isinstance(output, tuple | list) and hasattr(output, "__dict__"):
+        output = list(vars(output).values())
+    if isinstance(output, tuple | list):
+        return [tensor for item in output for tensor in floating(item)]
+    return []
+
+
+def _traced(model: ModelSpec, problem: Problem) -> _Trace:
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            module = model.skeleton()
+            lay_fakes(module)
+            return _probe(module, problem)
+    except ScaleFLError:
+        raise
+    except Exception as fake_error:  # control flow that depends on data, or an operator without a fake
+        try:
+            return _probe(model.build(0), problem)
+        except ScaleFLError:
+            raise
+        except Exception as error:
+            raise UncuttableModel(
+                f"model {model.name} does not run on an example batch of the data: {error}"
+            ) from fake_error
+
+
+def _probe(module: nn.Module, problem: Problem) -> _Trace:
+    args, kwargs = problem.inputs(problem.example(PROBE_EXAMPLES))
+    inputs = [t.requires_grad_() for t in floating([*args, *kwargs.values()])]
+    trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
+    for p in module.parameters():
+        if p.is_floating_point():
+            p.requires_grad_()
+    calls: dict[str, _Call] = {}
+    module.eval()
+    with _watched(module, calls), torch.enable_grad():
+        logits = problem.output(module(*args, **kwargs))
+    if logits.grad_fn is None:
+        raise UncuttableModel("the model's output does not depend on its input or parameters")
+    return _Trace(module, trainable, calls, inputs, logits.grad_fn, logits.shape[-1])
+
+
+@contextlib.contextmanager
+def _watched(module: nn.Module, calls: dict[str, _Call]) -> Iterator[None]:
+    clock = iter(range(10**9))
+    handles = []
+
+    def enter(path: str) -> Any:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            call = calls.setdefault(path, _Call(next(clock)))
+            call.times += 1
+
+        return hook
+
+    def leave(path: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            call = calls[path]
+            call.exit = next(clock)
+            call.outputs = [(t.grad_fn, tuple(t.shape)) for t in floating(output)]
+
+        return hook
+
+    for path, child in module.named_modules():
+        if path:
+            handles += [child.register_forward_pre_hook(enter(path)), child.register_forward_hook(leave(path))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Graph:
+    """The autograd graph of the probe, and the nodes on every path from the input to the logits."""
+
+    def __init__(self, trace: _Trace) -> None:
+        self.nodes = _topological(trace.sink)
+        self.order = {id(node): i for i, node in enumerate(self.nodes)}
+        self.source_module: str | None = None
+        self.dominators = self._dominators(self._sources(trace))
+
+    def _sources(self, trace: _Trace) -> set[int]:
+        wanted = {id(t) for t in trace.inputs}
+        found = {i for i, node in enumerate(self.nodes) if id(getattr(node, "variable", None)) in wanted}
+        if found or trace.inputs:
+            return found
+        # Token ids carry no gradient: the first module with a differentiable output stands for the input.
+        for path, call in sorted(trace.calls.items(), key=lambda item: item[1].exit):
+            carried = call.carried()
+            if carried is not None and id(carried[1]) in self.order:
+                self.source_module = path
+                return {self.order[id(carried[1])]}
+        return set()
+
+    def _dominators(self, sources: set[int]) -> list[int]:
+        # In topological order, a node is on every path exactly when no edge from an earlier node (that
+        # the source reaches) passes over it; `reach` is how far those edges go.
+        reached = set(sources)
+        last_use: dict[int, int] = {}
+        for i, node in enumerate(self.nodes):
+            uses = [self.order[id(n)] for n in _parents(node)]
+            if any(j in reached for j in uses):
+                reached.add(i)
+            for j in uses:
+                if j in reached and i in reached:
+                    last_use[j] = i
+        reach = max(sources, default=len(self.nodes))
+        found = []
+        for i in sorted(reached):
+            if reach <= i:
+                found.append(i)
+            reach = max(reach, last_use.get(i, i))
+        return [i for i in found if i not in sources]
+
+    def units(self, cut_nodes: Sequence[Node]) -> list[int]:
+        """For each node the first cut that it leads to; `len(cut_nodes)` for what comes after the last."""
+        unit = [len(cut_nodes)] * len(self.nodes)
+        seen: set[int] = set()
+        for number, cut in enumerate(cut_nodes):
+            stack = [cut]
+            while stack:
+                node = stack.pop()
+                if id(node) not in seen:
+                    seen.add(id(node))
+                    unit[self.order[id(node)]] = number
+                    stack += _parents(node)
+        return unit
+
+
+def _parents(node: Node) -> list[Node]:
+    return [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def _topological(sink: Node) -> list[Node]:
+    """Every node that leads to `sink`, inputs first. The list keeps the nodes (and so their ids) alive."""
+    ordered: list[Node] = []
+    seen: set[int] = set()
+    stack: list[tuple[Node, bool]] = [(sink, False)]
+    keep = [sink]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            ordered.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            parents = _parents(node)
+            keep += parents
+            stack.append((node, True))
+            stack += [(parent, False) for parent in parents if id(parent) not in seen]
+    return ordered
+
+
+def _automatic(trace: _Trace, graph: _Graph) -> list[_Place]:
+    places = _dominating_places(trace, graph)
+    if not places:
+        raise UncuttableModel(
+            "no module's output carries everything forward (skip connections or several outputs run past every "
+            'one): name the cut points by hand, as module paths: blocks = ["layer1", ...]'
+        )
+    kept, culprit = _without_sharing(trace, graph, places)
+    if not kept:
+        raise UncuttableModel(
+            f"{culprit} is used on both sides of every possible cut (tied weights?): untie it, or name the cut "
+            'points by hand, as module paths: blocks = ["layer1", ...]'
+        )
+    return _before_weights(trace, graph, kept)
+
+
+def _dominating_places(trace: _Trace, graph: _Graph) -> list[_Place]:
+    """One place for each dominator that is some module's output: the outermost such module."""
+    wanted = {id(graph.nodes[i]) for i in graph.dominators} - {id(trace.sink)}
+    found = [
+        _Place(path, call, *carried)
+        for path, call in trace.calls.items()
+        if (carried := call.carried()) is not None and id(carried[1]) in wanted
+    ]
+    best: dict[int, _Place] = {}
+    for place in _on_time(trace, graph, found):
+        rival = best.get(id(place.node))
+        if rival is None or _outermost(place) < _outermost(rival):
+            best[id(place.node)] = place
+    return sorted(best.values(), key=lambda place: graph.order[id(place.node)])
+
+
+def _on_time(trace: _Trace, graph: _Graph, places: list[_Place]) -> list[_Place]:
+    """Places that are reached before any later weight is used.
+
+    An identity in a skip connection returns the tensor of a cut, but may run after the other branch.
+    """
+    nodes = sorted({id(place.node): place.node for place in places}.values(), key=lambda n: graph.order[id(n)])
+    unit = graph.units(nodes)
+    number = {id(node): i for i, node in enumerate(nodes)}
+    needed = {name: unit[i] for i, node in enumerate(graph.nodes) if (name := trace.parameter(node))}
+    started = [(trace.calls[path].enter, min(needed.get(name, 0) for name in names)) for path, names in _layers(trace)]
+    return [
+        place for place in places if all(u <= number[id(place.node)] for enter, u in started if enter < place.call.exit)
+    ]
+
+
+def _outermost(place: _Place) -> tuple[bool, int]:
+    return (len(place.call.outputs) > 1, place.path.count("."))
+
+
+def _without_sharing(trace: _Trace, graph: _Graph, places: list[_Place]) -> tuple[list[_Place], str]:
+    """Drop cuts that something besides the one tensor crosses: tied weights, a shared position bias."""
+    nodes = [place.node for place in places]
+    unit = graph.units(nodes)
+    bad: set[int] = set()
+    culprit = ""
+    for i, node in enumerate(graph.nodes):
+        for parent in _parents(node):
+            j = graph.order[id(parent)]
+            crossed = [c for c in range(unit[j], unit[i]) if parent is not nodes[c]]
+            if crossed:
+                bad.update(crossed)
+                name = trace.parameter(parent)
+                culprit = f"parameter {name}" if name else culprit or "an intermediate tensor"
+    return [place for c, place in enumerate(places) if c not in bad], culprit
+
+
+def _before_weights(trace: _Trace, graph: _Graph, places: list[_Place]) -> list[_Place]:
+    """Keep the cuts that a unit with weights of its own follows: norms and activations stay with what they follow."""
+    unit = graph.units([place.node for place in places])
+    weighty = {unit[i] for i, node in enumerate(graph.nodes) if trace.parameter(node) and node.variable.ndim >= 2}
+    return [place for c, place in enumerate(places) if c + 1 in weighty and any(u <= c for u in weighty)]
+
+
+def _by_hand(trace: _Trace, paths: tuple[str, ...]) -> list[_Place]:
+    places = [_named_place(trace, path) for path in paths]
+    if len(set(paths)) < len(paths):
+        raise UncuttableModel(f"cut points {list(paths)} name a module twice")
+    return sorted(places, key=lambda place: place.call.exit)
+
+
+def _named_place(trace: _Trace, path: str) -> _Place:
+    call = trace.calls.get(path)
+    if call is None:
+        known = difflib.get_close_matches(path, trace.calls, n=3)
+        hint = f"; did you mean {' or '.join(known)}?" if known else ""
+        raise UncuttableModel(f"cut point {path!r} names no module that runs{hint}")
+    carried = call.carried()
+    if carried is None:
+        raise UncuttableModel(
+            f"cut point {path!r} runs {call.times} times and returns {len(call.outputs)} floating-point tensors: "
+            "a cut needs a module that runs once and returns one tensor with a gradient"
+        )
+    if carried[1] is trace.sink:
+        raise UncuttableModel(f"cut point {path!r} is the model's own output: nothing would follow it")
+    return _Place(path, call, *carried)
+
+
+def _partition(trace: _Trace, graph: _Graph, places: list[_Place]) -> Partition:
+    unit = graph.units([place.node for place in places])
+    exits = [place.call.exit for place in places]
+    module = trace.module
+    module_units = {
+        path: (bisect.bisect_left(exits, call.enter), bisect.bisect_left(exits, call.exit))
+        for path, call in trace.calls.items()
+    }
+    module_units[""] = (0, len(places))
+    unit_of = dict.fromkeys(tensors(module), len(places))
+    for name, _ in module.named_buffers():
+        unit_of[name] = module_units.get(name.rpartition(".")[0], (len(places), 0))[0]
+    for i, node in enumerate(graph.nodes):
+        if own := trace.parameter(node):
+            unit_of[own] = unit[i]
+    everywhere = _dominating_places(trace, graph)
+    features = _before_weights(trace, graph, everywhere)
+    return Partition(
+        cuts=tuple(place.cut() for place in places),
+        path=tuple((bisect.bisect_left(exits, p.call.exit), p.shape[1:]) for p in everywhere),
+        unit_of=unit_of,
+        module_units=module_units,
+        layers=_layers(trace),
+        parameters=trace.trainable,
+        norms=_norms(trace),
+        statistics=_statistics(module),
+        source=graph.source_module,
+        feature=features[-1].cut() if features else None,
+        aliases=aliases(module),
+    )
+
+
+def _layers(trace: _Trace) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    ran = sorted(trace.calls, key=lambda path: trace.calls[path].enter)
+    owned = {path: _own_parameters(trace.module, path) for path in ran}
+    return tuple((path, names) for path, names in owned.items() if names)
+
+
+def _norms(trace: _Trace) -> frozenset[str]:
+    owned = {path: trace.module.get_submodule(path).parameters(recurse=False) for path, _ in _layers(trace)}
+    return frozenset(path for path, params in owned.items() if all(p.ndim < 2 for p in params))
+
+
+def _own_parameters(module: nn.Module, path: str) -> tuple[str, ...]:
+    return tuple(f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters(recurse=False))
+
+
+def _statistics(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    return {
+        path: tuple(f"{path}.{name}" for name, _ in child.named_buffers(recurse=False))
+        for path, child in module.named_modules()
+        if getattr(child, "track_running_stats", False)
+    }

@@ -1,0 +1,201 @@
+"""What is learned: how a batch becomes model inputs, and how outputs become a loss and metrics.
+
+Shapes: B examples in a batch, C channels, H×W pixels, L tokens, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalefl.errors import ConfigError
+
+Batch = Mapping[str, Tensor]
+"""Named columns of equal length; the first dimension counts examples."""
+
+Weighted = tuple[Tensor, int]
+"""A sum over examples and the weight to divide it by."""
+
+
+def num_rows(batch: Batch) -> int:
+    """Examples in a batch; 0 for a batch without columns."""
+    return next((len(column) for column in batch.values()), 0)
+
+
+def take(batch: Batch, indices: Tensor) -> dict[str, Tensor]:
+    """The rows at `indices`, copied."""
+    return {name: column[indices] for name, column in batch.items()}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a batch: the shape of one example and its dtype (a torch name, as "uint8")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def zeros(self, num_examples: int) -> Tensor:
+        """`num_examples` rows of zeros, on the current default device."""
+        return torch.zeros(num_examples, *self.shape, dtype=getattr(torch, self.dtype))
+
+
+class Problem(Protocol):
+    """What is learned. Frozen and hashable: two equal problems have equal memory predictions."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        ...
+
+    def example(self, num_examples: int) -> Batch:
+        """A batch of zeros with the shapes and dtypes of real data."""
+        ...
+
+    def inputs(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments for the model's forward."""
+        ...
+
+    def output(self, raw: Any) -> Tensor:
+        """The logits [B, K] in what the model returned."""
+        ...
+
+    def loss(self, output: Tensor, batch: Batch) -> Weighted:
+        """Summed loss and the weight that makes it a mean."""
+        ...
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, Weighted]:
+        """Summed metrics and their weights."""
+        ...
+
+    def y_features(self, batch: Batch) -> Tensor:
+        """The label as a vector for each example, for nHSIC(Y; Z): [B, K]."""
+        ...
+
+    def labels(self, batch: Batch) -> Tensor:
+        """The label of each example, by which data is partitioned and stratified: [B], int64."""
+        ...
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """Which tokens count, [B, L], for token models; None otherwise."""
+        ...
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """A randomly changed copy of a training batch."""
+        ...
+
+
+Augmentation = Literal["crop", "flip"]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One label for each example, from an image, a sequence of tokens or a vector.
+
+    Args:
+        num_classes: K.
+        columns: the model's inputs. One image or vector column is passed by position; several
+            (token ids, a mask) are passed by keyword under their own names.
+        label: name of the int64 label column.
+        mean, std: per-channel normalisation of an integer image column after division by 255.
+        augmentation: "crop" (4 pixels of padding, then a random window) and "flip" (left-right),
+            drawn for each example of an image batch.
+    """
+
+    num_classes: int
+    columns: tuple[Column, ...]
+    label: str = "label"
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    augmentation: tuple[Augmentation, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.augmentation and len(self.columns[0].shape) != 3:
+            shape = self.columns[0].shape
+            raise ConfigError(f"augmentation {self.augmentation} needs images [C, H, W], the data has {shape}")
+
+    def example(self, num_examples: int) -> Batch:
+        """A batch of zeros with the shapes and dtypes of real data."""
+        batch = {column.name: column.zeros(num_examples) for column in self.columns}
+        return {**batch, self.label: torch.zeros(num_examples, dtype=torch.int64)}
+
+    def inputs(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments for the model's forward."""
+        if len(self.columns) > 1 or self.columns[0].dtype == "int64":
+            return (), {column.name: batch[column.name] for column in self.columns}
+        return (self._normalised(batch[self.columns[0].name]),), {}
+
+    def output(self, raw: Any) -> Tensor:
+        """The logits [B, K] in what the model returned: a tensor, or an object with `logits`."""
+        logits = getattr(raw, "logits", raw)
+        if not isinstance(logits, Tensor):
+            raise ConfigError(f"the model returned {type(raw).__name__}: expected a tensor or `.logits`")
+        return logits
+
+    def loss(self, output: Tensor, batch: Batch) -> Weighted:
+        """Summed cross-entropy and the number of examples."""
+        labels = batch[self.label]
+        return F.cross_entropy(output, labels, reduction="sum"), len(labels)
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, Weighted]:
+        """Summed loss and correct answers, each with the number of examples."""
+        labels = batch[self.label]
+        return {
+            "loss": self.loss(output, batch),
+            "accuracy": ((output.argmax(1) == labels).sum(), len(labels)),
+        }
+
+    def y_features(self, batch: Batch) -> Tensor:
+        """One-hot labels [B, K]."""
+        return F.one_hot(batch[self.label], self.num_classes)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """The label column."""
+        return batch[self.label]
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """`attention_mask` where the data has one."""
+        return batch.get("attention_mask")
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Randomly cropped and flipped images; the batch itself where nothing is asked for."""
+        if not self.augmentation:
+            return batch
+        name = self.columns[0].name
+        images_BCHW = batch[name]
+        if "crop" in self.augmentation:
+            images_BCHW = _random_crop(images_BCHW, 4, generator)
+        if "flip" in self.augmentation:
+            images_BCHW = _random_flip(images_BCHW, generator)
+        return {**batch, name: images_BCHW}
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return x
+        shape = (-1, *([1] * (x.ndim - 2)))
+        mean = torch.tensor(self.mean, device=x.device).view(shape)
+        std = torch.tensor(self.std, device=x.device).view(shape)
+        return x.float().div_(255).sub_(mean).div_(std)
+
+
+def _random_crop(images_BCHW: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    b, c, h, w = images_BCHW.shape
+    padded = F.pad(images_BCHW, (padding,) * 4)
+    top, left = torch.randint(0, 2 * padding + 1, (2, b), generator=generator)
+    rows_BH = top[:, None] + torch.arange(h)
+    cols_BW = left[:, None] + torch.arange(w)
+    which_B = torch.arange(b)
+    channels_C11 = torch.arange(c)[:, None, None]
+    return padded[which_B[:, None, None, None], channels_C11, rows_BH[:, None, :, None], cols_BW[:, None, None, :]]
+
+
+def _random_flip(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    flip_B = torch.rand(len(images_BCHW), generator=generator) < 0.5
+    return torch.where(flip_B[:, None, None, None], images_BCHW.flip(3), images_BCHW)

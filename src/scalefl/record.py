@@ -1,0 +1,119 @@
+"""What a round leaves behind: one line of the journal. Units are in the names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scalefl.types import ClientInfo, ClientLoss, ClientUpdate, RoundPlan
+
+MEASURED = ("seconds",)
+"""Fields that two runs of one config do not share."""
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A round, as journalled.
+
+    Args:
+        round: its number, from 1.
+        stage: what it trained.
+        rungs: by which part and means clients took part -> their ids.
+        lost: clients that failed, with the cause.
+        train: mean loss and metrics over the examples trained on, in each client's last epoch.
+        num_examples: examples of the clients that took part.
+        bytes_down, bytes_up: sent to and by clients.
+        flops: of all clients.
+        predicted_peak_bytes: the largest predicted peak of a task.
+        simulated_seconds: what the slowest client would take on its device, transfers included.
+        seconds: what the round took here.
+    """
+
+    round: int
+    stage: str
+    rungs: Mapping[str, list[int]]
+    lost: list[dict[str, Any]]
+    train: Mapping[str, float]
+    num_examples: int
+    bytes_down: int
+    bytes_up: int
+    flops: float
+    predicted_peak_bytes: int
+    simulated_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A client's update without its tensors."""
+
+    num_examples: int
+    metrics: Mapping[str, tuple[float, float]]
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass
+class Tally:
+    """Adds a round's answers up, in whatever order they come."""
+
+    updates: dict[int, _Done] = field(default_factory=dict)
+    losses: dict[int, ClientLoss] = field(default_factory=dict)
+
+    def add(self, update: ClientUpdate) -> None:
+        """Note an update."""
+        receipt = update.receipt
+        self.updates[update.client_id] = _Done(
+            update.num_examples, update.metrics, receipt.bytes_down, receipt.bytes_up
+        )
+
+    def lose(self, loss: ClientLoss) -> None:
+        """Note a lost client."""
+        self.losses[loss.client_id] = loss
+
+    def causes(self) -> str:
+        """Why clients were lost, the most common cause first."""
+        common = Counter(loss.cause for loss in self.losses.values()).most_common(3)
+        return "; ".join(f"{cause} ({count}×)" for cause, count in common)
+
+    def record(self, plan: RoundPlan, round: int, seconds: float) -> RoundRecord:
+        """The round's record. Clients are taken in the order of their numbers, so no sum depends on luck."""
+        done = sorted(self.updates.items())
+        rungs: dict[str, list[int]] = {}
+        for client_id, _ in done:
+            rungs.setdefault(plan.rungs[client_id], []).append(client_id)
+        epochs = {task.client_id: sum(step.work.epochs for step in task.steps) for task in plan.tasks}
+        flops = {
+            client_id: plan.costs[client_id].flops_per_example * d.num_examples * epochs[client_id]
+            for client_id, d in done
+        }
+        return RoundRecord(
+            round=round,
+            stage=plan.stage,
+            rungs=dict(sorted(rungs.items())),
+            lost=[{"client": i, "cause": loss.cause} for i, loss in sorted(self.losses.items())],
+            train=_means([d.metrics for _, d in done]),
+            num_examples=sum(d.num_examples for _, d in done),
+            bytes_down=sum(d.bytes_down for _, d in done),
+            bytes_up=sum(d.bytes_up for _, d in done),
+            flops=sum(flops.values()),
+            predicted_peak_bytes=max(plan.costs[client_id].peak_bytes for client_id, _ in done),
+            simulated_seconds=max(_simulated(plan.clients[i], flops[i], d) for i, d in done),
+            seconds=seconds,
+        )
+
+
+def _simulated(client: ClientInfo, flops: float, done: _Done) -> float:
+    transfer = (done.bytes_down + done.bytes_up) / client.bandwidth_bytes_per_second
+    return flops / client.flops_per_second + transfer
+
+
+def _means(metrics: list[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    names = sorted({name for m in metrics for name in m})
+    sums = {name: [m[name] for m in metrics if name in m] for name in names}
+    return {
+        name: sum(value for value, _ in pairs) / max(sum(weight for _, weight in pairs), 1e-300)
+        for name, pairs in sums.items()
+    }

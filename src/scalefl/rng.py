@@ -1,0 +1,42 @@
+"""Every random number is a function of a seed and of the place where it is used.
+
+`derive(seed, "batches", round, client)` names a stream; nothing else in the package draws from a
+global generator. Dropout and users' model factories do read the global generators, so `seeded`
+sets them for the length of a block and puts them back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+def derive(seed: int, *path: str | int) -> int:
+    """A seed for the stream at `path`: 63 bits, equal on every machine, independent between paths."""
+    digest = hashlib.blake2b(repr((seed, path)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(seed: int, *path: str | int) -> torch.Generator:
+    """A torch generator for the stream at `path`."""
+    return torch.Generator().manual_seed(derive(seed, *path))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Set torch's, NumPy's and Python's global generators inside the block; restore them after it."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

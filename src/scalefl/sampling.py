@@ -1,0 +1,59 @@
+"""Which clients take part in a round."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from scalefl.errors import EmptyCohort
+from scalefl.memory import MIB
+from scalefl.rng import derive
+from scalefl.types import ClientInfo, Population, ServerState
+
+
+class Sampler(Protocol):
+    """Chooses the cohort of a round."""
+
+    def __call__(self, population: Population, floor_bytes: int, state: ServerState) -> list[ClientInfo]:
+        """Clients with data and at least `floor_bytes` of memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class UniformSampler:
+    """`count` clients at random, without replacement, among those that can take part (all of them if fewer)."""
+
+    count: int
+
+    def __call__(self, population: Population, floor_bytes: int, state: ServerState) -> list[ClientInfo]:
+        """The round's cohort. Clients are looked at one by one until enough can take part.
+
+        Raises:
+            EmptyCohort: no client has both data and the memory.
+        """
+        cohort: list[ClientInfo] = []
+        for index in _shuffled(len(population), derive(state.seed, "cohort", state.round)):
+            if len(cohort) == self.count:
+                break
+            client = population[index]
+            if client.num_examples > 0 and client.memory_bytes >= floor_bytes:
+                cohort.append(client)
+        if not cohort:
+            raise EmptyCohort(
+                f"round {state.round + 1}: taking part needs {floor_bytes / MIB:.1f} MiB and at least one example; "
+                f"the largest of {len(population)} clients offers {population.largest_memory_bytes / MIB:.1f} MiB. "
+                "More blocks, smaller micro-batches or a smaller batch lower the need"
+            )
+        return cohort
+
+
+def _shuffled(count: int, seed: int) -> Iterator[int]:
+    """0 … count−1 in random order, holding only what has been drawn (a sparse Fisher-Yates shuffle)."""
+    draw = random.Random(seed)
+    moved: dict[int, int] = {}
+    for i in range(count):
+        j = draw.randrange(i, count)
+        yield moved.get(j, j)
+        moved[j] = moved.pop(i, i)

@@ -1,0 +1,82 @@
+"""What the server does with the round's mean: take it, or treat the difference as a gradient.
+
+Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021 (algorithm 2), for FedAdam; Hsu et al.,
+"Measuring the Effects of Non-Identical Data Distribution", 2019, for FedAvgM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import torch
+from torch import Tensor
+
+from scalefl.types import RoundPlan, ServerState, Totals
+
+
+class Average(msgspec.Struct, frozen=True, tag_field="kind", tag="average", forbid_unknown_fields=True):
+    """The mean replaces the parameters (FedAvg)."""
+
+    def update(self, old: Tensor, mean: Tensor, history: dict[str, Tensor]) -> Tensor:
+        """The mean itself."""
+        return mean
+
+
+class FedAvgM(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="fedavgm", forbid_unknown_fields=True):
+    """Momentum on the server: v ← βv + Δ, θ ← θ + ηv."""
+
+    lr: float = 1.0
+    momentum: float = 0.9
+
+    def update(self, old: Tensor, mean: Tensor, history: dict[str, Tensor]) -> Tensor:
+        """One step along the accumulated difference."""
+        delta = mean - old
+        history["momentum"] = history.get("momentum", torch.zeros_like(old)) * self.momentum + delta
+        return old + self.lr * history["momentum"]
+
+
+class FedAdam(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="fedadam", forbid_unknown_fields=True):
+    """Adam on the server, without bias correction as in the paper."""
+
+    lr: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def update(self, old: Tensor, mean: Tensor, history: dict[str, Tensor]) -> Tensor:
+        """One Adam step along the difference."""
+        delta = mean - old
+        first = self.beta1 * history.get("first", torch.zeros_like(old)) + (1 - self.beta1) * delta
+        second = self.beta2 * history.get("second", torch.zeros_like(old)) + (1 - self.beta2) * delta.square()
+        history["first"], history["second"] = first, second
+        return old + self.lr * first / (second.sqrt() + self.tau)
+
+
+ServerOptimizer = Average | FedAvgM | FedAdam
+
+
+def apply_mean(
+    optimizer: ServerOptimizer, state: ServerState, plan: RoundPlan, total: Totals
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The global tensors after a round, and the optimizer's history.
+
+    Parameters go through the optimizer. Norm statistics and integer counters are no gradients: their weighted
+    mean (rounded, for integers) is taken as it is. What nobody trained keeps its bits.
+    """
+    trained = frozenset().union(*(step.trainable for task in plan.tasks for step in set(task.steps)))
+    params = dict(state.params)
+    history = dict(state.aux.tensors)
+    for name, mean in total.mean(state.params).items():
+        if name in trained:
+            own = _history(history, name)
+            params[name] = optimizer.update(state.params[name], mean, own)
+            history.update({f"server.{kind}.{name}": t for kind, t in own.items()})
+        else:
+            params[name] = mean
+    return params, history
+
+
+def _history(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    kinds = ("momentum", "first", "second")
+    return {kind: tensors[key] for kind in kinds if (key := f"server.{kind}.{name}") in tensors}

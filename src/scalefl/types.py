@@ -1,0 +1,320 @@
+"""The nouns of a federated run, and the two seams: `Method` (what is trained) and `Engine` (where clients live)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from scalefl.errors import ConfigError
+from scalefl.memory import Cost
+from scalefl.models.spec import ModelSpec
+from scalefl.params import Params
+from scalefl.parts import Part, Taps
+from scalefl.problem import Batch, Problem, Weighted
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWork:
+    """What each selected client does in a round: a hyperparameter of the run, equal for all clients.
+
+    Args:
+        epochs: passes over the client's data.
+        batch_size: examples in a step. A trailing batch of one example is skipped where the epoch has others,
+            since batch norm cannot normalise it.
+        lr, momentum, weight_decay: SGD.
+        lr_schedule, lr_rounds: how the rate falls over the run's rounds, to zero at `lr_rounds`.
+        clip_norm: largest norm of the gradient; 0 turns clipping off.
+        prox: μ of the FedProx term μ/2·‖θ − θ⁽ʳ⁾‖² (Li et al., MLSys 2020, eq. 2); 0 turns it off.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    lr_schedule: Schedule = "constant"
+    lr_rounds: int = 0
+    clip_norm: float = 0.0
+    prox: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ConfigError(f"epochs ({self.epochs}) and batch_size ({self.batch_size}) must be at least 1")
+        numbers = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay", "clip_norm", "prox")}
+        for name, value in numbers.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be a finite number, at least 0, not {value}")
+        if self.lr_schedule != "constant" and self.lr_rounds < 1:
+            raise ConfigError(f"lr_schedule = {self.lr_schedule!r} needs lr_rounds, the length of the run")
+
+    def at_round(self, round: int) -> LocalWork:
+        """The same work with the learning rate of that round and no schedule left."""
+        if self.lr_schedule == "constant":
+            return self
+        done = min(round / self.lr_rounds, 1.0)
+        factor = 1 - done if self.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return replace(self, lr=self.lr * factor, lr_schedule="constant", lr_rounds=0)
+
+
+@dataclass(frozen=True)
+class Means:
+    """How a client does its work within its memory: chosen for each client.
+
+    Args:
+        micro_batch_size: examples in memory at once; gradients are accumulated over a batch. None: the batch.
+    """
+
+    micro_batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the server knows of a client.
+
+    Args:
+        id: its number.
+        num_examples: training examples it holds.
+        memory_bytes: bytes that training may add to its warmed-up worker.
+        device: the name of its memory class.
+        flops_per_second, bandwidth_bytes_per_second: its speed, for simulated time.
+    """
+
+    id: int
+    num_examples: int
+    memory_bytes: int
+    device: str = "device"
+    flops_per_second: float = math.inf
+    bandwidth_bytes_per_second: float = math.inf
+
+
+class Population(Protocol):
+    """All clients, described lazily: nothing is held for those that nobody asks about."""
+
+    @property
+    def smallest_memory_bytes(self) -> int:
+        """The least that any client has."""
+        ...
+
+    @property
+    def largest_memory_bytes(self) -> int:
+        """The most that any client has."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> ClientInfo: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One piece of local training: a part of the model, what trains in it, and towards what.
+
+    Args:
+        part: what runs.
+        trainable: parameters that receive gradients.
+        moving: what is uploaded: `trainable` and the statistics of norms in train mode.
+        coefficients: numbers from which `Method.objective` makes the objective.
+        work, means: what to do, and how.
+    """
+
+    part: Part
+    trainable: frozenset[str]
+    moving: frozenset[str]
+    coefficients: tuple[tuple[str, float], ...]
+    work: LocalWork
+    means: Means = Means()
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """What one client is asked to do in one round: its steps, one after another."""
+
+    client_id: int
+    round: int
+    steps: tuple[Step, ...]
+    seed: int
+
+    @property
+    def moving(self) -> frozenset[str]:
+        """Everything that the task uploads."""
+        return frozenset().union(*(step.moving for step in self.steps))
+
+
+Window = tuple[Tensor | None, ...]
+"""Where a submodel's tensor lies in the global one: the indices along each dimension, None for all of them."""
+
+Coords = Mapping[str, Window | None]
+"""The window of each tensor that a client gets; None for the whole tensor."""
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """A round before it happens.
+
+    Args:
+        stage: what the round trains, for people.
+        tasks: one for each client of the cohort that takes part.
+        coords: where each client's tensors lie in the global ones; never leaves the server.
+        costs: predicted cost of each client's task (its dearest step).
+        rungs: by which part and means each client takes part, for people.
+        clients: the cohort.
+    """
+
+    stage: str
+    tasks: tuple[ClientTask, ...]
+    coords: Mapping[int, Coords]
+    costs: Mapping[int, Cost]
+    rungs: Mapping[int, str]
+    clients: Mapping[int, ClientInfo]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a task took."""
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What a client sends back: exactly the moving tensors, its weight in the mean, and sums of its metrics."""
+
+    client_id: int
+    params: Params
+    num_examples: int
+    metrics: Mapping[str, tuple[float, float]]
+    receipt: Receipt
+
+
+@dataclass(frozen=True)
+class ClientLoss:
+    """A client that failed: who, when and why."""
+
+    client_id: int
+    round: int
+    cause: str
+    receipt: Receipt = Receipt()
+
+
+@dataclass(frozen=True)
+class Aux:
+    """A method's own history: tensors and JSON values, saved with the state."""
+
+    tensors: Params = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that changes in a run, beside what it is about.
+
+    Args:
+        model, problem: what is trained; they do not change.
+        params: the global tensors, attachments included.
+        round: rounds done.
+        seed: the seed of the run, from which every random number is derived.
+        aux: the method's own history.
+    """
+
+    model: ModelSpec
+    problem: Problem
+    params: Params
+    round: int
+    seed: int
+    aux: Aux = Aux()
+
+
+class Objective(Protocol):
+    """What a step minimises: a sum over samples, and terms that couple the samples of a batch. Hashable."""
+
+    def __hash__(self) -> int: ...
+
+    def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Weighted:
+        """A sum over the examples and its weight."""
+        ...
+
+    def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
+        """A scalar that is added to the batch's mean loss; None where there is none."""
+        ...
+
+
+class Choice(NamedTuple):
+    """Something that a client may be asked to do: the step, its cost, and its name for people ("block 2")."""
+
+    step: Step
+    cost: Cost
+    label: str
+
+    @property
+    def rung(self) -> str:
+        """The label with the means."""
+        micro, batch = self.step.means.micro_batch_size, self.step.work.batch_size
+        return self.label if micro in (None, batch) else f"{self.label}, micro-batch {micro}"
+
+
+class Totals(Protocol):
+    """What `Method.aggregate` receives: see `scalefl.aggregate.Total`."""
+
+    def mean(self, base: Params) -> dict[str, Tensor]:
+        """The coordinate-wise weighted mean of what moved, and `base` elsewhere; only names that moved."""
+        ...
+
+
+class Method(Protocol):
+    """Who trains which coordinates of the global model, minimising what.
+
+    An instance is frozen and is its own hyperparameters; everything that changes is in `ServerState`.
+    """
+
+    @property
+    def work(self) -> LocalWork:
+        """What each client does."""
+        ...
+
+    def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
+        """The state before the first round."""
+        ...
+
+    def menu(self, state: ServerState) -> list[Choice]:
+        """Everything that clients may be asked to do over the run, each by the means that need least memory."""
+        ...
+
+    def floor_bytes(self, state: ServerState) -> int:
+        """The memory gate: the least that a client needs to take part in this round."""
+        ...
+
+    def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
+        """Who does what in this round."""
+        ...
+
+    def objective(self, step: Step) -> Objective:
+        """What a step minimises; called where the client runs."""
+        ...
+
+    def aggregate(self, state: ServerState, plan: RoundPlan, total: Totals) -> ServerState:
+        """The state after the round."""
+        ...
+
+    def deploy(self, state: ServerState) -> tuple[ModelSpec, Params]:
+        """What is evaluated and exported."""
+        ...
+
+
+class Engine(Protocol):
+    """Where clients live."""
+
+    def population(self) -> Population:
+        """The clients there are now."""
+        ...
+
+    def fit(self, method: Method, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[ClientUpdate | ClientLoss]:
+        """Run the tasks, in any order; orders are drawn as workers fall free, results yielded as they come."""
+        ...
