@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full check format wheel-test clean help
+.PHONY: demo test test-full check format clean help bench-accuracy bench-tuning bench-engine
 
 help:
 	@echo "make demo       run the main job: three methods on 50 simulated clients, under 3 minutes"
 	@echo "make test       the tests (make test-full adds the slow ones)"
 	@echo "make check      lint, types, import contracts"
 	@echo "make format     format the code"
-	@echo "make bench-…    experiments behind docs/benchmarks: bench-accuracy, bench-engine"
+	@echo "make bench-…    experiments behind docs/benchmarks: bench-accuracy, bench-tuning, bench-engine"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ScaleFL needs Python 3.11 or newer")'
@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/scalefl plan examples/demo.toml
 	$(BIN)/scalefl run examples/demo.toml --overwrite
-	$(BIN)/scalefl run examples/demo-fedavg.toml --overwrite
-	$(BIN)/scalefl run examples/demo-fedavg-micro.toml --overwrite
+	$(BIN)/scalefl run examples/demo.toml --overwrite --set name=demo-fedavg --set 'method={name="fedavg"}'
+	$(BIN)/scalefl run examples/demo.toml --overwrite --set name=demo-fedavg-micro \
+		--set 'method={name="fedavg", smallest_micro_batch=4}'
 	$(BIN)/scalefl report runs/demo-scalefl runs/demo-fedavg runs/demo-fedavg-micro
 
 test: $(STAMP)
@@ -45,3 +46,10 @@ format: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# Experiments: minutes to hours; small results are committed in docs/benchmarks. SCALEFL_DATA names the data folder.
+bench-accuracy bench-tuning: bench-%: $(STAMP)
+	$(BIN)/python benchmarks/grid.py benchmarks/$*.toml --out docs/benchmarks/$*
+
+bench-engine: $(STAMP)
+	$(BIN)/python benchmarks/engine.py --out docs/benchmarks/engine

@@ -73,8 +73,8 @@ class Total:
             total = self._sums[name] = self._zero(name, window is not None)
         elif window is not None and not isinstance(total.weight, Tensor):
             total.weight = torch.full(total.fine.shape, total.weight, dtype=torch.int64)
-        value = tensor.to(torch.float64).mul_(weight / self._scale)
-        if tensor.numel() and float(tensor.abs().max()) > FINE_LIMIT:
+        value = tensor.to(torch.float64, copy=True).mul_(weight / self._scale)
+        if _largest(tensor) > FINE_LIMIT:
             coarse = (value / COARSE).round_()
             if total.coarse is None:
                 total.coarse = torch.zeros_like(total.fine)
@@ -107,8 +107,22 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if dtype.is_floating_point else value.round_().to(dtype)
 
 
-def check(task: ClientTask, update: ClientUpdate, expected: Mapping[str, Tensor]) -> None:
+def _largest(tensor: Tensor) -> float:
+    """The largest size of a value, NaN if there is one; not by `abs`, which the smallest integer overflows."""
+    if not tensor.numel():
+        return 0.0
+    low, high = tensor.aminmax()
+    return max(-float(low), float(high))
+
+
+def check(task: ClientTask, update: ClientUpdate, expected: Mapping[str, Tensor], num_examples: int) -> None:
     """Refuse what must not enter the mean.
+
+    Args:
+        task: what was asked for.
+        update: what came.
+        expected: the global tensors under its names; only shapes and dtypes are read.
+        num_examples: of the client, as the round was planned with: it may not claim a larger weight.
 
     Raises:
         BadUpdate: a name is missing or foreign, a shape or dtype differs, or a value is not finite (or so large
@@ -118,13 +132,13 @@ def check(task: ClientTask, update: ClientUpdate, expected: Mapping[str, Tensor]
     def refuse(name: str, why: str) -> BadUpdate:
         return BadUpdate(update.client_id, task.round, name, why)
 
-    if update.num_examples < 1:
-        raise refuse("num_examples", f"{update.num_examples} is not a weight")
+    if not 1 <= update.num_examples <= num_examples:
+        raise refuse("num_examples", f"{update.num_examples} is not a weight from 1 to {num_examples}")
     for name in sorted(update.params.keys() ^ task.moving):
         raise refuse(name, "missing" if name in task.moving else "not asked for")
     for name, tensor in update.params.items():
         wanted = expected[name]
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             raise refuse(name, f"{tensor.dtype} {tuple(tensor.shape)}, not {wanted.dtype} {tuple(wanted.shape)}")
-        if tensor.numel() and not float(tensor.abs().max()) < LIMIT:
+        if not _largest(tensor) < LIMIT:
             raise refuse(name, "holds NaN, infinity or values beyond 4e12")

@@ -106,9 +106,11 @@ class Blocks:
         if span.first == 0 or count == 0:
             return []
         block = self.units(Span(span.first - 1, span.first - 1))
-        before = [layer for layer in self.partition.layers if self.partition.unit_of[layer[1][0]] in block]
         found: list[tuple[str, tuple[str, ...]]] = []
-        for layer in reversed(before):
+        for path, names in reversed(self.partition.layers):
+            layer = (path, tuple(name for name in names if self.partition.unit_of[name] in block))
+            if not layer[1]:
+                continue
             found.append(layer)
             if layer[0] not in self.partition.norms:
                 count -= 1

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +22,8 @@ VERSION = 1
 _PARAMS, _AUX = "params/", "aux/"
 
 
-def save_state(path: Path, state: ServerState, extra: Mapping[str, Any] | None = None) -> None:
-    """Write `state` and some JSON values to `path`; until that has worked, what was there stays.
+def save_state(path: Path, state: ServerState) -> None:
+    """Write `state` to `path`; until that has worked, what was there stays. Equal states make equal bytes.
 
     Raises:
         CheckpointError: the file cannot be written (a full disk, no permission).
@@ -33,33 +31,35 @@ def save_state(path: Path, state: ServerState, extra: Mapping[str, Any] | None =
     tensors = {_PARAMS + name: t for name, t in state.params.items()}
     tensors |= {_AUX + name: t for name, t in state.aux.tensors.items()}
     header = {
+        "format": FORMAT,
+        "version": VERSION,
         "round": state.round,
         "seed": state.seed,
         "aux": dict(state.aux.values),
-        "extra": dict(extra or {}),
     }
-    metadata = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(header)}
+    # One key: safetensors writes several in an order that differs from process to process.
+    metadata = {"scalefl": json.dumps(header)}
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
     write_whole(path, safetensors.torch.save(contiguous, metadata))
 
 
-def load_state(path: Path, model: ModelSpec, problem: Problem) -> tuple[ServerState, dict[str, Any]]:
-    """The state in `path` and the JSON values saved with it.
+def load_state(path: Path, model: ModelSpec, problem: Problem) -> ServerState:
+    """The state in `path`.
 
     Raises:
         CheckpointError: the file is missing, truncated, not ours, or from a newer version.
     """
     metadata, tensors = _read(path)
-    if metadata.get("format") != FORMAT:
+    header = json.loads(metadata.get("scalefl", "{}"))
+    if header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is a safetensors file, but not a ScaleFL state")
-    version = int(metadata.get("version", "0"))
-    if version > VERSION:
-        raise CheckpointError(f"{path} has format version {version}; this ScaleFL reads up to {VERSION}: upgrade it")
-    header = json.loads(metadata["state"])
+    if header["version"] > VERSION:
+        raise CheckpointError(
+            f"{path} has format version {header['version']}; this ScaleFL reads up to {VERSION}: upgrade it"
+        )
     params = {n.removeprefix(_PARAMS): t for n, t in tensors.items() if n.startswith(_PARAMS)}
     aux = {n.removeprefix(_AUX): t for n, t in tensors.items() if n.startswith(_AUX)}
-    state = ServerState(model, problem, params, header["round"], header["seed"], Aux(aux, header["aux"]))
-    return state, header["extra"]
+    return ServerState(model, problem, params, header["round"], header["seed"], Aux(aux, header["aux"]))
 
 
 def write_whole(path: Path, content: bytes) -> None:

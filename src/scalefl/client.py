@@ -67,7 +67,7 @@ def _train(
 ) -> dict[str, tuple[float, float]]:
     """Train through all epochs; return the last epoch's loss and accuracy as (sum, weight)."""
     sums: dict[str, list[Tensor | int]] = {}
-    with residents[step.part.model].holding(step.part, params, step.trainable) as (runner, trained):
+    with residents[step.part.model].holding(step.part, params, step.trainable, step.moving) as (runner, trained):
         optimizer = SGD(trained, step.work)
         for epoch in range(step.work.epochs):
             sums = {}
@@ -86,7 +86,7 @@ def train_batch(
 ) -> dict[str, tuple[Tensor, int]]:
     """One optimizer step on one batch, in micro-batches where `means` says so; returns summed metrics.
 
-    Terms that couple samples are computed in each micro-batch and weighted by its share of the batch.
+    Terms that couple samples are computed in each micro-batch and weighted by its share of the batch's weight.
     """
     optimizer.zero_grad()
     rows = num_rows(batch)
@@ -100,7 +100,7 @@ def train_batch(
         objective_value = loss / rows
         coupled = objective.batch_terms(taps, micro, problem)
         if coupled is not None:
-            objective_value = objective_value + coupled * (num_rows(micro) / rows)
+            objective_value = objective_value + coupled * (weight / rows)
         objective_value.backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             _accumulate(sums, problem.metrics(taps.logits.detach(), micro))
@@ -122,7 +122,7 @@ def _batches(examples: Batch, size: int, seed: int, problem: Problem) -> Iterato
     order = torch.randperm(num_rows(examples), generator=generator(seed, "order"))
     augmentation = generator(seed, "augmentation")
     for i, rows in enumerate(torch.split(order, size)):
-        if len(rows) > 1 or i == 0:
+        if len(rows) > 1 or i == 0 or size == 1:
             yield problem.augment(take(examples, rows), augmentation)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -157,7 +157,8 @@ def make_config(raw: Mapping[str, Any]) -> Config:
 
 def to_plain(config: Config) -> dict[str, Any]:
     """A config as JSON values, every default spelled out."""
-    return cast(dict[str, Any], msgspec.to_builtins(config))
+    # asdict: msgspec leaves out what a dataclass instance has from its class, which is every default.
+    return cast(dict[str, Any], msgspec.to_builtins(asdict(config)))
 
 
 def convert(raw: Any, target: type[T], where: str) -> T:

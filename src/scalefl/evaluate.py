@@ -88,12 +88,14 @@ def rows_by_distribution(labels: Tensor, shares: Tensor, seed: int, count: int |
 
     Args:
         labels: [N].
-        shares: [K], summing to 1.
+        shares: [K]; those of labels that no row has are left out.
         seed: of the draw.
         count: how many rows, at most; None: as many as the rarest label allows.
     """
     available = torch.bincount(labels, minlength=len(shares)).double()
-    wanted = shares > 0
+    wanted = (shares > 0) & (available > 0)
+    shares = torch.where(wanted, shares, 0.0)
+    shares = shares / shares.sum().clamp(min=1e-12)
     possible = float((available[wanted] / shares[wanted]).min()) if bool(wanted.any()) else 0.0
     total = possible if count is None else min(possible, float(count))
     take = _largest_remainders(shares * total, int(total + 1e-9))

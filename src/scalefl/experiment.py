@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
+from scalefl.blocks import blocks_by_count
 from scalefl.checkpoint import load_state, save_state, write_whole
 from scalefl.client import Residents
 from scalefl.config import Config, make_config, to_plain
 from scalefl.data import FederatedData, Natural, PartitionedData, load
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
-from scalefl.errors import CheckpointError, ConfigError
+from scalefl.errors import CheckpointError, ConfigError, DataError
 from scalefl.evaluate import evaluate, nhsic_plane, rows_by_distribution, stratified_rows
 from scalefl.federate import federate
 from scalefl.memory import Cost
@@ -30,52 +31,14 @@ from scalefl.params import Params
 from scalefl.partition import Cut, partition
 from scalefl.plan import MemoryPlan, memory_plan
 from scalefl.planner import full_step, step_cost
-from scalefl.problem import Batch, Problem, take
+from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive
+from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
 from scalefl.sampling import UniformSampler
 from scalefl.types import Method, ServerState
 
-FORMAT = "scalefl-run"
-VERSION = 1
 LOW_MEMORY_CLIENTS = 1000
 """So many clients, at most, are asked for the label distribution of low-memory clients."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The files of a run."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved config and the format version."""
-        return self.path / "config.json"
-
-    @property
-    def environment(self) -> Path:
-        """Versions and machine."""
-        return self.path / "environment.json"
-
-    @property
-    def plan(self) -> Path:
-        """The memory plan."""
-        return self.path / "plan.json"
-
-    @property
-    def journal(self) -> Path:
-        """One line for each round."""
-        return self.path / "journal.jsonl"
-
-    @property
-    def state(self) -> Path:
-        """The last saved state."""
-        return self.path / "state.safetensors"
-
-    @property
-    def summary(self) -> Path:
-        """The final figures; exists once the run is done."""
-        return self.path / "summary.json"
 
 
 class Experiment:
@@ -88,6 +51,9 @@ class Experiment:
         self.problem: Problem = loaded.problem
         self.model: ModelSpec = config.make_model(self.problem)
         self.data, self.population = self._clients(loaded)
+        for split in ("validation", "test"):
+            if not num_rows(getattr(self.data, split)):
+                raise DataError(f"the {split} data is empty: there is nothing to measure accuracy on")
 
     @cached_property
     def full_cost(self) -> Cost:
@@ -134,8 +100,6 @@ class Experiment:
 
     def plane_cuts(self, model: ModelSpec) -> tuple[tuple[Cut, ...], str | None]:
         """Where the nHSIC plane is read, and the module that stands for the input."""
-        from scalefl.blocks import blocks_by_count
-
         wanted = self.config.evaluation.plane_cuts
         if isinstance(wanted, tuple):
             found = partition(model, self.problem, wanted)
@@ -173,10 +137,10 @@ def run(config: Config, folder: Path, *, resume: bool = False) -> dict[str, Any]
     """Run a config into a folder and return its summary; see `run_rounds`."""
     for _ in run_rounds(Experiment(config), folder, resume=resume):
         pass
-    return read_summary(folder)
+    return read_json(RunFolder(folder).summary)
 
 
-def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) -> Iterator[RunProgress]:
+def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) -> Generator[RunProgress]:
     """Run round by round, yielding after each. Whatever stops it, what was saved last is whole and can be resumed.
 
     Args:
@@ -189,7 +153,8 @@ def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) ->
         CheckpointError: the folder cannot be resumed from or written to.
     """
     config, files = experiment.config, RunFolder(folder)
-    state = _resumed(experiment, files) if resume and files.config.exists() else _started(experiment, files)
+    again = resume and files.config.exists()
+    state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
     residents = Residents()
     with LocalEngine(
         experiment.data,
@@ -200,17 +165,17 @@ def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) ->
         observer = _Observer(experiment, residents)
         if state.round == 0 and not files.state.exists():
             _append(files.journal, {"round": 0, **observer.observe(state)})
-            _save(files, state)
+            save_state(files.state, state)
         rounds = federate(experiment.method, engine, UniformSampler(config.clients_per_round), state)
         while state.round < config.rounds:
             state, record = next(rounds)
             line = {**asdict(record), **observer.observe(state)}
             _append(files.journal, line)
             if state.round % config.save_every == 0 or state.round == config.rounds:
-                _save(files, state)
+                save_state(files.state, state)
             yield RunProgress(line, config.rounds)
         if not files.summary.exists():
-            _write_json(files.summary, observer.conclude(state, read_journal(folder)))
+            _write_json(files.summary, observer.conclude(state, files.read_journal()))
 
 
 def deployed(folder: Path) -> tuple[ModelSpec, Params]:
@@ -221,7 +186,7 @@ def deployed(folder: Path) -> tuple[ModelSpec, Params]:
     """
     files = RunFolder(folder)
     experiment = Experiment(read_config(folder))
-    state, _ = load_state(files.state, experiment.model, experiment.problem)
+    state = load_state(files.state, experiment.model, experiment.problem)
     model, params = experiment.method.deploy(_with_model(experiment, state))
     return model, params
 
@@ -232,32 +197,7 @@ def read_config(folder: Path) -> Config:
     Raises:
         CheckpointError: there is no run in the folder, or it is of a newer format.
     """
-    content = _read_json(RunFolder(folder).config)
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} is not the folder of a run")
-    if content.get("version", 0) > VERSION:
-        raise CheckpointError(f"{folder} has format version {content['version']}; this ScaleFL reads up to {VERSION}")
-    return make_config(content["config"])
-
-
-def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The journal's lines; a half-written last line (a run killed in the act) is left out."""
-    lines = []
-    for text in RunFolder(folder).journal.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The final figures of a finished run.
-
-    Raises:
-        CheckpointError: the run is not finished.
-    """
-    return _read_json(RunFolder(folder).summary)
+    return make_config(RunFolder(folder).read_settings())
 
 
 class _Observer:
@@ -316,8 +256,8 @@ def _load_data(config: Config) -> Any:
     return load(config.data.source, natural_ids=by.column if isinstance(by, Natural) else None)
 
 
-def _started(experiment: Experiment, files: RunFolder) -> ServerState:
-    if files.path.exists() and any(files.path.iterdir()):
+def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> ServerState:
+    if files.path.exists() and any(files.path.iterdir()) and not (resume and files.only_begun()):
         raise ConfigError(
             f"{files.path} is not empty: resume the run in it (--resume), remove it (--overwrite), "
             "or give this one another name (--set name=...)"
@@ -343,22 +283,17 @@ def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
     if not files.state.exists():  # it was killed before its first save
         files.journal.unlink(missing_ok=True)
         return experiment.initial_state()
-    state, extra = load_state(files.state, experiment.model, experiment.problem)
-    # What was journalled after the last save is done again.
-    with files.journal.open("r+b") as journal:
-        journal.truncate(extra["journal_bytes"])
+    state = load_state(files.state, experiment.model, experiment.problem)
+    kept = [line for line in files.read_journal() if line["round"] <= state.round]  # later rounds are done again
+    if [line["round"] for line in kept] != list(range(state.round + 1)):
+        raise CheckpointError(f"{files.journal} is damaged: it lacks rounds that {files.state.name} has")
+    write_whole(files.journal, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return _with_model(experiment, state)
 
 
 def _with_model(experiment: Experiment, state: ServerState) -> ServerState:
     """A loaded state with the model that the method trains, which may not be the configured one."""
-    from dataclasses import replace
-
     return replace(state, model=experiment.initial_state().model)
-
-
-def _save(files: RunFolder, state: ServerState) -> None:
-    save_state(files.state, state, {"journal_bytes": files.journal.stat().st_size})
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:
@@ -373,15 +308,6 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: not a run, or not a finished one") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def environment() -> dict[str, Any]:

@@ -47,7 +47,8 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan)
             continue
         task, coords = tasks[answer.client_id], plan.coords[answer.client_id]
         try:
-            check(task, answer, extract(state.params, {name: coords[name] for name in task.moving}))
+            expected = extract(state.params, {name: coords[name] for name in task.moving})
+            check(task, answer, expected, plan.clients[answer.client_id].num_examples)
         except BadUpdate as error:
             tally.lose(ClientLoss(answer.client_id, task.round, f"{error.name}: {error.why}", answer.receipt))
             continue

@@ -35,7 +35,8 @@ def centred_kernel(features: Tensor, sigma: float = SIGMA) -> Tensor:
     gram_BB = a_BD @ a_BD.T
     distances_BB = (squares_B[:, None] + squares_B[None, :] - 2 * gram_BB).clamp(min=0)
     off_diagonal_BB = 1 - torch.eye(len(a_BD), dtype=a_BD.dtype, device=a_BD.device)
-    k_BB = torch.exp(-distances_BB * off_diagonal_BB / (2 * sigma**2 * a_BD.shape[1]))
+    # K − 1: centring takes any constant away, and next to 1 a kernel of near samples would lose its digits.
+    k_BB = torch.expm1(-distances_BB * off_diagonal_BB / (2 * sigma**2 * a_BD.shape[1]))
     return k_BB - k_BB.mean(0) - k_BB.mean(1, keepdim=True) + k_BB.mean()
 
 
@@ -61,7 +62,7 @@ def normalised(ka_BB: Tensor, kb_BB: Tensor, form: Form = "cka") -> Tensor:
 
 
 def _cka(ka_BB: Tensor, kb_BB: Tensor) -> Tensor:
-    # Below the rounding error of a kernel (entries are about 1) there is no structure left to compare.
+    # Samples this close differ by the rounding of the layers before, not by structure: nothing to compare.
     floor = len(ka_BB) * 4 * torch.finfo(ka_BB.dtype).eps
     norms = [_safe_norm(k_BB, floor) for k_BB in (ka_BB, kb_BB)]
     return (ka_BB / norms[0] * (kb_BB / norms[1])).sum()

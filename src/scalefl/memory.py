@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalefl.torch_private import FakeTensorMode, TorchDispatchMode
+from scalefl.torch_private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    TorchDispatchMode,
+)
 
 Term = Literal["weights", "gradients", "optimizer", "activations"]
 TERMS: tuple[Term, ...] = ("weights", "gradients", "optimizer", "activations")
@@ -56,6 +61,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.term: Term = "activations"
         self.live: Counter[Term] = Counter()
         self.peak: Counter[Term] = Counter()
+        self._clock = self._peak_at = 0
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, list[Any]] = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
@@ -75,6 +81,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 entry = self._known[storage]
                 self.live[entry[0]] -= entry[1]
                 self.live[term] += entry[1]
+                if entry[2] <= self._peak_at:  # it was there at the peak, under the wrong name
+                    self.peak[entry[0]] -= entry[1]
+                    self.peak[term] += entry[1]
                 entry[0] = term
             else:
                 self._follow(storage, term)
@@ -82,6 +91,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self._clock += 1
         result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else (result,)
         for output in outputs:
@@ -91,7 +101,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _follow(self, storage: torch.UntypedStorage, term: Term) -> None:
-        entry: list[Any] = [term, storage.nbytes()]
+        entry: list[Any] = [term, storage.nbytes(), self._clock]
         self._known[storage] = entry
         self.live[term] += entry[1]
         weakref.finalize(storage, self._release, entry)
@@ -101,14 +111,26 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, scratch: int) -> None:
         if self.live.total() + scratch > self.peak.total():
-            self.peak = self.live.copy()
+            self.peak, self._peak_at = self.live.copy(), self._clock
             self.peak["activations"] += scratch
 
 
 def predict(step: Callable[[Ledger], None], num_examples: int) -> Cost:
-    """The cost of `step`, which builds its own tensors, runs under fake tensors, and files them in the ledger."""
+    """The cost of `step`, which builds its own tensors and files them in the ledger; it runs on fake tensors.
+
+    Control flow that depends on data can't run on fake tensors: such a step is done for real, on zeros.
+    """
+    try:
+        return _watched(step, num_examples, FakeTensorMode(allow_non_fake_inputs=True))
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return _watched(step, num_examples, contextlib.nullcontext())
+
+
+def _watched(
+    step: Callable[[Ledger], None], num_examples: int, mode: contextlib.AbstractContextManager[object]
+) -> Cost:
     ledger = Ledger()
-    with FakeTensorMode(), FlopCounterMode(display=False) as flops, ledger:
+    with mode, FlopCounterMode(display=False) as flops, ledger:
         step(ledger)
     terms = tuple((term, ledger.peak[term]) for term in TERMS)
     return Cost(ledger.peak.total(), terms, flops.get_total_flops(), num_examples)

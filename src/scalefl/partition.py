@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -26,7 +26,7 @@ from scalefl.errors import ScaleFLError, UncuttableModel
 from scalefl.models.skeleton import aliases, lay_fakes, tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Problem
-from scalefl.torch_private import FakeTensorMode
+from scalefl.torch_private import FakeTensorMode, quiet_fakes
 
 PROBE_EXAMPLES = 2
 
@@ -97,11 +97,11 @@ def partition(model: ModelSpec, problem: Problem, cuts: tuple[str, ...] | None =
 
     Raises:
         UncuttableModel: there is no such place, or a named module is missing, runs more than once, or has
-            no single floating-point output.
+            no single floating-point output, or a block would be left with nothing to train.
     """
     trace = _traced(model, problem)
     graph = _Graph(trace)
-    chosen = _automatic(trace, graph) if cuts is None else _by_hand(trace, cuts)
+    chosen = _automatic(trace, graph) if cuts is None else _by_hand(trace, graph, cuts)
     return _partition(trace, graph, chosen)
 
 
@@ -172,8 +172,8 @@ def floating(output: Any) -> list[Tensor]:
 
 def _traced(model: ModelSpec, problem: Problem) -> _Trace:
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            module = model.skeleton()
+        module = model.skeleton()
+        with quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
             lay_fakes(module)
             return _probe(module, problem)
     except ScaleFLError:
@@ -318,6 +318,8 @@ def _topological(sink: Node) -> list[Node]:
 def _automatic(trace: _Trace, graph: _Graph) -> list[_Place]:
     places = _dominating_places(trace, graph)
     if not places:
+        if sum(p.ndim >= 2 for p in trace.module.parameters()) < 2:
+            raise UncuttableModel("the model has a single weight layer: there is nothing to cut")
         raise UncuttableModel(
             "no module's output carries everything forward (skip connections or several outputs run past every "
             'one): name the cut points by hand, as module paths: blocks = ["layer1", ...]'
@@ -328,7 +330,7 @@ def _automatic(trace: _Trace, graph: _Graph) -> list[_Place]:
             f"{culprit} is used on both sides of every possible cut (tied weights?): untie it, or name the cut "
             'points by hand, as module paths: blocks = ["layer1", ...]'
         )
-    return _before_weights(trace, graph, kept)
+    return _before_weights(trace, graph, kept, trace.trainable)
 
 
 def _dominating_places(trace: _Trace, graph: _Graph) -> list[_Place]:
@@ -353,13 +355,20 @@ def _on_time(trace: _Trace, graph: _Graph, places: list[_Place]) -> list[_Place]
     An identity in a skip connection returns the tensor of a cut, but may run after the other branch.
     """
     nodes = sorted({id(place.node): place.node for place in places}.values(), key=lambda n: graph.order[id(n)])
-    unit = graph.units(nodes)
     number = {id(node): i for i, node in enumerate(nodes)}
-    needed = {name: unit[i] for i, node in enumerate(graph.nodes) if (name := trace.parameter(node))}
-    started = [(trace.calls[path].enter, min(needed.get(name, 0) for name in names)) for path, names in _layers(trace)]
-    return [
-        place for place in places if all(u <= number[id(place.node)] for enter, u in started if enter < place.call.exit)
-    ]
+    needed = _needed(trace, graph.units(nodes), graph)
+    return [place for place in places if _too_early(trace, needed, place, number[id(place.node)]) is None]
+
+
+def _needed(trace: _Trace, unit: list[int], graph: _Graph) -> dict[str, int]:
+    """The first unit that leads from each parameter."""
+    return {name: unit[i] for i, node in enumerate(graph.nodes) if (name := trace.parameter(node))}
+
+
+def _too_early(trace: _Trace, needed: Mapping[str, int], place: _Place, number: int) -> str | None:
+    """A module that has run when cut `number` is reached, though only a later unit needs its weights."""
+    done = (path for path, _ in _layers(trace) if trace.calls[path].exit < place.call.exit)
+    return next((p for p in done if any(needed.get(n, 0) > number for n in _own_parameters(trace.module, p))), None)
 
 
 def _outermost(place: _Place) -> tuple[bool, int]:
@@ -383,18 +392,52 @@ def _without_sharing(trace: _Trace, graph: _Graph, places: list[_Place]) -> tupl
     return [place for c, place in enumerate(places) if c not in bad], culprit
 
 
-def _before_weights(trace: _Trace, graph: _Graph, places: list[_Place]) -> list[_Place]:
-    """Keep the cuts that a unit with weights of its own follows: norms and activations stay with what they follow."""
+def _before_weights(
+    trace: _Trace, graph: _Graph, places: list[_Place], names: Collection[str] | None = None
+) -> list[_Place]:
+    """Keep the cuts that a unit with weights of its own follows: norms and activations stay with what they follow.
+
+    So do position embeddings and the like, which belong to a container that the cut lies in. Only weights among
+    `names` count, where they are given.
+    """
     unit = graph.units([place.node for place in places])
-    weighty = {unit[i] for i, node in enumerate(graph.nodes) if trace.parameter(node) and node.variable.ndim >= 2}
-    return [place for c, place in enumerate(places) if c + 1 in weighty and any(u <= c for u in weighty)]
+    weights: dict[int, list[str]] = {}
+    for i, node in enumerate(graph.nodes):
+        name = trace.parameter(node)
+        if name is not None and node.variable.ndim >= 2 and (names is None or name in names):
+            weights.setdefault(unit[i], []).append(name)
+    return [
+        place
+        for c, place in enumerate(places)
+        if any(u <= c for u in weights) and any(_starts_after(trace, n, place) for n in weights.get(c + 1, ()))
+    ]
 
 
-def _by_hand(trace: _Trace, paths: tuple[str, ...]) -> list[_Place]:
-    places = [_named_place(trace, path) for path in paths]
+def _starts_after(trace: _Trace, name: str, place: _Place) -> bool:
+    """Whether the owner of a parameter has not begun to run where a place is reached."""
+    call = trace.calls.get(name.rpartition(".")[0])
+    return call is not None and call.enter > place.call.exit
+
+
+def _by_hand(trace: _Trace, graph: _Graph, paths: tuple[str, ...]) -> list[_Place]:
     if len(set(paths)) < len(paths):
         raise UncuttableModel(f"cut points {list(paths)} name a module twice")
-    return sorted(places, key=lambda place: place.call.exit)
+    places = sorted((_named_place(trace, path) for path in paths), key=lambda place: place.call.exit)
+    needed = _needed(trace, graph.units([place.node for place in places]), graph)
+    for number, place in enumerate(places):
+        if early := _too_early(trace, needed, place, number):
+            raise UncuttableModel(
+                f"cut point {place.path!r} is reached only after {early!r} has run, which does not lead to it but "
+                "to what comes later: cut before the two part, or after they meet"
+            )
+    trained = {needed[name] for name in trace.trainable & needed.keys()}
+    ends = ["the input", *(repr(place.path) for place in places), "the output"]
+    for number in range(len(ends) - 1):
+        if places and number not in trained:
+            raise UncuttableModel(
+                f"cut points: between {ends[number]} and {ends[number + 1]} there is nothing to train"
+            )
+    return places
 
 
 def _named_place(trace: _Trace, path: str) -> _Place:
@@ -405,8 +448,9 @@ def _named_place(trace: _Trace, path: str) -> _Place:
         raise UncuttableModel(f"cut point {path!r} names no module that runs{hint}")
     carried = call.carried()
     if carried is None:
+        times = "once" if call.times == 1 else f"{call.times} times"
         raise UncuttableModel(
-            f"cut point {path!r} runs {call.times} times and returns {len(call.outputs)} floating-point tensors: "
+            f"cut point {path!r} runs {times} and returns {len(call.outputs)} floating-point tensors: "
             "a cut needs a module that runs once and returns one tensor with a gradient"
         )
     if carried[1] is trace.sink:
@@ -423,12 +467,15 @@ def _partition(trace: _Trace, graph: _Graph, places: list[_Place]) -> Partition:
         for path, call in trace.calls.items()
     }
     module_units[""] = (0, len(places))
-    unit_of = dict.fromkeys(tensors(module), len(places))
+    # What the graph does not show (buffers, what runs without a gradient) is needed where its owner first runs.
+    # A container that is never called may lend its buffers to anyone inside the module around it.
+    unit_of = {name: module_units.get(name.rpartition(".")[0], (len(places), 0))[0] for name in tensors(module)}
     for name, _ in module.named_buffers():
-        unit_of[name] = module_units.get(name.rpartition(".")[0], (len(places), 0))[0]
-    for i, node in enumerate(graph.nodes):
-        if own := trace.parameter(node):
-            unit_of[own] = unit[i]
+        owner = name.rpartition(".")[0]
+        while owner not in module_units:
+            owner = owner.rpartition(".")[0]
+        unit_of[name] = module_units[owner][0]
+    unit_of |= _needed(trace, unit, graph)
     everywhere = _dominating_places(trace, graph)
     features = _before_weights(trace, graph, everywhere)
     return Partition(

@@ -86,16 +86,21 @@ class Resident:
 
     @contextlib.contextmanager
     def holding(
-        self, part: Part, params: Params, trainable: frozenset[str] = frozenset()
+        self,
+        part: Part,
+        params: Params,
+        trainable: frozenset[str] = frozenset(),
+        moving: frozenset[str] = frozenset(),
     ) -> Iterator[tuple[PartRunner, dict[str, nn.Parameter]]]:
         """Lay `params` on the skeleton for the block's length; yield what runs them and what trains.
 
-        Tensors are laid on without a copy, so those that training changes must be the caller's own.
+        Parameters and `moving` buffers are laid on without a copy, so those that training changes must be the
+        caller's own.
         """
         with contextlib.ExitStack() as undo:
             undo.callback(self._skeleton.clear)
             own = {name: t for name, t in params.items() if not is_attachment(name)}
-            trained = self._skeleton.lay(own, trainable)
+            trained = self._skeleton.lay(own, trainable, moving)
             output = None
             if part.output is not None:
                 output, skeleton = self._output(part.output)

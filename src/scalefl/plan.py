@@ -73,8 +73,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         lines = [f"{self.model}, batches of {self.batch_size}"]
         for row in (self.full, *self.rows):
-            fits = ", ".join(self.fitting(row)) or "none"
-            lines.append(f"  {row.label:<14} {row.cost.peak_bytes / MIB:8.1f} MiB   fits: {fits}")
+            fits = f"   fits: {', '.join(self.fitting(row)) or 'none'}" if self.budgets else ""
+            lines.append(f"  {row.label:<28} {row.cost.peak_bytes / MIB:8.1f} MiB{fits}")
         return "\n".join(lines)
 
 

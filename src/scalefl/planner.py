@@ -33,8 +33,8 @@ def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
 
     def run(ledger: Ledger) -> None:
         with ledger.counting_as("weights"):
-            params = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in held.items()}
-        with resident.holding(step.part, params, step.trainable) as (runner, trained):
+            params = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in held.items()}
+        with resident.holding(step.part, params, step.trainable, step.moving) as (runner, trained):
             for p in trained.values():
                 p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                     lambda p: ledger.file([_grad(p)], "gradients")

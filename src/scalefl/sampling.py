@@ -34,7 +34,9 @@ class UniformSampler:
             EmptyCohort: no client has both data and the memory.
         """
         cohort: list[ClientInfo] = []
-        for index in _shuffled(len(population), derive(state.seed, "cohort", state.round)):
+        # Where not even the largest budget will do, a hundred million clients need not be asked.
+        candidates = len(population) if floor_bytes <= population.largest_memory_bytes else 0
+        for index in _shuffled(candidates, derive(state.seed, "cohort", state.round)):
             if len(cohort) == self.count:
                 break
             client = population[index]

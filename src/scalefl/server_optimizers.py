@@ -48,7 +48,9 @@ class FedAdam(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
         """One Adam step along the difference."""
         delta = mean - old
         first = self.beta1 * history.get("first", torch.zeros_like(old)) + (1 - self.beta1) * delta
-        second = self.beta2 * history.get("second", torch.zeros_like(old)) + (1 - self.beta2) * delta.square()
+        # Paper: algorithm 2 starts from v₋₁ ≥ τ².
+        before = history.get("second", torch.full_like(old, self.tau**2))
+        second = self.beta2 * before + (1 - self.beta2) * delta.square()
         history["first"], history["second"] = first, second
         return old + self.lr * first / (second.sqrt() + self.tau)
 

@@ -1,6 +1,27 @@
 """The names that this package takes from torch's private modules: all of them, and here only."""
 
-from torch._subclasses.fake_tensor import FakeTensorMode
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["FakeTensorMode", "TorchDispatchMode"]
+__all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "quiet_fakes",
+]
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Keep fake tensors from logging a traceback for an error that the caller handles."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

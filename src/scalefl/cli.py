@@ -1,0 +1,346 @@
+"""The command line. What needs torch is imported by the commands that need it, so that help comes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from click import ClickException, Context
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+from scalefl.errors import ConfigError, ScaleFLError
+from scalefl.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from scalefl.config import Config
+    from scalefl.experiment import RunProgress
+
+INTERRUPTED = 130
+MIB = 2**20
+PLAIN_WIDTH = 120
+"""Columns where the output is no terminal and nobody says how wide it is."""
+PLAIN_SECONDS = 30.0
+"""Where the output is no terminal, a line is printed at least so often, and after each tenth of the rounds."""
+
+DEFAULT_RUNS = Path("runs")
+_BASE_PROGRAM = """
+import torch, scalefl.engines.worker
+image = torch.zeros(8, 3, 32, 32)
+torch.nn.Conv2d(3, 8, 3)(image).sum().backward()
+print(open("/proc/self/status").read())
+"""
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what to say about it."""
+
+
+class _Commands(TyperGroup):
+    """Turns what goes wrong in a command into one message and an exit status."""
+
+    def invoke(self, ctx: Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ClickException, typer.Exit, typer.Abort, BrokenPipeError):
+            raise  # usage errors and ends: click's own
+        except (Exception, KeyboardInterrupt) as error:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+            typer.echo(_message(error), err=True)
+            raise typer.Exit(INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Federated learning for clients that are too small to train the model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, as work.lr=0.1; may be given several times."),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"scalefl {version('scalefl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command; `_Commands` reads `debug`."""
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved round.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run of this name.")] = False,
+    runs: Annotated[Path, typer.Option("--runs", help="The folder of all runs.")] = DEFAULT_RUNS,
+) -> None:
+    """Train as CONFIG says (a TOML file, or the config.json of a run), into a folder of the run's own."""
+    if resume and overwrite:
+        raise typer.BadParameter("--resume and --overwrite contradict each other")
+    console = _console()
+    loaded = _load(config, settings)
+    folder = runs / loaded.name
+    console.print(_headline(loaded), highlight=False)
+    try:
+        _train(console, loaded, folder, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        command = ["scalefl", "run", str(config), *(word for text in settings or () for word in ("--set", text))]
+        command += [] if runs == DEFAULT_RUNS else ["--runs", str(runs)]
+        saved = (folder / "state.safetensors").exists()
+        what = f"finished rounds are saved in {folder}" if saved else "no round was finished yet"
+        raise _Interrupted(f"interrupted; {what}. Go on with\n  {shlex.join([*command, '--resume'])}") from None
+    _conclude(console, folder)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Print what training as CONFIG says needs, and which clients can do what; train nothing."""
+    from scalefl.experiment import Experiment
+    from scalefl.report.tables import class_table, memory_table, show
+
+    experiment = Experiment(_load(config, settings))
+    found = experiment.plan().to_json()
+    classes = [
+        {"name": member.name, "budget_bytes": member.memory_bytes, "share": member.share}
+        for member in experiment.population.classes
+    ]
+    base_bytes = _base_bytes()
+    if as_json:
+        typer.echo(json.dumps({**found, "classes": classes, "base_bytes": base_bytes}, indent=2))
+        return
+    console = _console()
+    show(console, memory_table(found))
+    show(console, class_table(classes, found["full"]["peak_bytes"], base_bytes))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where to: by default the run's folder, or report/ beside several."),
+    ] = None,
+) -> None:
+    """Remake tables and pictures from the folders of one RUN, or of several to compare, and nothing else."""
+    from scalefl.report import compare, draw, read_run
+    from scalefl.report.tables import comparison, memory_table, show, summary_table
+
+    console, found = _console(), [read_run(folder) for folder in runs]
+    if len(found) == 1:
+        show(console, memory_table(found[0].plan))
+        show(console, summary_table(found[0]))
+        written = draw(found[0], out or runs[0])
+    else:
+        show(console, comparison(found))
+        written = compare(found, out or runs[0].parent / "report")
+    _print_files(console, written)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("model.safetensors"),
+) -> None:
+    """Write the model in the folder RUN under the parameter names of the user's own nn.Module."""
+    from scalefl.export import export as export_model
+
+    model, num_tensors = export_model(run_folder, output)
+    arguments = ", ".join(f"{name}={value!r}" for name, value in model.arguments)
+    typer.echo(f"{output}: {num_tensors} tensors of {model.name}({arguments})")
+
+
+def main() -> None:
+    """Run the command line; the working directory's modules can be named in configs."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    app()
+
+
+def _load(path: Path, settings: list[str] | None) -> Config:
+    from scalefl.config import load_config
+
+    return load_config(path, settings or ())
+
+
+def _headline(config: Config) -> str:
+    arguments = ", ".join(f"{name}={value}" for name, value in config.model_arguments.items())
+    method = config.method.get("name", "scalefl")
+    return f"[bold]{config.name}[/bold]: {config.model}({arguments}) by {method}, {config.rounds} rounds"
+
+
+def _train(console: Console, config: Config, folder: Path, *, resume: bool, overwrite: bool) -> None:
+    from scalefl.experiment import Experiment, run_rounds
+
+    experiment = Experiment(config)
+    if overwrite:
+        _remove(folder)
+    follow = _follow_live if console.is_terminal else _follow_plainly
+    rounds = run_rounds(experiment, folder, resume=resume)
+    with closing(rounds):  # Ctrl-C stops the workers at once
+        follow(console, rounds, folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a run, and nothing that is not one."""
+    files = RunFolder(folder)
+    if not folder.exists():
+        return
+    if not files.only_begun():
+        try:
+            files.read_settings()
+        except ScaleFLError as error:
+            raise ConfigError(f"{folder} is not removed, as it holds more than a run: {error}") from error
+    shutil.rmtree(folder)
+
+
+@dataclass
+class _Totals:
+    """What a run has come to."""
+
+    bytes_moved: int = 0
+    accuracy: float | None = None
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Count a line of the journal."""
+        self.bytes_moved += line.get("bytes_down", 0) + line.get("bytes_up", 0)
+        self.accuracy = line.get("validation", {}).get("accuracy", self.accuracy)
+
+    def describe(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """The words beside the bar."""
+        loss = line["train"].get("loss")
+        return {
+            "loss": "" if loss is None else f"loss {loss:.3f}",
+            "accuracy": "" if self.accuracy is None else f"val. acc. {100 * self.accuracy:.1f} %",
+            "moved": f"{self.bytes_moved / MIB:,.1f} MiB moved",
+        }
+
+
+def _described(rounds: Iterator[RunProgress], folder: Path) -> Iterator[tuple[RunProgress, dict[str, Any]]]:
+    """Each round with its words; totals count the rounds before a resumption too."""
+    totals: _Totals | None = None
+    for progress in rounds:
+        lines = [progress.line] if totals else RunFolder(folder).read_journal()
+        totals = totals or _Totals()
+        for line in lines:
+            totals.add(line)
+        yield progress, totals.describe(progress.line)
+
+
+def _follow_live(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        *(TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "accuracy", "moved")),
+        TimeRemainingColumn(),
+        console=console,
+        # Rounds may take minutes: the mean over all of them tells the time left.
+        speed_estimate_period=float("inf"),
+    )
+    with bar:
+        task = bar.add_task("preparing", total=None, loss="", accuracy="", moved="")
+        started = False
+        for progress, words in _described(rounds, folder):
+            done, stage = progress.line["round"], progress.line["stage"]
+            if not started:  # the clock starts here: preparing, and rounds before a resumption, say nothing of speed
+                bar.reset(task, total=progress.rounds, completed=done)
+                started = True
+            bar.update(task, completed=done, description=stage, **words)
+
+
+def _follow_plainly(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
+    first, start, printed = 0, 0.0, 0.0
+    for progress, words in _described(rounds, folder):
+        done, now = progress.line["round"], time.monotonic()
+        texts = [f"round {done}/{progress.rounds}", progress.line["stage"], *filter(None, words.values())]
+        if first:
+            texts.append(f"{(now - start) / (done - first) * (progress.rounds - done):.0f} s left")
+        else:
+            first, start = done, now
+        tenth = max(1, progress.rounds // 10)
+        if done in (first, progress.rounds) or done % tenth == 0 or now - printed > PLAIN_SECONDS:
+            console.print(", ".join(texts), highlight=False, soft_wrap=True)
+            printed = now
+
+
+def _conclude(console: Console, folder: Path) -> None:
+    from scalefl.report import draw, read_run
+    from scalefl.report.tables import show, summary_table
+
+    finished = read_run(folder)
+    draw(finished, folder)
+    console.print()
+    show(console, summary_table(finished))
+    _print_files(console, sorted(folder.iterdir()))
+
+
+def _print_files(console: Console, paths: list[Path]) -> None:
+    console.print("Files written:")
+    for path in paths:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+def _base_bytes() -> int | None:
+    """Resident bytes of a worker that has done its first step; None where the system does not tell."""
+    if not Path("/proc/self/status").exists():
+        return None
+    done = subprocess.run([sys.executable, "-c", _BASE_PROGRAM], capture_output=True, text=True, check=False)
+    resident = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("VmRSS:")]
+    return int(resident[0]) * 1024 if resident else None
+
+
+def _console() -> Console:
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        return Console(width=PLAIN_WIDTH)
+    return console
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, ScaleFLError | _Interrupted):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first} (`scalefl --debug …` prints the traceback)"
+
+
+if __name__ == "__main__":
+    main()

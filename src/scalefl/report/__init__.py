@@ -1,0 +1,84 @@
+"""Tables and pictures of finished and unfinished runs, made from their folders alone: no data set, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalefl.run_folder import RunFolder, read_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder tells.
+
+    Args:
+        path: the folder.
+        config: the resolved settings.
+        plan: the memory plan, as `MemoryPlan.to_json` has it.
+        journal: the lines of all rounds; the first is the state before round 1.
+        summary: the final figures; None where the run is not finished.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    plan: dict[str, Any]
+    journal: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return str(self.config.get("name", self.path.name))
+
+    @property
+    def method(self) -> str:
+        """The name of its method."""
+        return str(self.config.get("method", {}).get("name", "scalefl"))
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that are done."""
+        return int(self.journal[-1]["round"]) if self.journal else 0
+
+
+def read_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of a newer format.
+    """
+    files = RunFolder(folder)
+    return Run(
+        path=folder,
+        config=files.read_settings(),
+        plan=read_json(files.plan),
+        journal=files.read_journal(),
+        summary=read_json(files.summary) if files.summary.exists() else None,
+    )
+
+
+def draw(run: Run, out: Path) -> list[Path]:
+    """Draw a run's pictures into a folder; those that its journal has nothing for are left out."""
+    from scalefl.report.pictures import accuracy_picture, memory_picture, plane_picture, save
+
+    pictures = {
+        "accuracy.png": accuracy_picture([run]),
+        "memory.png": memory_picture(run.plan, run.name),
+        "nhsic.png": plane_picture(run),
+    }
+    return [save(figure, out / name) for name, figure in pictures.items() if figure is not None]
+
+
+def compare(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Write the comparison of several runs into a folder: a table and a picture of their accuracy."""
+    from scalefl.report.pictures import accuracy_picture, save
+    from scalefl.report.tables import comparison, to_markdown
+
+    out.mkdir(parents=True, exist_ok=True)
+    table = out / "comparison.md"
+    table.write_text(to_markdown(comparison(runs)))
+    figure = accuracy_picture(runs)
+    return [table] if figure is None else [table, save(figure, out / "accuracy.png")]

@@ -1,0 +1,266 @@
+"""Tables of plans and runs, for terminals and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import rich.box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from scalefl.report import Run
+
+MIB = 2**20
+TERMS = ("weights", "gradients", "optimizer", "activations")
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header; the first column names the row, numbers follow.
+
+    Args:
+        title: what it shows.
+        header: a name for each column; a line break starts the unit.
+        rows: as wide as the header.
+        notes: what a reader has to know beside it.
+        texts: columns beside the first that hold words, not numbers.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    texts: frozenset[str] = frozenset()
+
+    def is_text(self, column: str) -> bool:
+        """Whether a column holds words."""
+        return column == self.header[0] or column in self.texts
+
+
+def to_rich(table: Table) -> RichTable:
+    """For a terminal; without the notes, which run on below it."""
+    drawn = RichTable(
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 0),
+        pad_edge=False,
+    )
+    # Where a terminal is too narrow, words are wrapped: those of other columns rather than the rows' names.
+    wrapped = table.texts or {table.header[0]}
+    for column in table.header:
+        drawn.add_column(column, justify="left" if table.is_text(column) else "right", no_wrap=column not in wrapped)
+    for row in table.rows:
+        drawn.add_row(*row)
+    return drawn
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table and its notes."""
+    console.print(to_rich(table))
+    for note in table.notes:
+        console.print(note, style="dim", highlight=False)
+    console.print()
+
+
+def to_markdown(table: Table) -> str:
+    """For a file."""
+    lines = [
+        f"## {table.title}",
+        "",
+        _markdown_row(name.replace("\n", " ") for name in table.header),
+        _markdown_row(":--" if table.is_text(name) else "--:" for name in table.header),
+        *(_markdown_row(row) for row in table.rows),
+    ]
+    for note in table.notes:
+        lines += ["", note]
+    return "\n".join(lines) + "\n"
+
+
+def memory_table(plan: Mapping[str, Any]) -> Table:
+    """What full training and each item of a plan need, and which memory classes hold it."""
+    full, budgets = plan["full"], plan["budgets_bytes"]
+    return Table(
+        f"Memory plan: {plan['model']}, batches of {plan['batch_size']}",
+        (
+            "trained",
+            "peak\nMiB",
+            "of\nfull",
+            *(f"{short}\nMiB" for short in ("weights", "grads", "optim.", "activ.")),
+            "FLOPs\nof full",
+            "upload\nMiB",
+            "fits",
+        ),
+        tuple(
+            (
+                row["label"],
+                _mib(row["peak_bytes"]),
+                _percent(row["peak_bytes"] / full["peak_bytes"]),
+                *(_mib(row[f"{term}_bytes"]) for term in TERMS),
+                _percent(row["flops_per_example"] / full["flops_per_example"]),
+                _mib(row["bytes_up"]),
+                _fitting(row["peak_bytes"], budgets),
+            )
+            for row in (full, *plan["rows"])
+        ),
+        (
+            "Peak = weights + gradients + optimizer state + activations (with the batch and scratch space), predicted; "
+            "FLOPs are for one example. Fits: the memory classes that can train it.",
+        ),
+        frozenset({"fits"}),
+    )
+
+
+def class_table(classes: Iterable[Mapping[str, Any]], full_bytes: int, base_bytes: int | None) -> Table:
+    """The memory classes: their budgets, and the base that a budget comes on top of.
+
+    Args:
+        classes: each with `name`, `budget_bytes` and `share`.
+        full_bytes: predicted peak of full training.
+        base_bytes: what a worker holds before it trains, None where it can't be measured.
+    """
+    base = NOTHING if base_bytes is None else _mib(base_bytes)
+    return Table(
+        "Memory classes",
+        ("class", "budget\nMiB", "budget\nof full", "share of\nclients", "base\nMiB"),
+        tuple(
+            (c["name"], _mib(c["budget_bytes"]), _percent(c["budget_bytes"] / full_bytes), _percent(c["share"]), base)
+            for c in classes
+        ),
+        (
+            "A budget is what training may add to a warmed-up worker. The base is what such a worker holds "
+            "before it trains (interpreter, torch, scalefl), measured here.",
+        ),
+    )
+
+
+def summary_table(run: Run) -> Table:
+    """The final figures of a run."""
+    figures = run.summary or {}
+    seen, clients = figures.get("num_clients_seen"), figures.get("num_clients")
+    rows = (
+        ("test accuracy", _accuracy(figures.get("test"))),
+        ("test accuracy, low-memory clients' data", _accuracy(figures.get("low_memory_test"))),
+        ("validation accuracy", _accuracy(figures.get("validation"))),
+        ("clients that took part", f"{seen} of {clients}" if figures else NOTHING),
+        ("tasks that clients lost", str(figures.get("num_clients_lost", NOTHING))),
+        ("predicted peak of a client", _with_unit(_mib(figures.get("predicted_peak_bytes")), "MiB")),
+        ("predicted peak of full training", _with_unit(_mib(figures.get("full_training_peak_bytes")), "MiB")),
+        ("FLOPs of all clients", flops(figures.get("flops"))),
+        ("bytes down", _with_unit(_mib(figures.get("bytes_down")), "MiB")),
+        ("bytes up", _with_unit(_mib(figures.get("bytes_up")), "MiB")),
+        ("time here", _with_unit(_seconds(figures.get("seconds")), "s")),
+        ("simulated time on the devices", _with_unit(_seconds(figures.get("simulated_seconds")), "s")),
+    )
+    rounds = f"{run.num_rounds} rounds"
+    if run.summary is None:
+        rounds = f"unfinished, {run.num_rounds} of {run.config.get('rounds', '?')} rounds"
+    return Table(f"{run.name}: {run.method}, {rounds}", ("", "value"), rows)
+
+
+def comparison(runs: Sequence[Run]) -> Table:
+    """Several runs side by side."""
+    rounds = {run.num_rounds for run in runs}
+    unfinished = [
+        f"{run.name} is unfinished: {run.num_rounds} of {run.config.get('rounds', '?')} rounds are done."
+        for run in runs
+        if run.summary is None
+    ]
+    return Table(
+        f"Comparison after {rounds.pop()} rounds" if len(rounds) == 1 else "Comparison",
+        (
+            "method",
+            "accuracy\n%",
+            "low-mem.\n%",
+            "clients\nseen",
+            "peak\nMiB",
+            "FLOPs\ntera",
+            "down\nMiB",
+            "up\nMiB",
+            "here\ns",
+            "devices\ns",
+        ),
+        tuple((_label(run, same_rounds=not rounds), *_figures(run)) for run in runs),
+        (
+            "Accuracy is on test data; low-mem. on test rows drawn by the label distribution of the clients that "
+            "cannot hold full training, the same rows for every method. Seen: clients that took part, of all. "
+            "Peak: the largest predicted training peak of a client. FLOPs, down and up: all clients together. "
+            "Here: seconds on this machine; devices: simulated seconds on the clients' devices.",
+            *unfinished,
+        ),
+    )
+
+
+def flops(count: float | None) -> str:
+    """Floating-point operations for people."""
+    if count is None:
+        return NOTHING
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{_digits(count / size)} {prefix}FLOP"
+    return f"{count:.0f} FLOP"
+
+
+def _label(run: Run, *, same_rounds: bool) -> str:
+    """The run's name, with its method and rounds where neither the name nor the title tells them."""
+    facts = [run.method] if run.method not in run.name else []
+    facts += [] if same_rounds else [f"{run.num_rounds} rounds"]
+    return f"{run.name} ({', '.join(facts)})" if facts else run.name
+
+
+def _figures(run: Run) -> tuple[str, ...]:
+    figures = run.summary or {}
+    total_flops = figures.get("flops")
+    return (
+        _accuracy(figures.get("test")).removesuffix(" %"),
+        _accuracy(figures.get("low_memory_test")).removesuffix(" %"),
+        f"{figures['num_clients_seen']} / {figures['num_clients']}" if figures else NOTHING,
+        _mib(figures.get("predicted_peak_bytes")),
+        NOTHING if total_flops is None else _digits(total_flops / 1e12),
+        _mib(figures.get("bytes_down")),
+        _mib(figures.get("bytes_up")),
+        _seconds(figures.get("seconds")),
+        _seconds(figures.get("simulated_seconds")),
+    )
+
+
+def _fitting(peak_bytes: int, budgets: Mapping[str, int]) -> str:
+    names = [name for name, budget in budgets.items() if peak_bytes <= budget]
+    if not names:
+        return "none"
+    return "all" if len(names) == len(budgets) > 1 else ", ".join(names)
+
+
+def _accuracy(metrics: Mapping[str, float] | None) -> str:
+    return _percent(metrics["accuracy"], 1) if metrics and "accuracy" in metrics else NOTHING
+
+
+def _percent(fraction: float, digits: int = 0) -> str:
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def _mib(num_bytes: float | None) -> str:
+    return NOTHING if num_bytes is None else _digits(num_bytes / MIB)
+
+
+def _seconds(seconds: float | None) -> str:
+    return NOTHING if seconds is None else _digits(seconds)
+
+
+def _digits(value: float) -> str:
+    """Three significant digits or so, never an exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _with_unit(number: str, unit: str) -> str:
+    return number if number == NOTHING else f"{number} {unit}"
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,350 @@
+"""What every method promises, on every engine. A new line in `METHODS` or `PRESETS` is tested by being there."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from scalefl.checkpoint import load_state, save_state
+from scalefl.engines.local import LocalEngine
+from scalefl.methods import METHODS, PRESETS
+from scalefl.models.skeleton import tensors
+from scalefl.params import identical, num_bytes
+from scalefl.record import RoundRecord
+from scalefl.rng import derive, generator
+from scalefl.sampling import UniformSampler
+from scalefl.types import ClientInfo, LocalWork, Method, RoundPlan, ServerState
+from support import (
+    PROBLEM,
+    WORK,
+    Clients,
+    MadeData,
+    comparable,
+    full_bytes,
+    global_rng,
+    make_method,
+    play,
+    spec,
+)
+
+ROUNDS, COHORT = 4, 4
+BLOCKS = ["0", "1"]
+# Rows of each client: one batch, several, one row, a single leftover; client 3, 7, … have one class.
+SIZES = [8, 20, 5, 9, 17, 1, 12, 30]
+# Everything, less than full training, the cheaper blocks, with micro-batches only.
+BUDGETS = tuple(int(share * full_bytes()) for share in (1.3, 0.95, 1.3, 0.9))
+
+ALL: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in [*METHODS, *PRESETS]},
+    "fedavg all": {"name": "fedavg", "population": "all"},
+    "fedavg all_small": {"name": "fedavg", "population": "all_small"},
+    "fedavg micro": {"name": "fedavg", "smallest_micro_batch": 2},
+    "fedavg adam": {"name": "fedavg", "server": {"kind": "fedadam"}},
+    "scalefl micro momentum": {"name": "scalefl", "smallest_micro_batch": 2, "server": {"kind": "fedavgm"}},
+    "scalefl converged": {
+        "name": "scalefl",
+        "growth": {"kind": "converged", "threshold": 10.0, "patience": 1},
+        "mentor": {"form": "cca", "tap": "cut", "projection": "linear", "schedule": {"kind": "constant"}},
+    },
+    "scalefl counted": {"name": "scalefl", "blocks": 2},
+    "scalefl memory": {"name": "scalefl", "blocks": "memory", "smallest_micro_batch": 4, "coadapted_layers": 0},
+}
+
+
+@cache
+def method_of(case: str) -> Method:
+    settings = dict(ALL[case])
+    name = settings.pop("name")
+    if "blocks" not in settings and name not in ("fedavg",):
+        settings["blocks"] = BLOCKS
+    if case == "sbt":
+        settings["growth"] = {"kind": "sequential", "rounds": 1}
+    return make_method(name, work=replace(WORK, lr_schedule="cosine", lr_rounds=9), **settings)
+
+
+DATA = MadeData(SIZES)
+CLIENTS = Clients(DATA, BUDGETS)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[dict[int, LocalEngine]]:
+    """An engine in this process, and ones with one and two workers."""
+    with (
+        LocalEngine(DATA, CLIENTS) as here,
+        LocalEngine(DATA, CLIENTS, workers=1) as beside,
+        LocalEngine(DATA, CLIENTS, workers=2) as apart,
+    ):
+        yield {0: here, 1: beside, 2: apart}
+
+
+@dataclass
+class Played:
+    """A few rounds, and what was planned in each."""
+
+    method: Method
+    states: list[ServerState]
+    records: list[RoundRecord]
+    cohorts: list[list[ClientInfo]]
+    plans: list[RoundPlan]
+
+
+RUNS: dict[tuple[str, int], Played] = {}
+
+
+def played(case: str, workers: int, engines: dict[int, LocalEngine]) -> Played:
+    if (case, workers) not in RUNS:
+        method = method_of(case)
+        rng = global_rng()
+        states, records = play(method, engines[workers], ROUNDS, cohort=COHORT)
+        assert global_rng() == rng, "the global generators are not as before"
+        cohorts = [UniformSampler(COHORT)(CLIENTS, method.floor_bytes(s), s) for s in states[:-1]]
+        plans = [method.plan(s, c) for s, c in zip(states, cohorts, strict=False)]
+        RUNS[case, workers] = Played(method, states, records, cohorts, plans)
+    return RUNS[case, workers]
+
+
+each_case = pytest.mark.parametrize("case", ALL)
+each_engine = pytest.mark.parametrize("workers", [0, 2])
+
+
+@each_case
+@each_engine
+def test_rounds_train(case, workers, engines):
+    """Finite loss, nobody lost, and only what was planned moves; all else keeps its bits, names, shapes, dtypes."""
+    run = played(case, workers, engines)
+    for before, after, record, plan in zip(run.states, run.states[1:], run.records, run.plans, strict=False):
+        assert record.lost == []
+        assert (before.round + 1, after.round) == (record.round, record.round)
+        assert all(math.isfinite(v) for v in record.train.values())
+        assert 0 <= record.train["accuracy"] <= 1 and record.train["loss"] > 0
+        moving = frozenset().union(*(task.moving for task in plan.tasks))
+        assert before.params.keys() == after.params.keys()
+        moved = {n for n in before.params if not identical({n: before.params[n]}, {n: after.params[n]})}
+        assert moved and moved <= moving
+        for name, tensor in after.params.items():
+            assert (tensor.shape, tensor.dtype) == (before.params[name].shape, before.params[name].dtype)
+            assert bool(tensor.isfinite().all())
+            assert not tensor.requires_grad
+
+
+@each_case
+@each_engine
+def test_the_record_tells_the_truth(case, workers, engines):
+    run = played(case, workers, engines)
+    for state, record, plan in zip(run.states, run.records, run.plans, strict=False):
+        down = sum(num_bytes({n: state.params[n] for n in plan.coords[task.client_id]}) for task in plan.tasks)
+        up = sum(num_bytes({n: state.params[n] for n in task.moving}) for task in plan.tasks)
+        assert (record.bytes_down, record.bytes_up) == (down, up)
+        ids = sorted(task.client_id for task in plan.tasks)
+        assert sorted(i for members in record.rungs.values() for i in members) == ids
+        assert record.num_examples == sum(SIZES[i] for i in ids)
+        assert record.predicted_peak_bytes == max(plan.costs[i].peak_bytes for i in ids)
+        assert record.stage == plan.stage
+        epochs = method_of(case).work.epochs
+        assert record.flops == pytest.approx(sum(plan.costs[i].flops_per_example * SIZES[i] * epochs for i in ids))
+        assert record.simulated_seconds > 0 and record.seconds > 0
+
+
+@each_case
+def test_gate_menu_and_plan_agree(case, engines):
+    """Whoever passes the gate has something to do, and what it is asked to do fits its budget."""
+    run = played(case, 0, engines)
+    settings = ALL[case]
+    for state, cohort, plan in zip(run.states, run.cohorts, run.plans, strict=False):
+        floor, menu = run.method.floor_bytes(state), run.method.menu(state)
+        assert {task.client_id for task in plan.tasks} == {client.id for client in cohort}
+        assert len(plan.tasks) == len(cohort)
+        work = run.method.work.at_round(state.round)
+        offered = {choice.label: choice for choice in menu}
+        assert len(offered) == len(menu)
+        for task in plan.tasks:
+            client, cost = plan.clients[task.client_id], plan.costs[task.client_id]
+            assert floor <= cost.peak_bytes
+            assert sum(size for _, size in cost.terms) == cost.peak_bytes
+            if settings.get("population") != "all":
+                assert cost.peak_bytes <= client.memory_bytes
+            assert {step.work for step in task.steps} == {work}, "hyperparameters are the run's, not the client's"
+            label = plan.rungs[task.client_id].partition(",")[0]
+            assert offered[label].cost.peak_bytes <= cost.peak_bytes
+            assert plan.coords[task.client_id].keys() >= task.moving
+            assert plan.coords[task.client_id].keys() <= state.params.keys()
+        # A client with a byte less than the floor could not have been planned for.
+        if floor:
+            poor = replace(cohort[0], memory_bytes=floor - 1)
+            poor_plan = run.method.plan(state, [poor])
+            assert all(poor_plan.costs[t.client_id].peak_bytes > floor - 1 for t in poor_plan.tasks)
+            exact = replace(cohort[0], memory_bytes=floor)
+            exact_plan = run.method.plan(state, [exact])
+            assert [exact_plan.costs[t.client_id].peak_bytes for t in exact_plan.tasks] == [floor]
+
+
+@each_case
+def test_the_result_does_not_depend_on_workers(case, engines):
+    runs = [played(case, workers, engines) for workers in (0, 1, 2)]
+    for other in runs[1:]:
+        for a, b in zip(runs[0].states, other.states, strict=True):
+            assert identical(a.params, b.params) and identical(a.aux.tensors, b.aux.tensors)
+            assert a.aux.values == b.aux.values
+        assert [comparable(r) for r in runs[0].records] == [comparable(r) for r in other.records]
+
+
+@each_case
+def test_deploy_loads_into_the_users_module(case, engines):
+    run = played(case, 0, engines)
+    model, params = run.method.deploy(run.states[-1])
+    module = model.build(0)
+    module.load_state_dict(dict(params), strict=True)
+    assert identical(tensors(module), dict(params))
+    assert bool(module.eval()(DATA.test["x"]).isfinite().all())
+    if ALL[case].get("population") != "all_small":
+        spec().build(0).load_state_dict(dict(params), strict=True)
+
+
+@each_case
+def test_resuming_from_a_file_changes_nothing(case, engines, tmp_path):
+    run = played(case, 0, engines)
+    half = run.states[2]
+    save_state(tmp_path / "state.safetensors", half)
+    loaded = load_state(tmp_path / "state.safetensors", half.model, half.problem)
+    save_state(tmp_path / "again.safetensors", loaded)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "state.safetensors").read_bytes()
+    assert identical(loaded.params, half.params) and identical(loaded.aux.tensors, half.aux.tensors)
+    assert (loaded.round, loaded.seed, loaded.aux.values) == (half.round, half.seed, half.aux.values)
+    states, records = play(run.method, engines[2], ROUNDS - 2, state=loaded, cohort=COHORT)
+    for a, b in zip(states, run.states[2:], strict=True):
+        assert identical(a.params, b.params) and identical(a.aux.tensors, b.aux.tensors)
+        assert (a.round, a.aux.values) == (b.round, b.aux.values)
+    assert [comparable(r) for r in records] == [comparable(r) for r in run.records[2:]]
+
+
+@each_case
+def test_the_seed_decides(case, engines):
+    run = played(case, 0, engines)
+    again, _ = play(run.method, engines[0], 2, cohort=COHORT)
+    assert all(identical(a.params, b.params) for a, b in zip(again, run.states, strict=False))
+    other, _ = play(run.method, engines[0], 1, cohort=COHORT, seed=2)
+    assert not identical(other[0].params, run.states[0].params)
+    assert not identical(other[1].params, run.states[1].params)
+
+
+@each_case
+def test_methods_are_frozen_values(case):
+    method = method_of(case)
+    copy = pickle.loads(pickle.dumps(method))
+    assert copy == method and hash(copy) == hash(method)
+    with pytest.raises(AttributeError):
+        method.work = LocalWork()  # type: ignore[misc]
+
+
+@each_case
+def test_rounds_do_not_touch_older_states(case, engines):
+    """A state is a value: going on from it twice gives the same, and leaves it as it was."""
+    run = played(case, 0, engines)
+    start = run.states[1]
+    before = {name: t.clone() for name, t in start.params.items()}
+    for workers in (0, 2):
+        states, _ = play(run.method, engines[workers], 1, state=start, cohort=COHORT)
+        assert identical(states[1].params, run.states[2].params)
+    assert identical(start.params, before)
+
+
+@each_case
+def test_training_learns(case):
+    """Ten more rounds lower the loss on held-out data: wiring that trains nothing would pass all else."""
+    data = MadeData([24] * 6)
+    method = method_of(case)
+    with LocalEngine(data, Clients(data, (2 * full_bytes(),))) as engine:
+        states, _ = play(method, engine, 9, cohort=4)
+
+    def loss(state: ServerState) -> float:
+        model, params = method.deploy(state)
+        module = model.build(0)
+        module.load_state_dict(dict(params))
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(module.eval()(data.test["x"]), data.test["label"]))
+
+    assert loss(states[-1]) < loss(states[0])
+
+
+# Reductions: methods that must be FedAvg under some settings, to the bit.
+
+
+def params_of(method: Method, budgets: tuple[int, ...] = (2 * full_bytes(),), rounds: int = 3) -> dict[str, Any]:
+    with LocalEngine(DATA, Clients(DATA, budgets)) as engine:
+        states, records = play(method, engine, rounds, cohort=COHORT)
+    _, params = method.deploy(states[-1])
+    assert all(record.lost == [] for record in records)
+    return dict(params)
+
+
+@pytest.fixture(scope="module")
+def fedavg() -> dict[str, Any]:
+    return params_of(make_method("fedavg"))
+
+
+@pytest.mark.parametrize("spans", ["single", "elastic"])
+@pytest.mark.parametrize("mentor", [None, {"lambda_max": 0.0, "gamma_max": 0.0}])
+@pytest.mark.parametrize("blocks", [1, []])
+def test_scalefl_with_one_block_is_fedavg(fedavg, spans, mentor, blocks):
+    assert identical(params_of(make_method("scalefl", blocks=blocks, spans=spans, mentor=mentor)), fedavg)
+
+
+def test_scalefl_with_one_block_and_a_mentor_is_not_fedavg(fedavg):
+    assert not identical(params_of(make_method("scalefl", blocks=1)), fedavg)
+
+
+@pytest.mark.parametrize("mentor", [None, {"lambda_max": 0.0, "gamma_max": 0.0}])
+def test_elastic_spans_with_memory_for_everything_are_fedavg(fedavg, mentor):
+    assert identical(params_of(make_method("scalefl", blocks=BLOCKS, mentor=mentor)), fedavg)
+
+
+def test_exclusive_fedavg_with_memory_for_everything_is_fedavg_for_all(fedavg):
+    assert identical(params_of(make_method("fedavg", population="all")), fedavg)
+    assert identical(params_of(make_method("fedavg", population="all_small")), fedavg)
+
+
+def test_micro_batches_that_nobody_needs_change_nothing(fedavg):
+    assert identical(params_of(make_method("fedavg", smallest_micro_batch=1)), fedavg)
+
+
+def test_blocks_by_memory_are_one_block_where_it_fits(fedavg):
+    assert identical(params_of(make_method("scalefl", blocks="memory", mentor=None)), fedavg)
+
+
+def test_single_spans_train_the_block_in_turn_and_nothing_else():
+    method = make_method("scalefl", blocks=BLOCKS, spans="single", coadapted_layers=0, mentor=None)
+    with LocalEngine(DATA, Clients(DATA, (2 * full_bytes(),))) as engine:
+        states, records = play(method, engine, 4, cohort=COHORT)
+    assert [record.stage for record in records] == ["block 1", "block 2", "block 3", "block 1"]
+    for i, prefixes in enumerate([("0.", "@output.0."), ("1.", "@output.1."), ("2.",), ("0.", "@output.0.")]):
+        a, b = states[i].params, states[i + 1].params
+        moved = {n for n in a if not identical({n: a[n]}, {n: b[n]})}
+        assert moved == {n for n in a if n.startswith(prefixes)}
+
+
+def test_one_client_is_plain_training():
+    """One client with everything, one round: the same as `torch.optim.SGD` on its shuffled batches."""
+    data = MadeData([24])
+    method = make_method("fedavg", work=replace(WORK, epochs=2))
+    with LocalEngine(data, Clients(data, (2 * full_bytes(),))) as engine:
+        (start, end), _ = play(method, engine, 1)
+    module = spec().build(0)
+    module.load_state_dict(dict(start.params))
+    optimizer = torch.optim.SGD(module.parameters(), lr=WORK.lr, momentum=0.9, weight_decay=5e-4)
+    examples, seed = data.examples(0), derive(derive(start.seed, "task", 0, 0), "step", 0)
+    for epoch in range(2):
+        order = torch.randperm(24, generator=generator(derive(seed, "epoch", epoch), "order"))
+        for rows in order.split(WORK.batch_size):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(module(examples["x"][rows]), examples["label"][rows]).backward()
+            optimizer.step()
+    assert data.problem == PROBLEM
+    for name, tensor in tensors(module).items():
+        torch.testing.assert_close(end.params[name], tensor, rtol=1e-6, atol=1e-7)

@@ -1,0 +1,424 @@
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import Result
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+from scalefl.cli import app
+from scalefl.config import load_config
+from scalefl.experiment import Experiment, run_rounds
+from scalefl.export import state_dict
+from scalefl.models.skeleton import tensors
+from scalefl.models.spec import ModelSpec
+from scalefl.params import identical
+
+# Three classes of 8×8 pictures on six clients. NAP makes clients slow enough to be stopped in their work.
+MODULE = """
+import os, time
+import torch
+from torch import nn
+from scalefl.data import Dataset, PartitionedData
+from scalefl.problem import Classification, Column
+
+
+class Clients(PartitionedData):
+    def examples(self, client):
+        time.sleep(float(os.environ.get("NAP", "0")))
+        return super().examples(client)
+
+
+def make_data():
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(120) % 3
+    x = torch.randn(120, 1, 8, 8, generator=draw) + y[:, None, None, None]
+    rows = lambda s: {"x": x[s], "label": y[s]}
+    problem = Classification(3, (Column("x", (1, 8, 8), "float32"),))
+    data = Dataset(problem, rows(slice(0, 90)), rows(slice(90, 120)))
+    return Clients(data, list(torch.arange(72).split(12)), torch.arange(72, 90))
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def make_model(width=4):
+    def unit(a, b):
+        return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
+    return nn.Sequential(Scale(), unit(1, width), unit(width, width), head)
+
+
+def broken_data():
+    raise ZeroDivisionError("my own\\nmistake")
+"""
+
+CONFIG = """
+name = "tiny"
+model = "{module}:make_model"
+rounds = 4
+clients_per_round = 3
+data = {{ source = {{ name = "{module}:make_data" }} }}
+method = {{ name = "scalefl", blocks = 2 }}
+work = {{ batch_size = 4, lr = 0.1 }}
+evaluation = {{ plane_cuts = 2, plane_samples = 18 }}
+
+[[devices.classes]]
+name = "weak"
+share = 0.5
+memory = "95%"
+flops_per_second = 1e9
+bandwidth_bytes_per_second = 1e6
+
+[[devices.classes]]
+name = "strong"
+share = 0.5
+memory = "120%"
+flops_per_second = 2e9
+bandwidth_bytes_per_second = 1e6
+"""
+
+# Runs the command line in a process of its own, with SIGINT as a terminal has it and files of limited size.
+PROGRAM = """
+import os, resource, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(os.environ.get("FILE_BYTES", "0"))
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from scalefl.cli import main
+main()
+"""
+
+FILES = {"config.json", "environment.json", "journal.jsonl", "plan.json", "state.safetensors", "summary.json"}
+PICTURES = {"accuracy.png", "memory.png", "nhsic.png"}
+
+MODULE_NAME = "edge_module"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A user's folder: a module, a config, and a finished run in runs/tiny."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / f"{MODULE_NAME}.py").write_text(MODULE)
+    (folder / "tiny.toml").write_text(CONFIG.format(module=MODULE_NAME))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        result = invoke("run", folder / "tiny.toml", "--runs", folder / "runs")
+        assert result.exit_code == 0, result.output
+        (folder / "output.txt").write_text(result.stdout)
+        yield folder
+    sys.modules.pop(MODULE_NAME, None)
+
+
+@pytest.fixture
+def module(home: Path) -> ModuleType:
+    return importlib.import_module(MODULE_NAME)
+
+
+@pytest.fixture
+def begun(home: Path, tmp_path: Path) -> Path:
+    """The runs folder of a run that was stopped after two of its four rounds."""
+    experiment = Experiment(load_config(home / "tiny.toml"))
+    for _ in itertools.islice(run_rounds(experiment, tmp_path / "tiny"), 2):
+        pass
+    return tmp_path
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def failed(*arguments: object, status: int = 1) -> str:
+    """What a command that has to fail says."""
+    result = invoke(*arguments)
+    assert result.exit_code == status, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.stderr.split())
+
+
+def start(home: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        cwd=home,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_rounds(journal: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not journal.exists() or len(journal.read_text().splitlines()) < 1 + count:
+        assert time.monotonic() < deadline, "the run did not get that far"
+        time.sleep(0.02)
+
+
+def without_seconds(content: Any) -> Any:
+    return {key: value for key, value in content.items() if key != "seconds"}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    states = [folder / "state.safetensors" for folder in (one, other)]
+    assert states[0].read_bytes() == states[1].read_bytes()
+    journals = [(folder / "journal.jsonl").read_text().splitlines() for folder in (one, other)]
+    lines = [[without_seconds(json.loads(line)) for line in journal] for journal in journals]
+    assert lines[0] == lines[1]
+    summaries = [without_seconds(json.loads((folder / "summary.json").read_text())) for folder in (one, other)]
+    assert summaries[0] == summaries[1]
+
+
+def test_version_and_help() -> None:
+    assert invoke("--version").stdout.startswith("scalefl ")
+    assert all(command in invoke("--help").stdout for command in ("run", "plan", "report", "export"))
+
+
+def test_help_comes_without_torch() -> None:
+    program = "import sys, scalefl.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_run_tells_what_it_did(home: Path) -> None:
+    output = (home / "output.txt").read_text()
+    first, *rest = output.splitlines()
+    assert first == f"tiny: {MODULE_NAME}:make_model() by scalefl, 4 rounds"
+    assert [line.split(",")[0] for line in rest if line.startswith("round ")] == [f"round {i}/4" for i in range(1, 5)]
+    assert "\x1b" not in output
+    assert "low-memory clients' data" in output
+    written = {path.name for path in (home / "runs" / "tiny").iterdir()}
+    assert written == FILES | PICTURES
+    assert all(str(home / "runs" / "tiny" / name) in output for name in written)
+
+
+def test_settings_from_the_command_line(home: Path, tmp_path: Path) -> None:
+    settings = [word for text in ("rounds=1", "name=other", "method.name=sbt") for word in ("--set", text)]
+    result = invoke("run", home / "tiny.toml", "--runs", tmp_path, *settings)
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "other" / "config.json").read_text())["config"]
+    assert (config["rounds"], config["method"]["name"], config["seed"]) == (1, "sbt", 0)
+
+
+def test_plan(home: Path) -> None:
+    result = invoke("plan", home / "tiny.toml")
+    assert result.exit_code == 0, result.output
+    assert all(text in result.stdout for text in ("full training", "block 1", "block 2", "weak", "base"))
+
+
+def test_plan_as_json(home: Path) -> None:
+    found = json.loads(invoke("plan", home / "tiny.toml", "--json").stdout)
+    assert [row["label"] for row in found["rows"]] == ["block 1", "block 2", "full"]
+    assert [member["name"] for member in found["classes"]] == ["weak", "strong"]
+    assert found["classes"][0]["budget_bytes"] == int(0.95 * found["full"]["peak_bytes"])
+    assert found["base_bytes"] is None or 50e6 < found["base_bytes"] < 5e9
+
+
+def test_report_of_one_run(home: Path, tmp_path: Path) -> None:
+    result = invoke("report", home / "runs" / "tiny", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == PICTURES
+    assert "test accuracy" in result.stdout
+
+
+def test_report_of_several_runs(home: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(home / "runs" / "tiny", tmp_path / name)
+    result = invoke("report", tmp_path / "a", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"comparison.md", "accuracy.png"}
+
+
+def test_export_loads_into_the_users_module(home: Path, module: ModuleType, tmp_path: Path) -> None:
+    target = tmp_path / "model.safetensors"
+    result = invoke("export", home / "runs" / "tiny", "-o", target)
+    assert result.exit_code == 0, result.output
+    model, content = module.make_model(), load_file(target)
+    model.load_state_dict(content, strict=True)
+    assert content.keys() == model.state_dict().keys()
+    state = load_file(home / "runs" / "tiny" / "state.safetensors")
+    assert content["2.0.weight"].equal(state["params/2.0.weight"])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("model", [Tied, Tied()])
+def test_export_has_every_name_of_a_tied_tensor(model: Any) -> None:
+    spec = ModelSpec.of(model)
+    content = state_dict(spec, tensors(spec.build(0)))
+    Tied().load_state_dict(content, strict=True)
+    assert content["a.weight"].equal(content["b.weight"])
+    assert content["a.weight"].data_ptr() != content["b.weight"].data_ptr()
+
+
+def test_a_killed_run_goes_on_exactly(home: Path, tmp_path: Path) -> None:
+    command = ("run", "tiny.toml", "--runs", tmp_path)
+    process = start(home, *command, NAP="0.1")
+    wait_for_rounds(tmp_path / "tiny" / "journal.jsonl", 2)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "tiny" / "summary.json").exists()
+    result = invoke("run", home / "tiny.toml", "--runs", tmp_path, "--resume")
+    assert result.exit_code == 0, result.output
+    assert_same_run(tmp_path / "tiny", home / "runs" / "tiny")
+
+
+def test_ctrl_c_tells_how_to_go_on(home: Path, tmp_path: Path) -> None:
+    process = start(home, "run", "tiny.toml", "--set", "work.lr=0.1", "--runs", tmp_path, NAP="0.1")
+    wait_for_rounds(tmp_path / "tiny" / "journal.jsonl", 2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert f"finished rounds are saved in {tmp_path / 'tiny'}" in said
+    assert said.splitlines()[-1].strip() == f"scalefl run tiny.toml --set work.lr=0.1 --runs {tmp_path} --resume"
+    result = invoke("run", home / "tiny.toml", "--runs", tmp_path, "--resume")
+    assert result.exit_code == 0, result.output
+    assert_same_run(tmp_path / "tiny", home / "runs" / "tiny")
+
+
+def test_a_full_disk_leaves_the_earlier_state(home: Path, begun: Path) -> None:
+    state = begun / "tiny" / "state.safetensors"
+    before = state.read_bytes()
+    process = start(home, "run", "tiny.toml", "--runs", begun, "--resume", FILE_BYTES=str(len(before) - 1))
+    _, said = process.communicate()
+    assert process.returncode == 1, said
+    assert said.startswith("error: cannot write")
+    assert "what was saved before is intact" in said
+    assert state.read_bytes() == before
+    assert invoke("run", home / "tiny.toml", "--runs", begun, "--resume").exit_code == 0
+    assert_same_run(begun / "tiny", home / "runs" / "tiny")
+
+
+def test_the_installed_command_finds_modules_where_it_is_run(home: Path, tmp_path: Path) -> None:
+    command = Path(sysconfig.get_path("scripts")) / "scalefl"
+    done = subprocess.run(
+        [command, "run", "tiny.toml", "--set", "model_arguments.depth=3"], cwd=home, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: model make_model: got an unexpected keyword argument 'depth'\n"
+
+
+def test_a_finished_run_is_not_run_again(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "runs" / "tiny", tmp_path / "tiny")
+    result = invoke("run", home / "tiny.toml", "--runs", tmp_path, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "round " not in result.stdout.splitlines()[1]
+    assert_same_run(tmp_path / "tiny", home / "runs" / "tiny")
+
+
+def test_an_earlier_run_is_in_the_way(home: Path, begun: Path) -> None:
+    assert "is not empty" in failed("run", home / "tiny.toml", "--runs", begun)
+    result = invoke("run", home / "tiny.toml", "--runs", begun, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert_same_run(begun / "tiny", home / "runs" / "tiny")
+
+
+def test_overwrite_removes_nothing_but_runs(home: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "tiny" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.touch()
+    assert "more than a run" in failed("run", home / "tiny.toml", "--runs", tmp_path, "--overwrite")
+    assert thesis.exists()
+
+
+def test_overwrite_with_a_bad_config_keeps_the_earlier_run(home: Path, begun: Path) -> None:
+    failed("run", home / "tiny.toml", "--runs", begun, "--overwrite", "--set", "model=nowhere:model")
+    assert (begun / "tiny" / "state.safetensors").exists()
+
+
+def test_another_runs_folder_cannot_be_resumed(home: Path, begun: Path) -> None:
+    said = failed("run", home / "tiny.toml", "--runs", begun, "--resume", "--set", "seed=7")
+    assert "seed" in said and "resume with its own config" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("work.epoch=3", "unknown key 'work.epoch': did you mean 'epochs'?"),
+        ("work.lr=fast", "work.lr"),
+        ("rounds=0", "rounds = 0: expected at least 1"),
+        ("model=nowhere:model", "cannot import 'nowhere'"),
+        ("method.name=fedavgg", "did you mean 'fedavg'?"),
+        ("nonsense", "expected key=value"),
+    ],
+)
+def test_bad_settings(home: Path, tmp_path: Path, setting: str, message: str) -> None:
+    assert message in failed("run", home / "tiny.toml", "--runs", tmp_path, "--set", setting)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_missing_config(command: str, tmp_path: Path) -> None:
+    assert (
+        failed(command, tmp_path / "none.toml")
+        == f"error: cannot read {tmp_path / 'none.toml'}: No such file or directory"
+    )
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    assert "not a run" in failed("export", tmp_path / "none")
+    assert "not the folder of a run" in failed("report", tmp_path / "none")
+
+
+def test_a_damaged_state(home: Path, begun: Path) -> None:
+    state = begun / "tiny" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    assert "truncated" in failed("run", home / "tiny.toml", "--runs", begun, "--resume")
+    assert "truncated" in failed("export", begun / "tiny", "-o", begun / "model.safetensors")
+    assert not (begun / "model.safetensors").exists()
+
+
+def test_a_newer_format(home: Path, begun: Path) -> None:
+    file = begun / "tiny" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "version": 99}))
+    for arguments in (("run", home / "tiny.toml", "--runs", begun, "--resume"), ("report", begun / "tiny")):
+        assert "format version 99" in failed(*arguments)
+
+
+def test_an_unwritable_place(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "Not a directory" in failed("run", home / "tiny.toml", "--runs", tmp_path / "file")
+    assert "Not a directory" in failed("report", home / "runs" / "tiny", "--out", tmp_path / "file" / "out")
+
+
+def test_a_bug_is_one_line_unless_debugging(home: Path) -> None:
+    arguments = ("plan", home / "tiny.toml", "--set", f"data.source.name={MODULE_NAME}:broken_data")
+    assert failed(*arguments).startswith("error: ZeroDivisionError: my own (`scalefl --debug …`")
+    result = invoke("--debug", *arguments)
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("walk",), ("run",), ("run", "a.toml", "--rounds", "3"), ("run", "a.toml", "--resume", "--overwrite")]
+)
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    failed(*arguments, status=2)

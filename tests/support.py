@@ -1,0 +1,212 @@
+"""A small problem on which whole rounds run in milliseconds. Importable, since workers build its model by name."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scalefl.config import convert
+from scalefl.data import FederatedData
+from scalefl.engines.local import LocalEngine
+from scalefl.federate import federate
+from scalefl.methods import METHODS, PRESETS
+from scalefl.models.spec import ModelSpec, load_object
+from scalefl.objectives import TaskLoss
+from scalefl.planner import full_step, step_cost
+from scalefl.problem import Batch, Classification, Column, Problem
+from scalefl.record import RoundRecord
+from scalefl.rng import generator
+from scalefl.sampling import UniformSampler
+from scalefl.types import ClientInfo, LocalWork, Method, ServerState
+
+NUM_CLASSES = 3
+IMAGE = (1, 8, 8)
+WORK = LocalWork(epochs=1, batch_size=8, lr=0.05)
+PROBLEM = Classification(NUM_CLASSES, (Column("x", IMAGE, "float32"),))
+
+
+def tiny(width: float = 1.0, norm: str = "batch", dropout: float = 0.0) -> nn.Module:
+    """Three units with two cuts between them."""
+    c = max(1, round(6 * width))
+    return nn.Sequential(_unit(1, c, norm), _unit(c, c, norm), _head(c, dropout))
+
+
+def deadly() -> nn.Module:
+    """`tiny`, but it raises or aborts on a marked example, as an out-of-memory kill or a bug would."""
+    return nn.Sequential(_Trap(), *tiny())
+
+
+class _Trap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        mark = float(x.max())
+        if mark == ABORTS:
+            os.abort()
+        if mark == RAISES:
+            raise ValueError("the camera is\nbroken")
+        return x
+
+
+RAISES, ABORTS = 1e6, 2e6
+"""Pixels on which `deadly` fails."""
+
+
+def _unit(a: int, b: int, norm: str) -> nn.Module:
+    norms = {"batch": nn.BatchNorm2d, "group": lambda c: nn.GroupNorm(1, c), "none": lambda c: nn.Identity()}
+    return nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=norm == "none"), norms[norm](b), nn.ReLU())
+
+
+def _head(c: int, dropout: float) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(c, c, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(c, NUM_CLASSES),
+    )
+
+
+def spec(**arguments: Any) -> ModelSpec:
+    """The spec of `tiny`."""
+    return ModelSpec.of("support:tiny", **arguments)
+
+
+def examples_of(seed: int, count: int, labels: Sequence[int] = tuple(range(NUM_CLASSES))) -> dict[str, Tensor]:
+    """Images with a bright corner that says the label."""
+    draw = generator(seed, "support")
+    y = torch.tensor(labels)[torch.randint(0, len(labels), (count,), generator=draw)]
+    x = 0.5 * torch.randn(count, *IMAGE, generator=draw)
+    x[:, 0, :4, :4] += (y.float() - 1)[:, None, None]
+    return {"x": x, "label": y}
+
+
+Spoilt = dict[int, float] | None
+
+
+class MadeData:
+    """`FederatedData` whose rows are made when asked for; `spoilt` clients hold pixels that `deadly` fails on."""
+
+    def __init__(
+        self, sizes: Sequence[int], problem: Problem = PROBLEM, spoilt: dict[int, float] | None = None
+    ) -> None:
+        self.problem = problem
+        self.sizes, self.spoilt = sizes, spoilt or {}
+        self.validation: Batch = examples_of(10**6, 30)
+        self.test: Batch = examples_of(10**6 + 1, 30)
+
+    @property
+    def num_clients(self) -> int:
+        return len(self.sizes)
+
+    def num_examples(self, client: int) -> int:
+        return self.sizes[client]
+
+    def label_counts(self, client: int) -> Tensor:
+        return torch.bincount(self.examples(client)["label"], minlength=NUM_CLASSES)
+
+    def examples(self, client: int) -> Batch:
+        labels = (client % NUM_CLASSES,) if client % 4 == 3 else tuple(range(NUM_CLASSES))
+        made = examples_of(client, self.num_examples(client), labels)
+        if client in self.spoilt:
+            made["x"][0] = self.spoilt[client]
+        return made
+
+
+@dataclass(frozen=True)
+class Clients:
+    """A population with a budget for each client, in turn."""
+
+    data: FederatedData
+    budgets: tuple[int, ...]
+
+    @property
+    def smallest_memory_bytes(self) -> int:
+        return min(self.budgets)
+
+    @property
+    def largest_memory_bytes(self) -> int:
+        return max(self.budgets)
+
+    def __len__(self) -> int:
+        return self.data.num_clients
+
+    def __getitem__(self, index: int) -> ClientInfo:
+        budget = self.budgets[index % len(self.budgets)]
+        return ClientInfo(index, self.data.num_examples(index), budget, f"{budget}B", 1e9, 1e6)
+
+
+def full_bytes(model: ModelSpec | None = None, work: LocalWork = WORK) -> int:
+    """The peak of training the whole model."""
+    return step_cost(full_step(model or spec(), PROBLEM, work), PROBLEM, TaskLoss()).peak_bytes
+
+
+def make_method(name: str, **settings: Any) -> Method:
+    """A method or preset by name, as a config makes it."""
+    merged = {"name": name, **PRESETS.get(name, {}), **settings}
+    if name in PRESETS:
+        merged["name"] = PRESETS[name]["name"]
+    target = load_object(METHODS[merged.pop("name")])
+    work = merged.pop("work", WORK)
+    return replace(convert(merged, target, "method"), work=work)
+
+
+def play(
+    method: Method,
+    engine: LocalEngine | Any,
+    rounds: int,
+    *,
+    state: ServerState | None = None,
+    model: ModelSpec | None = None,
+    problem: Problem = PROBLEM,
+    seed: int = 1,
+    cohort: int = 4,
+) -> tuple[list[ServerState], list[RoundRecord]]:
+    """The states from before the first round to after the last, and the records."""
+    if state is None:
+        least = engine.population().smallest_memory_bytes
+        state = method.init(model or spec(), problem, seed=seed, smallest_memory_bytes=least)
+    states, records = [state], []
+    going: Iterator[tuple[ServerState, RoundRecord]] = federate(method, engine, UniformSampler(cohort), state)
+    for _ in range(rounds):
+        state, record = next(going)
+        states.append(state)
+        records.append(record)
+    return states, records
+
+
+def comparable(record: RoundRecord) -> RoundRecord:
+    """Without what two equal runs do not share."""
+    return replace(record, seconds=0.0)
+
+
+def global_rng() -> tuple[Any, ...]:
+    """The state of every global generator, comparable with ==."""
+    kind, keys, *rest = np.random.get_state()
+    return tuple(torch.get_rng_state().tolist()), (kind, tuple(keys.tolist()), *rest), random.getstate()
+
+
+def all_finite(values: Any) -> bool:
+    """Whether every number is finite."""
+    return all(math.isfinite(v) for v in values)
+
+
+def children() -> list[int]:
+    """Process ids of this process's children (workers)."""
+    found: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def resident_bytes(pid: int | str = "self") -> int:
+    """Memory that a process holds."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from models import BUILT_IN_CASES, NUM_CLASSES, Case, built_in, case, vectors
+from scalefl.blocks import Blocks, Span, blocks_by_count
+from scalefl.memory import Cost
+from scalefl.models.output import LAYERS, Layers, OutputSpec, Projection, Shape, light_targets
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
+from scalefl.params import identical
+from scalefl.partition import partition
+from scalefl.parts import Resident
+from scalefl.planner import full_step, output_module, span_step, step_cost
+from scalefl.problem import Classification, Column
+from scalefl.types import LocalWork, Step
+
+
+def spec_of(shape: Shape, *later: Shape, layers: Layers = "full", projection: Projection = "none") -> OutputSpec:
+    return OutputSpec("cut", shape, light_targets(shape, later), NUM_CLASSES, layers, projection)
+
+
+# Light layers
+
+
+@pytest.mark.parametrize(
+    ("shape", "later", "targets"),
+    [
+        # One layer for each later resolution, to the last channel count there.
+        ((64, 32, 32), [(64, 32, 32), (128, 16, 16), (256, 8, 8)], [(128, 16, 16), (256, 8, 8)]),
+        ((8, 16, 16), [(4, 16, 16), (16, 16, 16), (6, 8, 8), (32, 8, 8)], [(32, 8, 8)]),
+        # Changes of the channel count alone go into the next layer; at the last resolution they get one.
+        ((8, 16, 16), [(16, 16, 16), (32, 8, 8)], [(32, 8, 8)]),
+        ((8, 4, 4), [(2, 4, 4), (16, 4, 4)], [(16, 4, 4)]),
+        ((8, 4, 4), [(2, 4, 4), (8, 4, 4)], []),
+        ((8, 4, 4), [], []),
+        # Not beyond the head's pooling, nor for what comes after it.
+        ((8, 4, 4), [(16, 2, 2), (16,)], [(16, 2, 2)]),
+        ((8, 4, 4), [(128,), (10,)], []),
+        # Tokens: a change of width or of number.
+        ((16, 48), [(16, 48), (16, 48)], []),
+        ((16, 48), [(16, 48), (4, 96), (4, 96), (1, 192)], [(4, 96), (1, 192)]),
+        ((16, 48), [(16, 48), (48,)], []),
+        # Vectors.
+        ((64,), [(64,), (32,), (32,), (16,)], [(32,), (16,)]),
+        # Volumes have no light layer; pooling serves them.
+        ((4, 8, 8, 8), [(8, 4, 4, 4)], []),
+    ],
+)
+def test_light_targets(shape: Shape, later: list[Shape], targets: list[Shape]) -> None:
+    assert light_targets(shape, later) == tuple(targets)
+
+
+sizes = st.integers(1, 9)
+shapes = st.one_of(st.tuples(sizes, sizes, sizes), st.tuples(sizes, sizes), st.tuples(sizes), st.tuples(*[sizes] * 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    later=st.lists(shapes, max_size=4),
+    layers=st.sampled_from(LAYERS),
+    projection=st.sampled_from(get_args(Projection)),
+)
+def test_any_shapes_on_the_way(shape: Shape, later: list[Shape], layers: Layers, projection: Projection) -> None:
+    """Whatever strides they ask for: the features have the last target's shape, and the logits K entries.
+
+    Tokens are pooled where there are fewer later, and left as they are where there are more.
+    """
+    spec = spec_of(shape, *later, layers=layers, projection=projection)
+    taps = spec.build()(torch.randn(2, *shape))
+    last = shape if layers == "bare" or not spec.targets else spec.targets[-1]
+    width = last[-1] if len(last) <= 2 else last[0]
+    if len(last) == 2:
+        assert taps.features.shape[2] == last[1]
+        counts = [shape[0], *(target[0] for target in spec.targets)]
+        assert min(counts) <= taps.features.shape[1] <= max(counts)
+    else:
+        assert taps.features.shape == (2, *last)
+    assert taps.projected.shape == (2, width)
+    assert taps.logits.shape == (2, NUM_CLASSES)
+
+
+@pytest.mark.parametrize("name", BUILT_IN_CASES)
+def test_every_cut_of_every_built_in_model(name: str) -> None:
+    c = case(name)
+    found = partition(c.model, c.problem)
+    for unit, cut in enumerate(found.cuts):
+        later = found.shapes_after(unit)
+        for layers in LAYERS:
+            spec = OutputSpec(cut.module, cut.shape, light_targets(cut.shape, later), NUM_CLASSES, layers)
+            module = spec.build()
+            taps = module(torch.randn(3, *cut.shape))
+            assert taps.logits.shape == (3, NUM_CLASSES)
+            assert taps.features.shape[1:] == (spec.targets[-1] if spec.targets and layers != "bare" else cut.shape)
+            taps.logits.sum().backward()
+            assert all(p.grad is not None for p in module.parameters())
+
+
+def test_full_layers_are_those_of_the_paper() -> None:
+    """3×3 convolutions at stride 2 without norm, bias or activation."""
+    module = spec_of((64, 32, 32), (128, 16, 16), (256, 8, 8)).build()
+    assert [(type(m), m.kernel_size, m.stride, m.padding, m.bias) for m in module.layers] == [
+        (nn.Conv2d, (3, 3), (2, 2), (1, 1), None)
+    ] * 2
+    assert [(m.in_channels, m.out_channels) for m in module.layers] == [(64, 128), (128, 256)]
+    assert module.classifier.in_features == 256
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [((3, 7, 7), (6, 3, 3)), ((3, 8, 6), (6, 4, 2)), ((3, 4, 4), (6, 8, 8)), ((3, 9, 9), (6, 2, 2))],
+)
+@pytest.mark.parametrize("layers", ["full", "separable"])
+def test_strides_that_are_no_whole_number(source: Shape, target: Shape, layers: Layers) -> None:
+    module = spec_of(source, target, layers=layers).build()
+    assert module(torch.randn(2, *source)).features.shape == (2, *target)
+    assert any(isinstance(m, nn.AdaptiveAvgPool2d) for m in module.modules())
+    assert all(m.stride == (1, 1) for m in module.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_separable_layers_are_lighter() -> None:
+    counts = [
+        sum(p.numel() for p in spec_of((64, 8, 8), (128, 4, 4), layers=layers).build().layers.parameters())
+        for layers in LAYERS
+    ]
+    assert counts == [64 * 128 * 9, 64 * 9 + 64 * 128, 0]
+
+
+def test_projections() -> None:
+    heads = {p: spec_of((8, 4, 4), projection=p).build().projection for p in get_args(Projection)}
+    assert isinstance(heads["none"], nn.Identity)
+    assert [heads["linear"].in_features, heads["linear"].out_features] == [8, 8]
+    assert [m.out_features for m in heads["mlp"]] == [32, 16, 8]
+    taps = spec_of((8, 4, 4)).build()(z := torch.randn(2, 8, 4, 4))
+    torch.testing.assert_close(taps.projected, z.mean((2, 3)))
+
+
+# Masks
+
+
+def test_masked_tokens_do_not_count() -> None:
+    module = spec_of((5, 4)).build()
+    z = torch.randn(3, 5, 4)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+    taps = module(z, mask)
+    wanted = torch.stack([z[0, :3].mean(0), z[1].mean(0), torch.zeros(4)])
+    torch.testing.assert_close(taps.projected, wanted)
+    changed = z.clone()
+    changed[0, 3:] = 1e3
+    assert torch.equal(module(changed, mask).logits, taps.logits)
+    assert not torch.equal(module(changed).logits, module(z).logits)
+
+
+def test_a_part_passes_the_mask_to_its_output_module() -> None:
+    c = case("hf_bert")
+    blocks = blocks_by_count(c.model, c.problem, 2)
+    output = output_module(blocks, 0, c.problem, LocalWork(), "none")
+    assert output is not None
+    step = span_step(blocks, Span(0, 0), output, LocalWork())
+    own = dict(c.model.build(0).named_parameters()) | dict(c.model.build(0).named_buffers())
+    params = {n: own[n].detach() for n in step.part.held} | output.initial(0)
+    batch = c.batch(4)
+    with Resident(c.model).holding(replace(step.part, active=()), params) as (runner, _), torch.no_grad():
+        taps = runner(batch, c.problem)
+    mask = batch["attention_mask"].unsqueeze(-1)
+    assert (mask == 0).any()
+    torch.testing.assert_close(taps.projected, (taps.z * mask).sum(1) / mask.sum(1))
+
+
+# Costs
+
+
+WORK = LocalWork(batch_size=16)
+
+
+def cost_of(c: Case, step: Step) -> Cost:
+    return step_cost(step, c.problem, TaskLoss())
+
+
+def four_blocks(name: str) -> tuple[Case, Blocks]:
+    c = built_in(name, 1.0, **({"depth": 4} if name == "vit" else {}))
+    return c, blocks_by_count(c.model, c.problem, 4)
+
+
+@pytest.mark.parametrize("name", BUILT_IN_CASES)
+def test_a_stage_costs_no_more_than_what_it_stands_in_for(name: str) -> None:
+    c, blocks = four_blocks(name)
+    full = cost_of(c, full_step(c.model, c.problem, WORK))
+    for block in range(3):
+        output = output_module(blocks, block, c.problem, WORK, "none")
+        assert output is not None
+        stage = cost_of(c, span_step(blocks, Span(block, block), output, WORK))
+        through = cost_of(c, span_step(blocks, Span(block, 3), None, WORK))
+        assert stage.flops <= full.flops
+        assert stage.peak_bytes <= full.peak_bytes
+        assert output.layers == "bare" or stage.flops <= through.flops
+        assert output.layers == "bare" or stage.peak_bytes <= through.peak_bytes
+        # And the closest stand-in that does: the one before it in the list would cost more.
+        if output.layers != "full":
+            closer = replace(output, layers=LAYERS[LAYERS.index(output.layers) - 1])
+            dearer = cost_of(c, span_step(blocks, Span(block, block), closer, WORK))
+            assert dearer.flops > through.flops or dearer.peak_bytes > through.peak_bytes
+    assert output_module(blocks, 3, c.problem, WORK, "none") is None
+
+
+def test_a_compact_model_gets_light_layers() -> None:
+    """Full 3×3 convolutions would cost more than the rest of SqueezeNet."""
+    c, blocks = four_blocks("squeezenet")
+    kinds = [output_module(blocks, b, c.problem, WORK, "none").layers for b in range(3)]
+    assert kinds[-1] != "full"
+
+
+def test_the_projection_head_counts() -> None:
+    c, blocks = four_blocks("squeezenet")
+    heads = [output_module(blocks, 0, c.problem, WORK, p) for p in get_args(Projection)]
+    assert [h.projection for h in heads] == list(get_args(Projection))
+    costs = [cost_of(c, span_step(blocks, Span(0, 0), replace(h, layers="full"), WORK)) for h in heads]
+    weights = [dict(cost.terms)["weights"] for cost in costs]
+    assert weights == sorted(set(weights))
+
+
+# First weights
+
+
+def test_first_weights_are_a_function_of_seed_and_cut() -> None:
+    spec = spec_of((8, 4, 4), (16, 2, 2), projection="linear")
+    state = torch.random.get_rng_state()
+    first = spec.initial(3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(5)
+    assert identical(first, spec.initial(3))
+    weight = spec.prefix + "layers.0.weight"
+    assert not torch.equal(first[weight], spec.initial(4)[weight])
+    elsewhere = replace(spec, cut="elsewhere")
+    assert not torch.equal(first[weight], elsewhere.initial(3)[elsewhere.prefix + "layers.0.weight"])
+    # The model around it does not matter: more blocks elsewhere leave them alone.
+    assert identical(first, OutputSpec("cut", (8, 4, 4), ((16, 2, 2),), NUM_CLASSES, "full", "linear").initial(3))
+
+
+def test_names() -> None:
+    spec = spec_of((8, 4, 4), (16, 2, 2), layers="separable", projection="mlp")
+    first = spec.initial(0)
+    assert set(first) == set(spec.names())
+    assert all(name.startswith("@output.cut.") for name in first)
+    assert all(not t.requires_grad for t in first.values())
+
+
+# A model of volumes
+
+
+class Volumes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv3d(2, 4, 3, padding=1), nn.Conv3d(4, 8, 3, stride=2, padding=1)
+        self.head = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu()).relu().mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [(Volumes, Classification(NUM_CLASSES, (Column("x", (2, 6, 6, 6), "float32"),))), (nn.Linear, vectors(6))],
+)
+def test_models_beyond_images(model: type[nn.Module], problem: Classification) -> None:
+    spec = ModelSpec.of(model, **({"in_features": 6, "out_features": 5} if model is nn.Linear else {}))
+    if model is nn.Linear:
+        spec = ModelSpec.of(perceptron)
+    blocks = blocks_by_count(spec, problem, 2)
+    output = output_module(blocks, 0, problem, LocalWork(batch_size=4), "none")
+    step = span_step(blocks, Span(0, 0), output, LocalWork(batch_size=4))
+    assert step_cost(step, problem, TaskLoss()).peak_bytes > 0
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, NUM_CLASSES))

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from scalefl.errors import CheckpointError
+from scalefl.report import Run, compare, draw, read_run
+from scalefl.report.pictures import accuracy_picture, memory_picture, plane_picture
+from scalefl.report.tables import (
+    NOTHING,
+    Table,
+    class_table,
+    comparison,
+    flops,
+    memory_table,
+    show,
+    summary_table,
+    to_markdown,
+)
+
+MIB = 2**20
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def row(label: str, mib: float) -> dict[str, Any]:
+    terms = {"weights": 0.1, "gradients": 0.1, "optimizer": 0.1, "activations": 0.7}
+    sizes = {f"{term}_bytes": int(share * mib * MIB) for term, share in terms.items()}
+    common = {"cut": None, "flops_per_example": mib * 1e6, "bytes_down": MIB, "bytes_up": MIB // 2}
+    return {"label": label, "peak_bytes": int(mib * MIB), **sizes, **common}
+
+
+PLAN = {
+    "model": "net",
+    "batch_size": 8,
+    "budgets_bytes": {"small": 5 * MIB, "large": 12 * MIB},
+    "full": row("full training", 10),
+    "rows": [row("block 1", 4), row("block 2", 6)],
+}
+SUMMARY = {
+    "name": "a",
+    "rounds": 2,
+    "test": {"loss": 1.0, "accuracy": 0.5},
+    "low_memory_test": {"loss": 1.0, "accuracy": 0.25},
+    "validation": {"accuracy": 0.75},
+    "full_training_peak_bytes": 10 * MIB,
+    "predicted_peak_bytes": 6 * MIB,
+    "num_clients": 8,
+    "num_clients_seen": 5,
+    "num_clients_lost": 1,
+    "flops": 2.5e12,
+    "bytes_down": 3 * MIB,
+    "bytes_up": 2 * MIB,
+    "simulated_seconds": 1234.5,
+    "seconds": 4.25,
+}
+
+
+def point(cut: str, x: float, y: float) -> dict[str, Any]:
+    return {"cut": cut, "x": x, "y": y, "x_permuted": 0.1, "y_permuted": 0.1}
+
+
+def line(number: int, accuracy: float, plane: bool = True) -> dict[str, Any]:
+    common = {"train": {"loss": 1.0}, "bytes_down": MIB, "bytes_up": MIB} if number else {}
+    points = {"plane": [point("a", 0.5 + number / 10, 0.4), point("b", 0.6, 0.3 + number / 10)]} if plane else {}
+    return {"round": number, "validation": {"accuracy": accuracy}, **common, **points}
+
+
+def write_run(folder: Path, name: str = "a", *, finished: bool = True, version: int = 1) -> Path:
+    folder.mkdir(parents=True)
+    config = {"name": name, "rounds": 2, "method": {"name": "sbt"}}
+    head = {"format": "scalefl-run", "version": version, "config": config}
+    (folder / "config.json").write_text(json.dumps(head))
+    (folder / "plan.json").write_text(json.dumps(PLAN))
+    journal = [line(0, 0.1), line(1, 0.5, plane=False), line(2, 0.75)][: 3 if finished else 2]
+    (folder / "journal.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in journal))
+    if finished:
+        (folder / "summary.json").write_text(json.dumps({**SUMMARY, "name": name}))
+    return folder
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Run:
+    return read_run(write_run(tmp_path / "a"))
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Run:
+    return read_run(write_run(tmp_path / "b", "b", finished=False))
+
+
+def printed(table: Table, width: int) -> str:
+    console = Console(file=StringIO(), width=width)
+    show(console, table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_is_read(finished: Run, unfinished: Run) -> None:
+    assert (finished.name, finished.method, finished.num_rounds) == ("a", "sbt", 2)
+    assert finished.summary == SUMMARY
+    assert (unfinished.summary, unfinished.num_rounds) == (None, 1)
+
+
+def test_a_half_written_journal_line_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    with (folder / "journal.jsonl").open("a") as journal:
+        journal.write('{"round": 3, "valid')
+    assert read_run(folder).num_rounds == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        ("{", "is damaged"),
+        ("[]", "holds no table"),
+        ("{}", "not the folder of a run"),
+        ('{"format": "scalefl-run", "version": 99}', "format version 99"),
+    ],
+)
+def test_other_folders_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_run(tmp_path)
+
+
+def test_memory_table() -> None:
+    full, first, second = memory_table(PLAN).rows
+    assert full[:3] == ("full training", "10.0", "100 %") and full[-1] == "large"
+    assert first[:3] == ("block 1", "4.00", "40 %") and first[-1] == "all"
+    assert second[-4:] == ("4.20", "60 %", "0.50", "large")
+    assert memory_table({**PLAN, "budgets_bytes": {"small": MIB}}).rows[0][-1] == "none"
+
+
+def test_class_table_tells_the_base_where_it_is_known() -> None:
+    classes = [{"name": "small", "budget_bytes": 5 * MIB, "share": 0.5}]
+    assert class_table(classes, 10 * MIB, 300 * MIB).rows == (("small", "5.00", "50 %", "50 %", "300"),)
+    assert class_table(classes, 10 * MIB, None).rows[0][-1] == NOTHING
+
+
+def test_summary_table(finished: Run, unfinished: Run) -> None:
+    values = dict(summary_table(finished).rows)
+    assert values["test accuracy"] == "50.0 %"
+    assert values["clients that took part"] == "5 of 8"
+    assert values["FLOPs of all clients"] == "2.50 TFLOP"
+    assert values["simulated time on the devices"] == "1,234 s"
+    assert "unfinished, 1 of 2 rounds" in summary_table(unfinished).title
+    assert {value for _, value in summary_table(unfinished).rows} == {NOTHING}
+
+
+def test_comparison(finished: Run, unfinished: Run) -> None:
+    table = comparison([finished, unfinished])
+    assert table.rows[0] == (
+        "a (sbt, 2 rounds)", "50.0", "25.0", "5 / 8", "6.00", "2.50", "3.00", "2.00", "4.25", "1,234",
+    )  # fmt: skip
+    assert set(table.rows[1][1:]) == {NOTHING}
+    assert table.notes[-1] == "b is unfinished: 1 of 2 rounds are done."
+    assert comparison([finished, finished]).title == "Comparison after 2 rounds"
+
+
+def test_markdown(finished: Run) -> None:
+    title, _, header, rule, first, *_ = to_markdown(comparison([finished])).splitlines()
+    assert title == "## Comparison after 2 rounds"
+    assert header.startswith("| method | accuracy % | low-mem. % |")
+    assert rule.startswith("| :-- | --: |")
+    assert header.count("|") == rule.count("|") == first.count("|")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_numbers_are_never_cut_off_on_a_terminal(finished: Run, width: int) -> None:
+    for table in (memory_table(PLAN), summary_table(finished), comparison([finished])):
+        text = printed(table, width)
+        assert "…" not in text
+        assert all(cell in text for row in table.rows for cell in row[1:-1])
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(None, NOTHING), (12, "12 FLOP"), (3.2e9, "3.20 GFLOP"), (5e15, "5.00 PFLOP")]
+)
+def test_flops(count: float | None, text: str) -> None:
+    assert flops(count) == text
+
+
+def test_pictures_of_a_run(finished: Run, tmp_path: Path) -> None:
+    written = draw(finished, tmp_path / "out")
+    assert [path.name for path in written] == ["accuracy.png", "memory.png", "nhsic.png"]
+    assert all(path.read_bytes().startswith(PNG) for path in written)
+
+
+def test_pictures_without_measurements_are_left_out(unfinished: Run) -> None:
+    bare = Run(unfinished.path, unfinished.config, PLAN, [{"round": 0, "validation": {}}], None)
+    assert accuracy_picture([bare]) is None
+    assert plane_picture(bare) is None
+
+
+def test_accuracy_has_a_line_for_each_run(finished: Run, unfinished: Run) -> None:
+    figure = accuracy_picture([finished, unfinished])
+    assert figure is not None
+    lines = figure.axes[0].lines
+    assert [drawn.get_label() for drawn in lines] == ["a", "b"]
+    assert list(lines[0].get_ydata()) == [10, 50, 75]
+    assert len({drawn.get_color() for drawn in lines}) == 2
+
+
+def test_memory_bars_stack_to_the_peak() -> None:
+    axes = memory_picture(PLAN, "a").axes[0]
+    ends = [bars[-1].get_x() + bars[-1].get_width() for bars in zip(*axes.containers, strict=True)]
+    assert ends == pytest.approx([10, 4, 6], abs=1e-5)
+    assert [drawn.get_xdata()[0] for drawn in axes.lines] == [5, 12]
+
+
+def test_a_budget_far_beyond_the_bars_is_named_in_words() -> None:
+    axes = memory_picture({**PLAN, "budgets_bytes": {"small": 5 * MIB, "board": 4096 * MIB}}, "a").axes[0]
+    assert axes.get_xlim()[1] < 20
+    assert "board (4,096 MiB)" in axes.get_xlabel()
+
+
+def test_budget_labels_do_not_overlap() -> None:
+    budgets = {f"class-{i}": int((5 + 0.1 * i) * MIB) for i in range(4)}
+    figure = memory_picture({**PLAN, "budgets_bytes": budgets}, "a")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_plane_has_a_path_for_each_cut(finished: Run) -> None:
+    figure = plane_picture(finished)
+    assert figure is not None
+    near, whole = figure.axes
+    paths = {drawn.get_label(): drawn for drawn in near.lines if not str(drawn.get_label()).startswith("_")}
+    assert list(paths) == ["a", "b"]
+    assert list(paths["a"].get_xdata()) == [0.5, 0.7]
+    assert whole.get_xlim() == (0, 1.02)
+
+
+def test_comparison_files(finished: Run, unfinished: Run, tmp_path: Path) -> None:
+    written = compare([finished, unfinished], tmp_path / "report")
+    assert [path.name for path in written] == ["comparison.md", "accuracy.png"]
+    assert "| a (sbt, 2 rounds) | 50.0 |" in written[0].read_text()
+
+
+def test_reports_need_no_torch(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    program = (
+        "import sys; from scalefl.cli import app; "
+        f"app(['report', {str(folder)!r}], standalone_mode=False); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert (folder / "nhsic.png").exists()
