@@ -24,7 +24,7 @@ from scalefl.data import Devices, MemoryClass
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
 from scalefl.experiment import environment
-from scalefl.federate import federate
+from scalefl.loop import federate
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Batch, Classification, Column
@@ -85,9 +85,7 @@ class SyntheticClients:
 
 
 def scalefl_rounds(workload: Workload, data: SyntheticClients) -> Iterator[None]:
-    everything = MemoryClass(
-        name="all", share=1.0, memory=10.0, flops_per_second=1e9, bandwidth_bytes_per_second=1e6
-    )
+    everything = MemoryClass(name="all", share=1.0, memory=10.0, flops_per_second=1e9, bandwidth_bytes_per_second=1e6)
     clients = SimulatedPopulation(data, Devices(classes=(everything,)), 2**40, seed=0)
     method = FedAvg(work=workload.work)
     state = method.init(workload.model, data.problem, seed=0, smallest_memory_bytes=2**40)

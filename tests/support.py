@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from scalefl.config import convert
 from scalefl.data import FederatedData
 from scalefl.engines.local import LocalEngine
-from scalefl.federate import federate
+from scalefl.loop import federate
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models.spec import ModelSpec, load_object
 from scalefl.objectives import TaskLoss

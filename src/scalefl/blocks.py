@@ -73,13 +73,12 @@ class Blocks:
 
     def active(self, span: Span, coadapted_layers: int = 0) -> tuple[str, ...]:
         """Modules that run in train mode: those of the span, and the co-adapted layers with their norms."""
-        units = self.units(span)
-        inside = [
-            path
-            for path, (enter, leave) in self.partition.module_units.items()
-            if enter <= units[-1] and leave >= units[0]
-        ]
-        return tuple(sorted({*inside, *(path for path, _ in self._coadapted(span, coadapted_layers))}))
+        near = {path for path, _ in self._coadapted(span, coadapted_layers)}
+        return tuple(sorted({path for path in self._running(span) if not self._straddles(path, span)} | near))
+
+    def straddling(self, span: Span) -> tuple[str, ...]:
+        """Modules that run both in the span and before it."""
+        return tuple(sorted(path for path in self._running(span) if self._straddles(path, span)))
 
     def statistics(self, active: Sequence[str]) -> frozenset[str]:
         """Buffers that norms in train mode update."""
@@ -96,7 +95,17 @@ class Blocks:
             source=self.partition.source,
             active=self.active(span, coadapted_layers),
             held=tuple(self.held(span)),
+            start=self.cut(span.first - 1) if span.first else None,
+            straddling=self.straddling(span),
         )
+
+    def _running(self, span: Span) -> list[str]:
+        units = self.units(span)
+        runs = self.partition.module_units.items()
+        return [path for path, (enter, leave) in runs if enter <= units[-1] and leave >= units[0]]
+
+    def _straddles(self, path: str, span: Span) -> bool:
+        return self.partition.module_units[path][0] < self.units(span)[0]
 
     def _coadapted(self, span: Span, count: int) -> list[tuple[str, tuple[str, ...]]]:
         """The last `count` weight layers before the span and the norms that follow them.

@@ -127,7 +127,7 @@ def _batches(examples: Batch, size: int, seed: int, problem: Problem) -> Iterato
 
 
 def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """Slices of nearly equal length, none longer than `size`: no leftover example is normalised alone."""
+    """Slices of nearly equal length, none longer than `size`; no example stays alone if `size` is 3 or more."""
     count = math.ceil(num_rows(batch) / size)
     columns = {name: column.tensor_split(count) for name, column in batch.items()}
     for i in range(count):

@@ -23,13 +23,13 @@ from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
 from scalefl.errors import CheckpointError, ConfigError, DataError
 from scalefl.evaluate import evaluate, nhsic_plane, rows_by_distribution, stratified_rows
-from scalefl.federate import federate
+from scalefl.loop import federate
 from scalefl.memory import Cost
+from scalefl.memory_plan import MemoryPlan, memory_plan
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params
 from scalefl.partition import Cut, partition
-from scalefl.plan import MemoryPlan, memory_plan
 from scalefl.planner import full_step, step_cost
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive

@@ -3,7 +3,8 @@
 Gaussian kernels on flattened features of width d, K_ij = exp(−‖a_i − a_j‖² / (2 σ² d)), centred, then
 normalised as "cka", ⟨K̄_A, K̄_B⟩ / (‖K̄_A‖ ‖K̄_B‖) in [0, 1], or as "cca", tr(R_A R_B) with
 R = K̄ (K̄ + ε m I)⁻¹ (the HSIC bottleneck, Ma et al., AAAI 2020, eq. 3). The estimator is biased where the
-feature is wide and the batch small: compare values at equal numbers of samples only.
+feature is wide and the batch small: compare values at equal numbers of samples only. A centred kernel whose norm is
+within rounding of zero (about 4 m ε for m samples) counts as without structure: its nHSIC is 0, its gradient too.
 Shapes: B samples, D features.
 """
 

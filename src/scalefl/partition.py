@@ -12,25 +12,18 @@ open how to find it; the search for dominators is ours.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from scalefl.errors import ScaleFLError, UncuttableModel
-from scalefl.models.skeleton import aliases, lay_fakes, tensors
+from scalefl.errors import UncuttableModel
+from scalefl.models.skeleton import aliases, tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Problem
-from scalefl.torch_private import FakeTensorMode, quiet_fakes
-
-PROBE_EXAMPLES = 2
-
-Node = Any  # a node of the autograd graph; torch has no public type for it
+from scalefl.tracing import Call, Graph, Node, Trace, parents, traced
 
 
 @dataclass(frozen=True)
@@ -99,56 +92,16 @@ def partition(model: ModelSpec, problem: Problem, cuts: tuple[str, ...] | None =
         UncuttableModel: there is no such place, or a named module is missing, runs more than once, or has
             no single floating-point output, or a block would be left with nothing to train.
     """
-    trace = _traced(model, problem)
-    graph = _Graph(trace)
+    trace = traced(model, problem)
+    graph = Graph(trace)
     chosen = _automatic(trace, graph) if cuts is None else _by_hand(trace, graph, cuts)
     return _partition(trace, graph, chosen)
-
-
-@lru_cache(maxsize=64)
-def num_outputs(model: ModelSpec, problem: Problem) -> int:
-    """The number of logits that the model gives for an example."""
-    return _traced(model, problem).num_outputs
-
-
-@dataclass
-class _Call:
-    """What the probe saw of one module: when it ran, and the graph nodes of its output."""
-
-    enter: int
-    exit: int = -1
-    times: int = 0
-    outputs: list[tuple[Node | None, tuple[int, ...]]] = field(default_factory=list)
-
-    def carried(self) -> tuple[int, Node, tuple[int, ...]] | None:
-        """Position, node and shape of the one output that carries the graph, if there is just one."""
-        grads = [(i, node, shape) for i, (node, shape) in enumerate(self.outputs) if node is not None]
-        return grads[0] if self.times == 1 and len({id(node) for _, node, _ in grads}) == 1 else None
-
-
-@dataclass
-class _Trace:
-    """One watched run: the graph is read from `sink`, the node of the logits."""
-
-    module: nn.Module
-    trainable: frozenset[str]
-    calls: dict[str, _Call]
-    inputs: list[Tensor]
-    sink: Node
-    num_outputs: int
-
-    def __post_init__(self) -> None:
-        self._names = {id(p): name for name, p in self.module.named_parameters()}
-
-    def parameter(self, node: Node) -> str | None:
-        """The parameter whose gradient `node` accumulates, if it does that."""
-        return self._names.get(id(getattr(node, "variable", None)))
 
 
 @dataclass(frozen=True)
 class _Place:
     path: str
-    call: _Call
+    call: Call
     position: int
     node: Node
     shape: tuple[int, ...]
@@ -157,165 +110,7 @@ class _Place:
         return Cut(self.path, self.position, self.shape[1:])
 
 
-def floating(output: Any) -> list[Tensor]:
-    """The floating-point tensors in a module's output, in order: of a tensor, tuple, list, dict or dataclass."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    elif not isinstance(output, tuple | list) and hasattr(output, "__dict__"):
-        output = list(vars(output).values())
-    if isinstance(output, tuple | list):
-        return [tensor for item in output for tensor in floating(item)]
-    return []
-
-
-def _traced(model: ModelSpec, problem: Problem) -> _Trace:
-    try:
-        module = model.skeleton()
-        with quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
-            lay_fakes(module)
-            return _probe(module, problem)
-    except ScaleFLError:
-        raise
-    except Exception as fake_error:  # control flow that depends on data, or an operator without a fake
-        try:
-            return _probe(model.build(0), problem)
-        except ScaleFLError:
-            raise
-        except Exception as error:
-            raise UncuttableModel(
-                f"model {model.name} does not run on an example batch of the data: {error}"
-            ) from fake_error
-
-
-def _probe(module: nn.Module, problem: Problem) -> _Trace:
-    args, kwargs = problem.inputs(problem.example(PROBE_EXAMPLES))
-    inputs = [t.requires_grad_() for t in floating([*args, *kwargs.values()])]
-    trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
-    for p in module.parameters():
-        if p.is_floating_point():
-            p.requires_grad_()
-    calls: dict[str, _Call] = {}
-    module.eval()
-    with _watched(module, calls), torch.enable_grad():
-        logits = problem.output(module(*args, **kwargs))
-    if logits.grad_fn is None:
-        raise UncuttableModel("the model's output does not depend on its input or parameters")
-    return _Trace(module, trainable, calls, inputs, logits.grad_fn, logits.shape[-1])
-
-
-@contextlib.contextmanager
-def _watched(module: nn.Module, calls: dict[str, _Call]) -> Iterator[None]:
-    clock = iter(range(10**9))
-    handles = []
-
-    def enter(path: str) -> Any:
-        def hook(_module: nn.Module, _args: Any) -> None:
-            call = calls.setdefault(path, _Call(next(clock)))
-            call.times += 1
-
-        return hook
-
-    def leave(path: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            call = calls[path]
-            call.exit = next(clock)
-            call.outputs = [(t.grad_fn, tuple(t.shape)) for t in floating(output)]
-
-        return hook
-
-    for path, child in module.named_modules():
-        if path:
-            handles += [child.register_forward_pre_hook(enter(path)), child.register_forward_hook(leave(path))]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Graph:
-    """The autograd graph of the probe, and the nodes on every path from the input to the logits."""
-
-    def __init__(self, trace: _Trace) -> None:
-        self.nodes = _topological(trace.sink)
-        self.order = {id(node): i for i, node in enumerate(self.nodes)}
-        self.source_module: str | None = None
-        self.dominators = self._dominators(self._sources(trace))
-
-    def _sources(self, trace: _Trace) -> set[int]:
-        wanted = {id(t) for t in trace.inputs}
-        found = {i for i, node in enumerate(self.nodes) if id(getattr(node, "variable", None)) in wanted}
-        if found or trace.inputs:
-            return found
-        # Token ids carry no gradient: the first module with a differentiable output stands for the input.
-        for path, call in sorted(trace.calls.items(), key=lambda item: item[1].exit):
-            carried = call.carried()
-            if carried is not None and id(carried[1]) in self.order:
-                self.source_module = path
-                return {self.order[id(carried[1])]}
-        return set()
-
-    def _dominators(self, sources: set[int]) -> list[int]:
-        # In topological order, a node is on every path exactly when no edge from an earlier node (that
-        # the source reaches) passes over it; `reach` is how far those edges go.
-        reached = set(sources)
-        last_use: dict[int, int] = {}
-        for i, node in enumerate(self.nodes):
-            uses = [self.order[id(n)] for n in _parents(node)]
-            if any(j in reached for j in uses):
-                reached.add(i)
-            for j in uses:
-                if j in reached and i in reached:
-                    last_use[j] = i
-        reach = max(sources, default=len(self.nodes))
-        found = []
-        for i in sorted(reached):
-            if reach <= i:
-                found.append(i)
-            reach = max(reach, last_use.get(i, i))
-        return [i for i in found if i not in sources]
-
-    def units(self, cut_nodes: Sequence[Node]) -> list[int]:
-        """For each node the first cut that it leads to; `len(cut_nodes)` for what comes after the last."""
-        unit = [len(cut_nodes)] * len(self.nodes)
-        seen: set[int] = set()
-        for number, cut in enumerate(cut_nodes):
-            stack = [cut]
-            while stack:
-                node = stack.pop()
-                if id(node) not in seen:
-                    seen.add(id(node))
-                    unit[self.order[id(node)]] = number
-                    stack += _parents(node)
-        return unit
-
-
-def _parents(node: Node) -> list[Node]:
-    return [parent for parent, _ in node.next_functions if parent is not None]
-
-
-def _topological(sink: Node) -> list[Node]:
-    """Every node that leads to `sink`, inputs first. The list keeps the nodes (and so their ids) alive."""
-    ordered: list[Node] = []
-    seen: set[int] = set()
-    stack: list[tuple[Node, bool]] = [(sink, False)]
-    keep = [sink]
-    while stack:
-        node, done = stack.pop()
-        if done:
-            ordered.append(node)
-        elif id(node) not in seen:
-            seen.add(id(node))
-            parents = _parents(node)
-            keep += parents
-            stack.append((node, True))
-            stack += [(parent, False) for parent in parents if id(parent) not in seen]
-    return ordered
-
-
-def _automatic(trace: _Trace, graph: _Graph) -> list[_Place]:
+def _automatic(trace: Trace, graph: Graph) -> list[_Place]:
     places = _dominating_places(trace, graph)
     if not places:
         if sum(p.ndim >= 2 for p in trace.module.parameters()) < 2:
@@ -333,7 +128,7 @@ def _automatic(trace: _Trace, graph: _Graph) -> list[_Place]:
     return _before_weights(trace, graph, kept, trace.trainable)
 
 
-def _dominating_places(trace: _Trace, graph: _Graph) -> list[_Place]:
+def _dominating_places(trace: Trace, graph: Graph) -> list[_Place]:
     """One place for each dominator that is some module's output: the outermost such module."""
     wanted = {id(graph.nodes[i]) for i in graph.dominators} - {id(trace.sink)}
     found = [
@@ -349,7 +144,7 @@ def _dominating_places(trace: _Trace, graph: _Graph) -> list[_Place]:
     return sorted(best.values(), key=lambda place: graph.order[id(place.node)])
 
 
-def _on_time(trace: _Trace, graph: _Graph, places: list[_Place]) -> list[_Place]:
+def _on_time(trace: Trace, graph: Graph, places: list[_Place]) -> list[_Place]:
     """Places that are reached before any later weight is used.
 
     An identity in a skip connection returns the tensor of a cut, but may run after the other branch.
@@ -360,12 +155,12 @@ def _on_time(trace: _Trace, graph: _Graph, places: list[_Place]) -> list[_Place]
     return [place for place in places if _too_early(trace, needed, place, number[id(place.node)]) is None]
 
 
-def _needed(trace: _Trace, unit: list[int], graph: _Graph) -> dict[str, int]:
+def _needed(trace: Trace, unit: list[int], graph: Graph) -> dict[str, int]:
     """The first unit that leads from each parameter."""
     return {name: unit[i] for i, node in enumerate(graph.nodes) if (name := trace.parameter(node))}
 
 
-def _too_early(trace: _Trace, needed: Mapping[str, int], place: _Place, number: int) -> str | None:
+def _too_early(trace: Trace, needed: Mapping[str, int], place: _Place, number: int) -> str | None:
     """A module that has run when cut `number` is reached, though only a later unit needs its weights."""
     done = (path for path, _ in _layers(trace) if trace.calls[path].exit < place.call.exit)
     return next((p for p in done if any(needed.get(n, 0) > number for n in _own_parameters(trace.module, p))), None)
@@ -375,14 +170,14 @@ def _outermost(place: _Place) -> tuple[bool, int]:
     return (len(place.call.outputs) > 1, place.path.count("."))
 
 
-def _without_sharing(trace: _Trace, graph: _Graph, places: list[_Place]) -> tuple[list[_Place], str]:
+def _without_sharing(trace: Trace, graph: Graph, places: list[_Place]) -> tuple[list[_Place], str]:
     """Drop cuts that something besides the one tensor crosses: tied weights, a shared position bias."""
     nodes = [place.node for place in places]
     unit = graph.units(nodes)
     bad: set[int] = set()
     culprit = ""
     for i, node in enumerate(graph.nodes):
-        for parent in _parents(node):
+        for parent in parents(node):
             j = graph.order[id(parent)]
             crossed = [c for c in range(unit[j], unit[i]) if parent is not nodes[c]]
             if crossed:
@@ -393,7 +188,7 @@ def _without_sharing(trace: _Trace, graph: _Graph, places: list[_Place]) -> tupl
 
 
 def _before_weights(
-    trace: _Trace, graph: _Graph, places: list[_Place], names: Collection[str] | None = None
+    trace: Trace, graph: Graph, places: list[_Place], names: Collection[str] | None = None
 ) -> list[_Place]:
     """Keep the cuts that a unit with weights of its own follows: norms and activations stay with what they follow.
 
@@ -413,13 +208,13 @@ def _before_weights(
     ]
 
 
-def _starts_after(trace: _Trace, name: str, place: _Place) -> bool:
+def _starts_after(trace: Trace, name: str, place: _Place) -> bool:
     """Whether the owner of a parameter has not begun to run where a place is reached."""
     call = trace.calls.get(name.rpartition(".")[0])
     return call is not None and call.enter > place.call.exit
 
 
-def _by_hand(trace: _Trace, graph: _Graph, paths: tuple[str, ...]) -> list[_Place]:
+def _by_hand(trace: Trace, graph: Graph, paths: tuple[str, ...]) -> list[_Place]:
     if len(set(paths)) < len(paths):
         raise UncuttableModel(f"cut points {list(paths)} name a module twice")
     places = sorted((_named_place(trace, path) for path in paths), key=lambda place: place.call.exit)
@@ -440,7 +235,7 @@ def _by_hand(trace: _Trace, graph: _Graph, paths: tuple[str, ...]) -> list[_Plac
     return places
 
 
-def _named_place(trace: _Trace, path: str) -> _Place:
+def _named_place(trace: Trace, path: str) -> _Place:
     call = trace.calls.get(path)
     if call is None:
         known = difflib.get_close_matches(path, trace.calls, n=3)
@@ -458,7 +253,7 @@ def _named_place(trace: _Trace, path: str) -> _Place:
     return _Place(path, call, *carried)
 
 
-def _partition(trace: _Trace, graph: _Graph, places: list[_Place]) -> Partition:
+def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
     unit = graph.units([place.node for place in places])
     exits = [place.call.exit for place in places]
     module = trace.module
@@ -493,13 +288,13 @@ def _partition(trace: _Trace, graph: _Graph, places: list[_Place]) -> Partition:
     )
 
 
-def _layers(trace: _Trace) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def _layers(trace: Trace) -> tuple[tuple[str, tuple[str, ...]], ...]:
     ran = sorted(trace.calls, key=lambda path: trace.calls[path].enter)
     owned = {path: _own_parameters(trace.module, path) for path in ran}
     return tuple((path, names) for path, names in owned.items() if names)
 
 
-def _norms(trace: _Trace) -> frozenset[str]:
+def _norms(trace: Trace) -> frozenset[str]:
     owned = {path: trace.module.get_submodule(path).parameters(recurse=False) for path, _ in _layers(trace)}
     return frozenset(path for path, params in owned.items() if all(p.ndim < 2 for p in params))
 

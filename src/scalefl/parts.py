@@ -13,8 +13,9 @@ from scalefl.models.output import OutputModule, OutputSpec, empty_output
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, is_attachment
-from scalefl.partition import Cut, floating
+from scalefl.partition import Cut
 from scalefl.problem import Batch, Problem
+from scalefl.tracing import floating
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Part:
         feature: the cut whose tensor is z: `stop`, or the last feature before the model's head.
         source: the module whose output stands for the input (token models).
         active: paths of the modules that run in train mode; all others are in eval mode.
+        start: the cut where the frozen prefix ends; None where there is none.
+        straddling: modules that run on both sides of `start` (a shared dropout, the model itself): in eval mode
+            before it and in train mode after it.
         held: names of the model's own tensors that the run needs.
     """
 
@@ -38,6 +42,8 @@ class Part:
     source: str | None
     active: tuple[str, ...]
     held: tuple[str, ...]
+    start: Cut | None = None
+    straddling: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """Every tensor that the run needs, the output module's included."""
@@ -132,6 +138,7 @@ class PartRunner:
         """Run the part on a batch."""
         args, kwargs = problem.inputs(batch)
         self._seen.clear()
+        self._set_straddling(training=False)
         raw: Any = None
         with contextlib.suppress(_Reached):
             raw = self._module(*args, **kwargs)
@@ -158,6 +165,8 @@ class PartRunner:
         handles = []
         if self._part.source is not None:
             handles.append(self._watch(self._part.source, self._note_source))
+        if self._part.start is not None and self._part.straddling:
+            handles.append(self._watch(self._part.start.module, self._note_start))
         if self._part.feature is not None:
             handles.append(self._watch(self._part.feature.module, self._note_feature))
         try:
@@ -171,6 +180,13 @@ class PartRunner:
 
     def _note_source(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self._seen["x"] = floating(output)[0].detach()
+
+    def _note_start(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._set_straddling(training=True)
+
+    def _set_straddling(self, *, training: bool) -> None:
+        for path in self._part.straddling:
+            self._module.get_submodule(path).training = training
 
     def _note_feature(self, _module: nn.Module, _args: Any, output: Any) -> None:
         assert self._part.feature is not None

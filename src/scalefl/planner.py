@@ -107,7 +107,7 @@ def span_step(
     trainable = blocks.trainable(span, coadapted_layers)
     if output is not None:
         trainable |= frozenset(output.names())
-    moving = trainable | blocks.statistics(part.active)
+    moving = trainable | blocks.statistics((*part.active, *part.straddling))
     return Step(part, trainable, moving, coefficients, work)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
@@ -28,7 +27,6 @@ from scalefl.experiment import Experiment, run_rounds
 from scalefl.export import state_dict
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.params import identical
 
 # Three classes of 8×8 pictures on six clients. NAP makes clients slow enough to be stopped in their work.
 MODULE = """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scalefl.engines.local import LocalEngine
-from scalefl.federate import federate
+from scalefl.loop import federate
 from scalefl.memory import MIB
 from scalefl.problem import Batch
 from scalefl.sampling import UniformSampler

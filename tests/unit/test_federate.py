@@ -21,7 +21,7 @@ from scalefl.coords import extract
 from scalefl.engines.local import LocalEngine
 from scalefl.engines.wire import decode, encode
 from scalefl.errors import ConfigError, EmptyCohort, RoundFailed
-from scalefl.federate import federate
+from scalefl.loop import federate
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, copied, identical
@@ -67,6 +67,24 @@ def start(model: ModelSpec = MODEL, method: Method | None = None) -> ServerState
 def one_round(engine: Any, *ids: int, state: ServerState | None = None, method: Method | None = None):
     method = method or make_method("fedavg")
     return next(federate(method, engine, Chosen(*ids), state or start()))
+
+
+class Unreadable(MadeData):
+    """Client 3's data cannot be read."""
+
+    def examples(self, client: int):
+        if client == 3:
+            raise OSError("the card was pulled out")
+        return super().examples(client)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_client_whose_data_fails_is_recorded_and_left_out(shared, workers):
+    data = Unreadable(SIZES, spoilt=SPOILT)
+    with LocalEngine(data, CLIENTS, workers=workers) as engine:
+        state, record = one_round(engine, 3, 0, 1, 2, 5)
+    assert record.lost == [{"client": 3, "cause": "OSError: the card was pulled out"}]
+    assert identical(state.params, one_round(shared[0], 0, 1, 2, 5)[0].params)
 
 
 @pytest.fixture(scope="module")

@@ -42,11 +42,12 @@ from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.models.vit import Block
 from scalefl.objectives import TaskLoss
-from scalefl.partition import Cut, Partition, floating, num_outputs, partition
+from scalefl.partition import Cut, Partition, partition
 from scalefl.parts import Part, Resident
 from scalefl.planner import full_step, output_module, span_step, step_cost
 from scalefl.problem import Classification, Column
 from scalefl.torch_private import FakeTensorMode
+from scalefl.tracing import floating, num_outputs
 from scalefl.types import LocalWork
 
 IDS = Classification(NUM_CLASSES, (Column("input_ids", (6,), "int64"),))

