@@ -129,12 +129,13 @@ class Config:
         return cast(Method, replace(convert(settings, target, "method"), work=self.work))
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """A config from a TOML file (or the `config.json` of a run), with "key=value" overrides.
 
     Raises:
         ConfigError: the file is missing or malformed, a key is unknown, or a value has the wrong type.
     """
+    path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -133,8 +133,9 @@ class RunProgress:
     rounds: int
 
 
-def run(config: Config, folder: Path, *, resume: bool = False) -> dict[str, Any]:
+def run(config: Config, folder: str | Path, *, resume: bool = False) -> dict[str, Any]:
     """Run a config into a folder and return its summary; see `run_rounds`."""
+    folder = Path(folder)
     for _ in run_rounds(Experiment(config), folder, resume=resume):
         pass
     return read_json(RunFolder(folder).summary)
@@ -178,14 +179,14 @@ def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) ->
             _write_json(files.summary, observer.conclude(state, files.read_journal()))
 
 
-def deployed(folder: Path) -> tuple[ModelSpec, Params]:
+def deployed(folder: str | Path) -> tuple[ModelSpec, Params]:
     """The model of a run's last saved state.
 
     Raises:
         CheckpointError: there is no run there, or it cannot be read.
     """
-    files = RunFolder(folder)
-    experiment = Experiment(read_config(folder))
+    files = RunFolder(Path(folder))
+    experiment = Experiment(read_config(files.path))
     state = load_state(files.state, experiment.model, experiment.problem)
     model, params = experiment.method.deploy(_with_model(experiment, state))
     return model, params
