@@ -382,8 +382,8 @@ def test_a_missing_config(command: str, tmp_path: Path) -> None:
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
-    assert "not a run" in failed("export", tmp_path / "none")
-    assert "not the folder of a run" in failed("report", tmp_path / "none")
+    for command in ("export", "report"):
+        assert "not the folder of a run" in failed(command, tmp_path / "none")
 
 
 def test_a_damaged_state(home: Path, begun: Path) -> None:
