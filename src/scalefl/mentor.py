@@ -61,8 +61,8 @@ class Mentor:
         projection: the projection head for the label term.
     """
 
-    lambda_max: float = 1.0
-    gamma_max: float = 1.0
+    lambda_max: float = 3.0
+    gamma_max: float = 3.0
     schedule: Linear | Cosine | Constant = Linear()
     form: Form = "cka"
     sigma: float = SIGMA

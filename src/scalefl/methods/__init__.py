@@ -21,6 +21,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "growth": {"kind": "sequential"},
     },
     # The paper's ScaleFL, without what this package adds to it.
-    "scalefl-paper": {"name": "scalefl", "spans": "single"},
+    "scalefl-paper": {"name": "scalefl", "spans": "single", "coadapted_layers": 1},
 }
 """Settings that go by a name of their own; what a config sets beside the name overrides them."""

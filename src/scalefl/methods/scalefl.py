@@ -50,7 +50,7 @@ class ScaleFL:
     smallest_micro_batch: int | None = None
     mentor: Mentor | None = Mentor()
     growth: Growth = RoundRobin()
-    coadapted_layers: int = 1
+    coadapted_layers: int = 2
     server: ServerOptimizer = Average()
 
     def __post_init__(self) -> None:
