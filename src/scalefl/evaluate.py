@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from scalefl.parts import Part
 from scalefl.problem import Batch, Problem, num_rows
 from scalefl.rng import generator
 
-EVALUATION_BATCH = 250
+EVALUATION_BATCH = 128
 
 
 def evaluate(
@@ -26,8 +26,7 @@ def evaluate(
     sums: dict[str, list[float]] = {}
     part = Part(model, None, None, None, None, active=(), held=tuple(params))
     with residents[model].holding(part, params) as (runner, _), torch.no_grad():
-        for start in range(0, num_rows(examples), EVALUATION_BATCH):
-            batch = {name: column[start : start + EVALUATION_BATCH] for name, column in examples.items()}
+        for batch in _slices(examples):
             for name, (value, weight) in problem.metrics(runner(batch, problem).logits, batch).items():
                 entry = sums.setdefault(name, [0.0, 0.0])
                 entry[0] += float(value)
@@ -60,9 +59,9 @@ def nhsic_plane(
     """
     part = Part(model, None, None, None, source, active=(), held=tuple(params))
     with residents[model].holding(part, params) as (runner, _), torch.no_grad():
-        x, features = runner.features(probe, problem, tuple(cuts))
-        kernels_z = [centred_kernel(z) for z in features]
-        kernel_x = centred_kernel(x)
+        seen = [runner.features(batch, problem, tuple(cuts)) for batch in _slices(probe)]
+        kernels_z = [centred_kernel(torch.cat([zs[i] for _, zs in seen])) for i in range(len(cuts))]
+        kernel_x = centred_kernel(torch.cat([x for x, _ in seen]))
         kernel_y = centred_kernel(problem.y_features(probe).float())
     order = torch.randperm(num_rows(probe), generator=generator(seed, "permutation"))
     return [
@@ -75,6 +74,11 @@ def nhsic_plane(
         }
         for cut, k in zip(cuts, kernels_z, strict=True)
     ]
+
+
+def _slices(examples: Batch) -> Iterator[Batch]:
+    for start in range(0, num_rows(examples), EVALUATION_BATCH):
+        yield {name: column[start : start + EVALUATION_BATCH] for name, column in examples.items()}
 
 
 def stratified_rows(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -21,7 +21,7 @@ from scalefl.config import Config, make_config, to_plain
 from scalefl.data import FederatedData, Natural, PartitionedData, load
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
-from scalefl.errors import CheckpointError, ConfigError, DataError
+from scalefl.errors import CheckpointError, ConfigError, DataError, UncuttableModel
 from scalefl.evaluate import evaluate, nhsic_plane, rows_by_distribution, stratified_rows
 from scalefl.loop import federate
 from scalefl.memory import Cost
@@ -30,7 +30,7 @@ from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params
 from scalefl.partition import Cut, partition
-from scalefl.planner import full_step, step_cost
+from scalefl.planner import budget_error, full_step, step_cost
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive
 from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
@@ -89,7 +89,8 @@ class Experiment:
         The same rows for every method: they depend on data, devices and seed only. Where all clients hold full
         training, those of the weakest class are meant.
         """
-        limit = min(self.full_cost.peak_bytes, self.population.largest_memory_bytes)
+        smallest = self.population.smallest_memory_bytes
+        limit = max(self.full_cost.peak_bytes, smallest + 1)
         counts = torch.zeros(self.problem.num_classes, dtype=torch.int64)
         low = (i for i in range(len(self.population)) if self.population.device(i).memory_bytes < limit)
         for _, client in zip(range(LOW_MEMORY_CLIENTS), low, strict=False):
@@ -99,14 +100,21 @@ class Experiment:
         return take(self.data.test, rows_by_distribution(labels, shares, derive(self.config.seed, "low memory")))
 
     def plane_cuts(self, model: ModelSpec) -> tuple[tuple[Cut, ...], str | None]:
-        """Where the nHSIC plane is read, and the module that stands for the input."""
+        """Where the nHSIC plane is read, and the module that stands for the input.
+
+        Nowhere, where a model can't be cut: methods that train it whole run all the same.
+        """
         wanted = self.config.evaluation.plane_cuts
         if isinstance(wanted, tuple):
             found = partition(model, self.problem, wanted)
             return found.cuts, found.source
-        blocks = blocks_by_count(model, self.problem, wanted)
+        try:
+            found = partition(model, self.problem)
+        except UncuttableModel:
+            return (), None
+        blocks = blocks_by_count(model, self.problem, min(wanted, found.num_units))
         cuts = [blocks.cut(block) for block in range(len(blocks) - 1)]
-        return tuple(cut for cut in cuts if cut), blocks.partition.source
+        return tuple(cut for cut in cuts if cut), found.source
 
     def _clients(self, loaded: Any) -> tuple[FederatedData, SimulatedPopulation]:
         config, devices = self.config, self.config.devices
@@ -246,6 +254,8 @@ class _Observer:
     def _plane(self, model: ModelSpec, params: Params) -> list[dict[str, Any]]:
         experiment = self._experiment
         cuts, source = experiment.plane_cuts(model)
+        if not cuts:
+            return []
         seed = derive(experiment.config.seed, "plane")
         return nhsic_plane(
             self._residents, model, params, experiment.problem, experiment.probe, cuts, source, seed=seed
@@ -263,11 +273,12 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
             f"{files.path} is not empty: resume the run in it (--resume), remove it (--overwrite), "
             "or give this one another name (--set name=...)"
         )
+    state = experiment.initial_state()
+    _check_budgets(experiment, state)
     try:
         files.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make {files.path}: {error.strerror}") from error
-    state = experiment.initial_state()
     _write_json(files.plan, experiment.plan(state).to_json())
     _write_json(files.environment, environment())
     # Last: a folder with a config in it can be resumed.
@@ -276,9 +287,23 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
     return state
 
 
+def _check_budgets(experiment: Experiment, state: ServerState) -> None:
+    """Refuse a run in which no client could ever take part.
+
+    Raises:
+        BudgetError: says what the cheapest thing to train needs, by term, and the largest budget on offer.
+    """
+    largest = experiment.population.largest_memory_bytes
+    least = min(experiment.method.menu(state), key=lambda choice: choice.cost.peak_bytes)
+    if least.cost.peak_bytes > largest and experiment.method.floor_bytes(state) > largest:
+        raise budget_error(f"{least.rung} of {state.model.name}, the least that clients can do,", least.cost, largest)
+
+
 def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
     saved, asked = to_plain(read_config(files.path)), to_plain(experiment.config)
-    differing = [key for key in asked if asked[key] != saved[key] and key not in ("engine", "save_every")]
+    for content in (saved, asked):  # what the result does not depend on
+        del content["save_every"], content["engine"]["workers"]
+    differing = [key for key in asked if asked[key] != saved[key]]
     if differing:
         raise ConfigError(f"{files.path} holds a run whose {', '.join(differing)} differ: resume with its own config")
     if not files.state.exists():  # it was killed before its first save
