@@ -98,6 +98,7 @@ def train_batch(
         total_weight += weight
         # Weights are known only when all micro-batches have run: divide by rows now, correct below.
         objective_value = loss / rows
+        # Deviation: nHSIC is not a sum over samples; in micro-batches this is the mean of their own values.
         coupled = objective.batch_terms(taps, micro, problem)
         if coupled is not None:
             objective_value = objective_value + coupled * (weight / rows)

@@ -29,7 +29,10 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class RoundRobin(msgspec.Struct, frozen=True, tag_field="kind", tag="round_robin", forbid_unknown_fields=True):
-    """Dynamic model growth: the block changes every round, 1, 2, …, T, 1, 2, …"""
+    """Dynamic model growth: the block changes every round, 1, 2, …, T, 1, 2, …
+
+    Paper: ScaleFL, section 3; the default.
+    """
 
     def advance(self, progress: Progress, num_blocks: int, movement: float) -> Progress:
         """The next block."""

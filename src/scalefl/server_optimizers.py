@@ -66,6 +66,7 @@ def apply_mean(
     Parameters go through the optimizer. Norm statistics and integer counters are no gradients: their weighted
     mean (rounded, for integers) is taken as it is. What nobody trained keeps its bits.
     """
+    # Deviation: the papers do not say what becomes of statistics. The mean of variances leaves out how means differ.
     trained = frozenset().union(*(step.trainable for task in plan.tasks for step in set(task.steps)))
     params = dict(state.params)
     history = dict(state.aux.tensors)

@@ -44,6 +44,7 @@ class SGD:
         """Update the parameters from their gradients; those without a gradient stay."""
         work = self._work
         if self._start is not None:
+            # Paper: FedProx, eq. 2; the gradient of μ/2·‖θ − θ⁽ʳ⁾‖² is μ(θ − θ⁽ʳ⁾).
             for p, start in zip(self._parameters, self._start, strict=True):
                 if p.grad is not None:
                     p.grad.add_(p - start, alpha=work.prox)

@@ -23,6 +23,7 @@ Shape = tuple[int, ...]
 Projection = Literal["none", "linear", "mlp"]
 Layers = Literal["full", "separable", "bare"]
 
+# Deviation: the authors always use full 3×3 convolutions, which cost more than a compact model itself.
 # From the closest stand-in to the cheapest; the first whose cost stays within that of the missing part is taken.
 LAYERS: tuple[Layers, ...] = ("full", "separable", "bare")
 
@@ -107,6 +108,7 @@ def light_targets(shape: Shape, later: Sequence[Shape]) -> tuple[Shape, ...]:
     """
     if len(shape) > 3:
         return ()
+    # Deviation: the authors put one convolution for each missing stage; we put one for each resolution on the way.
     same_rank = list(itertools.takewhile(lambda s: len(s) == len(shape), later))
     runs = [list(run) for _, run in itertools.groupby([shape, *same_rank], key=_resolution)]
     targets = [run[-1] for run in runs[1:]]
