@@ -62,7 +62,7 @@ class Mentor:
     """
 
     # Deviation: the authors print no weights, and project through three linear layers ("mlp"). These defaults come from
-    # validation data (docs/benchmarks); "mlp" did no better than "none" and takes memory.
+    # validation data (docs/benchmarks); what "mlp" gained over "none" lies within the spread, and it takes memory.
     lambda_max: float = 3.0
     gamma_max: float = 3.0
     schedule: Linear | Cosine | Constant = Linear()
@@ -93,7 +93,7 @@ class MentorLoss:
     def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
         """−λ nHSIC(X; Z) − γ nHSIC(Y; Z)."""
         mentor = self.mentor
-        # Paper: the authors' code reads Z for the X term after φ's last convolution, for the Y term after the projection.
+        # Paper: the authors' code reads Z after φ's last convolution (X term) and after the projection (Y term).
         z_x, z_y = (taps.z, taps.z) if mentor.tap == "cut" else (taps.late, taps.projected)
         terms = []
         if self.lambda_x:

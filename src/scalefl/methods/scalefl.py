@@ -125,7 +125,8 @@ class ScaleFL:
         blocks = self.blocks_of(state)
         if self.spans == "single":
             return self._fit(blocks, _single(stage), state.problem, budget)
-        # Deviation: the paper gives everybody the same block. Here: longest first; around the block in turn before elsewhere; equals take turns.
+        # Deviation: the paper gives everybody the same block. Here the longest span that fits comes first, around
+        # the block in turn before elsewhere; equals take turns.
         spans = _spans(blocks)
         for distance, length in sorted({(_distance(s, stage), -len(s)) for s in spans}):
             equals = [s for s in spans if (_distance(s, stage), -len(s)) == (distance, length)]
