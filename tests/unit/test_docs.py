@@ -1,0 +1,85 @@
+"""What the documents show works, what they name exists."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from test_experiment import settings
+
+from scalefl.config import Config, convert, make_config
+from scalefl.experiment import run
+from scalefl.methods import METHODS, PRESETS
+from scalefl.models import BUILT_IN
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_the_method_in_the_guide_runs(tmp_path, monkeypatch):
+    (code,) = blocks("docs/adding-a-method.md", "python")
+    (tmp_path / "head_first.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    method = {"name": "head_first:HeadFirst", "blocks": 2, "every": 2}
+    for workers in (0, 1):
+        config = settings("200%", method=method, rounds=3, engine={"workers": workers})
+        summary = run(config, tmp_path / f"run-{workers}")
+        assert summary["num_clients_lost"] == 0
+    states = [(tmp_path / f"run-{workers}" / "state.safetensors").read_bytes() for workers in (0, 1)]
+    assert states[0] == states[1]
+    sys.modules.pop("head_first")
+
+
+def test_the_readme_config_is_valid(monkeypatch):
+    (text,) = blocks("README.md", "toml")
+    config = make_config(tomllib.loads(text))
+    assert config.make_method().smallest_micro_batch == 4
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("examples/*.toml"), *ROOT.glob("benchmarks/*.toml")], ids=lambda p: p.name)
+def test_every_config_is_valid(path):
+    raw = tomllib.loads(path.read_text())
+    variants = raw.pop("variants", {"": {}})
+    raw.pop("grid", None)
+    for changes in variants.values():
+        make_config({**raw, **changes})
+
+
+def test_the_config_page_names_every_key_and_every_name():
+    page = (ROOT / "docs" / "config.md").read_text()
+    plain = convert(
+        {"model": "cnn", "rounds": 1, "data": {"source": {"name": "x"}}, "devices": {"classes": "mixed"}}, Config, ""
+    )
+    fields = {
+        *Config.__dataclass_fields__,
+        *type(plain.data).__dataclass_fields__,
+        *type(plain.work).__dataclass_fields__,
+    }
+    for part in (plain.engine, plain.evaluation, plain.data.source, *(plain.make_method(),)):
+        fields |= set(getattr(part, "__dataclass_fields__", None) or part.__struct_fields__)
+    # Tables have headings of their own.
+    for name in fields - {"work", "engine", "evaluation", "devices", "data", "source", "method", "partition", "name"}:
+        assert re.search(rf"[`.\[]{name}[`\].]", page), name
+    for name in (*METHODS, *PRESETS, *BUILT_IN):
+        assert f"`{name}`" in page, name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_files_that_the_documents_name_exist():
+    sources = {path.name for path in ROOT.glob("src/scalefl/**/*.py")} | {p.name for p in ROOT.glob("tests/**/*.py")}
+    for document in DOCUMENTS:
+        for name in re.findall(r"`(?:\w+/)*(\w+\.py)`", document.read_text()):
+            assert name in sources | {"head_first.py"}, (document.name, name)
