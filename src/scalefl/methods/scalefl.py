@@ -36,11 +36,11 @@ class ScaleFL:
         blocks: how many blocks; or the module paths after which to cut; or "memory": as few as let the weakest
             client train each.
         spans: "single": all clients of a round train the block in turn (the paper); "elastic": each client
-            trains the longest span around it that fits its memory.
+            trains the longest span that fits its memory, around a block that moves on with the rounds.
         smallest_micro_batch: how far clients may split a batch to fit (gradient accumulation); None: not at all.
         mentor: the Curriculum Mentor; None trains on the task loss alone.
         growth: the order in which blocks have their turn.
-        coadapted_layers: weight layers before the block that train with it.
+        coadapted_layers: weight layers before the block that train with it; with elastic spans, as many as fit.
         server: what the server does with the mean.
     """
 
@@ -83,13 +83,17 @@ class ScaleFL:
         return min(self._least(blocks, _single(b), state.problem).cost.peak_bytes for b in range(len(blocks)))
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
-        """The block in turn, or for each client the longest span around it that fits."""
-        stage = self._progress(state).stage
-        turn = state.round // len(self.blocks_of(state))
-        budgets = {client.memory_bytes for client in cohort}
-        fits = {budget: self._choice(state, stage, turn, budget) for budget in sorted(budgets)}
-        chosen = {c.id: fit for c in cohort if (fit := fits[c.memory_bytes]) is not None}
-        return make_plan(state, f"block {stage + 1}", cohort, chosen, self.work)
+        """The block in turn for everybody; or for each client the longest span that fits around a block of its own."""
+        stage, num_blocks = self._progress(state).stage, len(self.blocks_of(state))
+        # With elastic spans clients are out of step: so every block has its share of each round's clients, and the
+        # head in particular does not spend whole rounds with the strongest clients alone.
+        step = 0 if self.spans == "single" else 1
+        wanted = {c.id: ((stage + step * c.id) % num_blocks, c.memory_bytes) for c in cohort}
+        turn = state.round // num_blocks
+        fits = {want: self._choice(state, want[0], turn, want[1]) for want in sorted(set(wanted.values()))}
+        chosen = {c.id: fit for c in cohort if (fit := fits[wanted[c.id]]) is not None}
+        label = f"block {stage + 1}" if self.spans == "single" else "spans"
+        return make_plan(state, label, cohort, chosen, self.work)
 
     def objective(self, step: Step) -> Objective:
         """The mentor's objective for the span's end; the task loss without a mentor."""
@@ -117,9 +121,10 @@ class ScaleFL:
             return blocks_by_hand(state.model, state.problem, self.blocks)
         return blocks_from_ends(state.model, state.problem, tuple(state.aux.values["ends"]))
 
-    def stage_step(self, blocks: Blocks, span: Span, problem: Problem) -> Step:
-        """The step that trains a span, before means are chosen for it."""
-        return _span_step(self, blocks, span, problem)
+    def stage_step(self, blocks: Blocks, span: Span, problem: Problem, coadapted_layers: int | None = None) -> Step:
+        """The step that trains a span, before means are chosen for it; by default with all co-adapted layers."""
+        layers = self.coadapted_layers if coadapted_layers is None else coadapted_layers
+        return _span_step(self, blocks, span, problem, layers)
 
     def _choice(self, state: ServerState, stage: int, turn: int, budget: int) -> Choice | None:
         blocks = self.blocks_of(state)
@@ -136,14 +141,29 @@ class ScaleFL:
         return None
 
     def _fit(self, blocks: Blocks, span: Span, problem: Problem, budget: int) -> Choice | None:
-        step = self.stage_step(blocks, span, problem)
-        fit = fitting_means(step, problem, self.objective(step), budget, self.smallest_micro_batch)
-        return Choice(*fit, _label(blocks, span)) if fit else None
+        for layers in self._coadapted(span):
+            step = self.stage_step(blocks, span, problem, layers)
+            fit = fitting_means(step, problem, self.objective(step), budget, self.smallest_micro_batch)
+            if fit:
+                return Choice(*fit, self._label(blocks, span, layers))
+        return None
 
     def _least(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
-        step = self.stage_step(blocks, span, problem)
+        layers = self._coadapted(span)[-1]
+        step = self.stage_step(blocks, span, problem, layers)
         found = cheapest(step, problem, self.objective(step), self.smallest_micro_batch)
-        return Choice(*found, _label(blocks, span))
+        return Choice(*found, self._label(blocks, span, layers))
+
+    def _coadapted(self, span: Span) -> list[int]:
+        """Co-adapted layers to try, most first: elastic clients give them up before they give up a block."""
+        layers = self.coadapted_layers if span.first else 0
+        return [layers] if self.spans == "single" else list(range(layers, -1, -1))
+
+    def _label(self, blocks: Blocks, span: Span, layers: int) -> str:
+        if span == blocks.whole:
+            return "full"
+        fewer = f", {layers} co-adapted" if span.first and layers < self.coadapted_layers else ""
+        return f"block {span}{fewer}" if len(span) == 1 else f"blocks {span}{fewer}"
 
     def _output(self, blocks: Blocks, block: int, problem: Problem) -> OutputSpec | None:
         projection = self.mentor.projection if self.mentor else "none"
@@ -193,18 +213,12 @@ def _spans(blocks: Blocks) -> list[Span]:
     return sorted(spans, key=len)
 
 
-def _label(blocks: Blocks, span: Span) -> str:
-    if span == blocks.whole:
-        return "full"
-    return f"block {span}" if len(span) == 1 else f"blocks {span}"
-
-
 def _distance(span: Span, block: int) -> int:
     return max(span.first - block, block - span.last, 0)
 
 
 @lru_cache(maxsize=1024)
-def _span_step(method: ScaleFL, blocks: Blocks, span: Span, problem: Problem) -> Step:
+def _span_step(method: ScaleFL, blocks: Blocks, span: Span, problem: Problem, coadapted_layers: int) -> Step:
     mentor = method.mentor
     return span_step(
         blocks,
@@ -212,5 +226,5 @@ def _span_step(method: ScaleFL, blocks: Blocks, span: Span, problem: Problem) ->
         method._output(blocks, span.last, problem),
         method.work.at_round(0),
         coefficients=mentor.coefficients(span.last, len(blocks)) if mentor else (),
-        coadapted_layers=method.coadapted_layers,
+        coadapted_layers=coadapted_layers,
     )
