@@ -40,6 +40,11 @@ def tiny(width: float = 1.0, norm: str = "batch", dropout: float = 0.0) -> nn.Mo
     return nn.Sequential(_unit(1, c, norm), _unit(c, c, norm), _head(c, dropout))
 
 
+def binary() -> nn.Module:
+    """Fewer outputs than the problem has classes."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
 def deadly() -> nn.Module:
     """`tiny`, but it raises or aborts on a marked example, as an out-of-memory kill or a bug would."""
     return nn.Sequential(_Trap(), *tiny())

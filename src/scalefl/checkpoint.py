@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,6 +20,17 @@ from scalefl.types import Aux, ServerState
 FORMAT = "scalefl-state"
 VERSION = 1
 
+
+class _Header(msgspec.Struct):
+    """What a state holds beside tensors."""
+
+    format: str
+    version: int
+    round: int
+    seed: int
+    aux: dict[str, Any]
+
+
 _PARAMS, _AUX = "params/", "aux/"
 
 
@@ -30,15 +42,9 @@ def save_state(path: Path, state: ServerState) -> None:
     """
     tensors = {_PARAMS + name: t for name, t in state.params.items()}
     tensors |= {_AUX + name: t for name, t in state.aux.tensors.items()}
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "round": state.round,
-        "seed": state.seed,
-        "aux": dict(state.aux.values),
-    }
+    header = _Header(FORMAT, VERSION, state.round, state.seed, dict(state.aux.values))
     # One key: safetensors writes several in an order that differs from process to process.
-    metadata = {"scalefl": json.dumps(header)}
+    metadata = {"scalefl": msgspec.json.encode(header).decode()}
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
     write_whole(path, safetensors.torch.save(contiguous, metadata))
 
@@ -50,16 +56,21 @@ def load_state(path: Path, model: ModelSpec, problem: Problem) -> ServerState:
         CheckpointError: the file is missing, truncated, not ours, or from a newer version.
     """
     metadata, tensors = _read(path)
-    header = json.loads(metadata.get("scalefl", "{}"))
-    if header.get("format") != FORMAT:
+    if "scalefl" not in metadata:
         raise CheckpointError(f"{path} is a safetensors file, but not a ScaleFL state")
-    if header["version"] > VERSION:
+    try:
+        header = msgspec.json.decode(metadata["scalefl"], type=_Header)
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if header.format != FORMAT:
+        raise CheckpointError(f"{path} is a safetensors file, but not a ScaleFL state")
+    if header.version > VERSION:
         raise CheckpointError(
-            f"{path} has format version {header['version']}; this ScaleFL reads up to {VERSION}: upgrade it"
+            f"{path} has format version {header.version}; this ScaleFL reads up to {VERSION}: upgrade it"
         )
     params = {n.removeprefix(_PARAMS): t for n, t in tensors.items() if n.startswith(_PARAMS)}
     aux = {n.removeprefix(_AUX): t for n, t in tensors.items() if n.startswith(_AUX)}
-    return ServerState(model, problem, params, header["round"], header["seed"], Aux(aux, header["aux"]))
+    return ServerState(model, problem, params, header.round, header.seed, Aux(aux, header.aux))
 
 
 def write_whole(path: Path, content: bytes) -> None:

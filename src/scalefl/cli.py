@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -225,7 +224,8 @@ def _remove(folder: Path) -> None:
             files.read_settings()
         except ScaleFLError as error:
             raise ConfigError(f"{folder} is not removed, as it holds more than a run: {error}") from error
-    shutil.rmtree(folder)
+    with files.locked():
+        files.remove()
 
 
 @dataclass

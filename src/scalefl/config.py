@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import msgspec
 
 from scalefl.data import Devices, Iid, Partitioner, Source
-from scalefl.errors import ConfigError
+from scalefl.errors import ConfigError, check_range
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models import resolve
 from scalefl.models.spec import ModelSpec, load_object
@@ -38,6 +38,11 @@ class DataConfig:
     partition: Partitioner = Iid()
     validation: float = 0.1
 
+    def __post_init__(self) -> None:
+        check_range("clients", self.clients, 1)
+        if not 0 < self.validation < 1:
+            raise ConfigError(f"validation = {self.validation}: expected a share between 0 and 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -50,6 +55,10 @@ class EngineConfig:
 
     workers: int = 0
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_range("workers", self.workers, 0)
+        check_range("threads", self.threads, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,13 @@ class EvaluationConfig:
     plane_every: int = 0
     plane_cuts: int | tuple[str, ...] = 4
     plane_samples: int = 256
+
+    def __post_init__(self) -> None:
+        for key in ("every", "plane_samples"):
+            check_range(key, getattr(self, key), 1)
+        check_range("plane_every", self.plane_every, 0)
+        if isinstance(self.plane_cuts, int):
+            check_range("plane_cuts", self.plane_cuts, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +121,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for key in ("rounds", "clients_per_round", "save_every"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} = {getattr(self, key)}: expected at least 1")
-        if not self.name or Path(self.name).name != self.name:
+            check_range(key, getattr(self, key), 1)
+        if 0 < self.work.lr_rounds < self.rounds:
+            raise ConfigError(
+                f"work.lr_rounds = {self.work.lr_rounds} is shorter than the run ({self.rounds} rounds): the learning "
+                "rate would be 0 from there on"
+            )
+        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ConfigError(f"name = {self.name!r}: expected the name of a folder, without slashes")
         self.make_method()
 
@@ -126,6 +146,8 @@ class Config:
         target = load_object(METHODS[name]) if name in METHODS else _own_method(name)
         if "work" in settings:
             raise ConfigError("method.work: local work has a table of its own, [work], shared by all methods")
+        if not (isinstance(target, type) and is_dataclass(target)):
+            raise ConfigError(f"method {name!r}: {target!r} is not a dataclass (see docs/adding-a-method.md)")
         return cast(Method, replace(convert(settings, target, "method"), work=self.work))
 
 
@@ -146,6 +168,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: {error}") from error
     if path.suffix == ".json" and isinstance(raw, dict):
         raw = raw.get("config", raw)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a table of settings")
     for override in overrides:
         _override(raw, override)
     return make_config(raw)
@@ -214,14 +238,25 @@ def _override(raw: Any, text: str) -> None:
 def _check_keys(raw: Any, target: Any, where: str) -> None:
     """Refuse keys that no field has: msgspec passes over them in dataclasses, and never names the nearest."""
     members = getattr(target, "types", (target,))
-    if isinstance(raw, list | tuple):
+    if isinstance(raw, str):
+        _check_word(raw, members, where)
+    elif isinstance(raw, list | tuple):
         items = [t.item_type for t in members if hasattr(t, "item_type")]
         for i, item in enumerate(raw if items else ()):
             _check_keys(item, items[0], f"{where}[{i}]")
     elif isinstance(raw, Mapping):
-        table = _table(members, raw)
+        table = _table(members, raw, where)
         if table is not None:
             _check_table(raw, table, where)
+
+
+def _check_word(raw: str, members: Iterable[Any], where: str) -> None:
+    """Name the nearest of a fixed set of words."""
+    members = list(members)
+    known = [word for t in members for word in getattr(t, "values", ()) if isinstance(word, str)]
+    free = any(isinstance(t, msgspec.inspect.StrType | msgspec.inspect.AnyType) for t in members)
+    if known and not free and raw not in known:
+        raise ConfigError(f"{where} = {raw!r}{_nearest(raw, known)}; known: {', '.join(known)}")
 
 
 def _check_table(raw: Mapping[str, Any], table: Any, where: str) -> None:
@@ -236,12 +271,17 @@ def _check_table(raw: Mapping[str, Any], table: Any, where: str) -> None:
             _check_keys(value, fields[key], place)
 
 
-def _table(members: Iterable[Any], raw: Mapping[str, Any]) -> Any:
+def _table(members: Iterable[Any], raw: Mapping[str, Any], where: str) -> Any:
     """The member of a union that a table means: by its tag, or the only one with fields."""
     tables = [t for t in members if hasattr(t, "fields")]
     tagged = [t for t in tables if getattr(t, "tag", None) is not None]
     if tagged:
-        return next((t for t in tagged if raw.get(t.tag_field) == t.tag), None)
+        field, known = tagged[0].tag_field, [t.tag for t in tagged]
+        tag = raw.get(field)
+        if tag is not None and tag not in known:
+            place = f"{where}.{field}" if where else field
+            raise ConfigError(f"{place} = {tag!r}{_nearest(str(tag), known)}; known: {', '.join(known)}")
+        return next((t for t in tagged if t.tag == tag), None)
     return tables[0] if tables else None
 
 

@@ -17,6 +17,8 @@ record, not an exception; only a round that loses all of its clients raises.
 
 from __future__ import annotations
 
+import math
+
 
 class ScaleFLError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -24,6 +26,18 @@ class ScaleFLError(Exception):
 
 class ConfigError(ScaleFLError):
     """A setting is unknown, of the wrong type, or contradicts another."""
+
+
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """Refuse a setting that is not a finite number in a range.
+
+    Raises:
+        ConfigError: names the setting, the value and the range.
+    """
+    if not (math.isfinite(value) and least <= value <= most):
+        finite = "" if math.isfinite(value) else "a finite number, "
+        upper = "" if most == math.inf else f", at most {most:g}"
+        raise ConfigError(f"{name} = {value}: expected {finite}at least {least:g}{upper}")
 
 
 class DataError(ScaleFLError):

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Generator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from scalefl.blocks import blocks_by_count
 from scalefl.checkpoint import load_state, save_state, write_whole
 from scalefl.client import Residents
 from scalefl.config import Config, make_config, to_plain
-from scalefl.data import FederatedData, Natural, PartitionedData, load
+from scalefl.data import Dataset, FederatedData, Natural, PartitionedData, load
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
 from scalefl.errors import CheckpointError, ConfigError, DataError, UncuttableModel
@@ -34,11 +34,12 @@ from scalefl.planner import budget_error, full_step, step_cost
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive
 from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
-from scalefl.sampling import UniformSampler
+from scalefl.sampling import UniformSampler, shuffled
+from scalefl.tracing import num_outputs
 from scalefl.types import Method, ServerState
 
 LOW_MEMORY_CLIENTS = 1000
-"""So many clients, at most, are asked for the label distribution of low-memory clients."""
+"""So many clients, drawn at random, are asked at most for the label distribution of low-memory clients."""
 
 
 class Experiment:
@@ -50,6 +51,11 @@ class Experiment:
         loaded = _load_data(config)
         self.problem: Problem = loaded.problem
         self.model: ModelSpec = config.make_model(self.problem)
+        outputs = num_outputs(self.model, self.problem)
+        if outputs < self.problem.num_classes:
+            raise ConfigError(
+                f"model {self.model.name} has {outputs} outputs, the data {self.problem.num_classes} classes"
+            )
         self.data, self.population = self._clients(loaded)
         for split in ("validation", "test"):
             if not num_rows(getattr(self.data, split)):
@@ -92,7 +98,8 @@ class Experiment:
         smallest = self.population.smallest_memory_bytes
         limit = max(self.full_cost.peak_bytes, smallest + 1)
         counts = torch.zeros(self.problem.num_classes, dtype=torch.int64)
-        low = (i for i in range(len(self.population)) if self.population.device(i).memory_bytes < limit)
+        order = shuffled(len(self.population), derive(self.config.seed, "low-memory clients"))
+        low = (i for i in order if self.population.device(i).memory_bytes < limit)
         for _, client in zip(range(LOW_MEMORY_CLIENTS), low, strict=False):
             counts += self.data.label_counts(client)
         labels = self.problem.labels(self.data.test)
@@ -116,7 +123,7 @@ class Experiment:
         cuts = [blocks.cut(block) for block in range(len(blocks) - 1)]
         return tuple(cut for cut in cuts if cut), found.source
 
-    def _clients(self, loaded: Any) -> tuple[FederatedData, SimulatedPopulation]:
+    def _clients(self, loaded: Dataset | FederatedData) -> tuple[FederatedData, SimulatedPopulation]:
         config, devices = self.config, self.config.devices
         full_bytes = self.full_cost.peak_bytes
         if isinstance(loaded, FederatedData):
@@ -161,7 +168,13 @@ def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) ->
         ConfigError: the folder holds another run.
         CheckpointError: the folder cannot be resumed from or written to.
     """
-    config, files = experiment.config, RunFolder(folder)
+    files = RunFolder(folder)
+    with files.locked():
+        yield from _rounds(experiment, files, resume=resume)
+
+
+def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Generator[RunProgress]:
+    config = experiment.config
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
     residents = Residents()
@@ -195,9 +208,7 @@ def deployed(folder: str | Path) -> tuple[ModelSpec, Params]:
     """
     files = RunFolder(Path(folder))
     experiment = Experiment(read_config(files.path))
-    state = load_state(files.state, experiment.model, experiment.problem)
-    model, params = experiment.method.deploy(_with_model(experiment, state))
-    return model, params
+    return experiment.method.deploy(_loaded(experiment, files))
 
 
 def read_config(folder: Path) -> Config:
@@ -262,23 +273,20 @@ class _Observer:
         )
 
 
-def _load_data(config: Config) -> Any:
+def _load_data(config: Config) -> Dataset | FederatedData:
     by = config.data.partition
     return load(config.data.source, natural_ids=by.column if isinstance(by, Natural) else None)
 
 
 def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> ServerState:
-    if files.path.exists() and any(files.path.iterdir()) and not (resume and files.only_begun()):
+    others = [entry for entry in files.path.iterdir() if entry != files.lock]
+    if others and not (resume and files.only_begun()):
         raise ConfigError(
             f"{files.path} is not empty: resume the run in it (--resume), remove it (--overwrite), "
             "or give this one another name (--set name=...)"
         )
     state = experiment.initial_state()
     _check_budgets(experiment, state)
-    try:
-        files.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make {files.path}: {error.strerror}") from error
     _write_json(files.plan, experiment.plan(state).to_json())
     _write_json(files.environment, environment())
     # Last: a folder with a config in it can be resumed.
@@ -288,15 +296,19 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
 
 
 def _check_budgets(experiment: Experiment, state: ServerState) -> None:
-    """Refuse a run in which no client could ever take part.
+    """Refuse a run in which no client could ever train some part of the model.
 
     Raises:
-        BudgetError: says what the cheapest thing to train needs, by term, and the largest budget on offer.
+        BudgetError: says what the cheapest way to train that part needs, by term, and the largest budget on offer.
     """
+    if experiment.method.floor_bytes(state) == 0:
+        return  # a reference that ignores memory
     largest = experiment.population.largest_memory_bytes
-    least = min(experiment.method.menu(state), key=lambda choice: choice.cost.peak_bytes)
-    if least.cost.peak_bytes > largest and experiment.method.floor_bytes(state) > largest:
-        raise budget_error(f"{least.rung} of {state.model.name}, the least that clients can do,", least.cost, largest)
+    menu = sorted(experiment.method.menu(state), key=lambda choice: choice.cost.peak_bytes)
+    trained = frozenset().union(*(c.step.trainable for c in menu if c.cost.peak_bytes <= largest))
+    for choice in menu:
+        if not choice.step.trainable <= trained:
+            raise budget_error(f"{choice.rung} of {state.model.name}", choice.cost, largest)
 
 
 def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
@@ -309,17 +321,28 @@ def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
     if not files.state.exists():  # it was killed before its first save
         files.journal.unlink(missing_ok=True)
         return experiment.initial_state()
-    state = load_state(files.state, experiment.model, experiment.problem)
+    state = _loaded(experiment, files)
     kept = [line for line in files.read_journal() if line["round"] <= state.round]  # later rounds are done again
     if [line["round"] for line in kept] != list(range(state.round + 1)):
         raise CheckpointError(f"{files.journal} is damaged: it lacks rounds that {files.state.name} has")
     write_whole(files.journal, "".join(json.dumps(line) + "\n" for line in kept).encode())
-    return _with_model(experiment, state)
+    return state
 
 
-def _with_model(experiment: Experiment, state: ServerState) -> ServerState:
-    """A loaded state with the model that the method trains, which may not be the configured one."""
-    return replace(state, model=experiment.initial_state().model)
+def _loaded(experiment: Experiment, files: RunFolder) -> ServerState:
+    """The saved state, with the model that the method trains, which may not be the configured one.
+
+    Raises:
+        CheckpointError: the state is not of this run.
+    """
+    start = experiment.initial_state()
+    state = load_state(files.state, start.model, experiment.problem)
+    shapes = [{name: (t.shape, t.dtype) for name, t in s.params.items()} for s in (start, state)]
+    if shapes[0] != shapes[1] or state.seed != start.seed or state.aux.values.keys() != start.aux.values.keys():
+        raise CheckpointError(
+            f"{files.state} belongs to another run: its tensors, seed or history are not this config's"
+        )
+    return state
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from scalefl.errors import check_range
 from scalefl.params import Params
 
 
@@ -46,6 +47,9 @@ class Sequential(
 
     rounds: int = 10
 
+    def __post_init__(self) -> None:
+        check_range("growth.rounds", self.rounds, 1)
+
     def advance(self, progress: Progress, num_blocks: int, movement: float) -> Progress:
         """The same block until its rounds are spent."""
         if progress.rounds + 1 >= self.rounds and progress.stage + 1 < num_blocks:
@@ -67,6 +71,11 @@ class Converged(
     threshold: float = 0.01
     patience: int = 2
     longest: int = 50
+
+    def __post_init__(self) -> None:
+        check_range("growth.threshold", self.threshold, 0.0)
+        check_range("growth.patience", self.patience, 1)
+        check_range("growth.longest", self.longest, 1)
 
     def advance(self, progress: Progress, num_blocks: int, movement: float) -> Progress:
         """The next block once this one is quiet."""

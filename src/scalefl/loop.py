@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+import torch
+
 from scalefl.aggregate import Total, check
 from scalefl.coords import extract
 from scalefl.errors import BadUpdate, EmptyCohort, RoundFailed
@@ -31,8 +33,19 @@ def federate(
         total, tally = _reduce(method, engine, state, plan)
         if not tally.updates:
             raise RoundFailed(f"round {state.round + 1}: all {len(plan.tasks)} clients were lost: {tally.causes()}")
-        state = method.aggregate(state, plan, total)
+        after = method.aggregate(state, plan, total)
+        _check_finite(state, after)
+        state = after
         yield state, tally.record(plan, state.round, time.perf_counter() - start)
+
+
+def _check_finite(before: ServerState, after: ServerState) -> None:
+    """Refuse a state that a server optimizer has driven out of range: updates themselves are checked one by one."""
+    for name, tensor in after.params.items():
+        if tensor is not before.params.get(name) and not bool(torch.isfinite(tensor).all()):
+            raise RoundFailed(
+                f"round {after.round}: {name} is no longer finite after the server's step: lower server.lr"
+            )
 
 
 def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan) -> tuple[Total, Tally]:

@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 from torch import Tensor
 
+from scalefl.errors import check_range
 from scalefl.hsic import SIGMA, Form, nhsic
 from scalefl.models.output import Projection
 from scalefl.parts import Taps
@@ -70,6 +71,11 @@ class Mentor:
     sigma: float = SIGMA
     tap: Tap = "output"
     projection: Projection = "none"
+
+    def __post_init__(self) -> None:
+        check_range("mentor.lambda_max", self.lambda_max, 0.0)
+        check_range("mentor.gamma_max", self.gamma_max, 0.0)
+        check_range("mentor.sigma", self.sigma, 1e-6)
 
     def coefficients(self, end: int, num_blocks: int) -> tuple[tuple[str, float], ...]:
         """λ and γ of a span that ends with block `end` (from 0) of `num_blocks`."""

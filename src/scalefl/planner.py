@@ -138,7 +138,7 @@ def output_module(
 def _micro_sizes(batch_size: int, smallest: int | None) -> list[int]:
     """The batch size and its halves down to `smallest`; the batch size alone for None."""
     sizes = [batch_size]
-    while smallest is not None and sizes[-1] > smallest:
+    while smallest is not None and sizes[-1] > max(smallest, 1):
         sizes.append(max(smallest, -(-sizes[-1] // 2)))
     return sizes
 

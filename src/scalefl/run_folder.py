@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +52,46 @@ class RunFolder:
         """The final figures; exists once the run is done."""
         return self.path / "summary.json"
 
+    @property
+    def lock(self) -> Path:
+        """Held by the process that runs in the folder."""
+        return self.path / ".lock"
+
     def only_begun(self) -> bool:
         """Whether nothing has been written but what precedes the first round."""
-        first = {path.name for path in (self.plan, self.environment, self.config)}
+        first = {path.name for path in (self.plan, self.environment, self.config, self.lock)}
         return all(entry.name.removesuffix(".partial") in first for entry in self.path.iterdir())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from running in the folder, which is made if need be; freed by any kind of death.
+
+        Raises:
+            CheckpointError: another process runs there, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock.open("w")
+        except OSError as error:
+            raise CheckpointError(f"cannot make {self.path}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(f"{self.path} is in use by another process") from error
+            try:
+                yield
+            finally:
+                self.lock.unlink(missing_ok=True)
+                if not any(self.path.iterdir()):
+                    self.path.rmdir()
+
+    def remove(self) -> None:
+        """Remove the run's files, and nothing else."""
+        for entry in (*self.path.glob("*.partial"), *self.path.glob("*.png")):
+            entry.unlink()
+        for path in (self.config, self.environment, self.plan, self.journal, self.state, self.summary):
+            path.unlink(missing_ok=True)
 
     def read_settings(self) -> dict[str, Any]:
         """The resolved config, as plain values.
@@ -63,20 +102,29 @@ class RunFolder:
         head = read_json(self.config)
         if head.get("format") != FORMAT:
             raise CheckpointError(f"{self.path} is not the folder of a run")
-        if head.get("version", 0) > VERSION:
+        if not isinstance(head.get("version"), int):
+            raise CheckpointError(f"{self.config} is damaged: its format version is {head.get('version')!r}")
+        if head["version"] > VERSION:
             raise CheckpointError(
                 f"{self.path} has format version {head['version']}; this ScaleFL reads up to {VERSION}: upgrade it"
             )
         return dict(head.get("config", {}))
 
     def read_journal(self) -> list[dict[str, Any]]:
-        """The journal's lines, up to one that a killed run left half-written; none where there is no journal."""
+        """The journal's lines, up to one that a killed run left half-written; none where there is no journal.
+
+        Raises:
+            CheckpointError: a line is not a round's.
+        """
         lines: list[dict[str, Any]] = []
         for text in self.journal.read_text(errors="replace").splitlines() if self.journal.exists() else ():
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
                 break
+            if not isinstance(line, dict) or not isinstance(line.get("round"), int):
+                raise CheckpointError(f"{self.journal} is damaged: line {len(lines) + 1} is not a round")
+            lines.append(line)
         return lines
 
 

@@ -36,7 +36,7 @@ class UniformSampler:
         cohort: list[ClientInfo] = []
         # Where not even the largest budget will do, a hundred million clients need not be asked.
         candidates = len(population) if floor_bytes <= population.largest_memory_bytes else 0
-        for index in _shuffled(candidates, derive(state.seed, "cohort", state.round)):
+        for index in shuffled(candidates, derive(state.seed, "cohort", state.round)):
             if len(cohort) == self.count:
                 break
             client = population[index]
@@ -51,7 +51,7 @@ class UniformSampler:
         return cohort
 
 
-def _shuffled(count: int, seed: int) -> Iterator[int]:
+def shuffled(count: int, seed: int) -> Iterator[int]:
     """0 … count−1 in random order, holding only what has been drawn (a sparse Fisher-Yates shuffle)."""
     draw = random.Random(seed)
     moved: dict[int, int] = {}

@@ -12,6 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from scalefl.errors import check_range
 from scalefl.types import RoundPlan, ServerState, Totals
 
 
@@ -29,6 +30,10 @@ class FedAvgM(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     lr: float = 1.0
     momentum: float = 0.9
 
+    def __post_init__(self) -> None:
+        check_range("server.lr", self.lr, 0.0)
+        check_range("server.momentum", self.momentum, 0.0, 1.0)
+
     def update(self, old: Tensor, mean: Tensor, history: dict[str, Tensor]) -> Tensor:
         """One step along the accumulated difference."""
         delta = mean - old
@@ -43,6 +48,12 @@ class FedAdam(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_range("server.lr", self.lr, 0.0)
+        check_range("server.beta1", self.beta1, 0.0, 1.0)
+        check_range("server.beta2", self.beta2, 0.0, 1.0)
+        check_range("server.tau", self.tau, 1e-12)
 
     def update(self, old: Tensor, mean: Tensor, history: dict[str, Tensor]) -> Tensor:
         """One Adam step along the difference."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from scalefl.errors import ConfigError
+from scalefl.errors import ConfigError, check_range
 from scalefl.memory import Cost
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params
@@ -46,10 +46,8 @@ class LocalWork:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1:
             raise ConfigError(f"epochs ({self.epochs}) and batch_size ({self.batch_size}) must be at least 1")
-        numbers = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay", "clip_norm", "prox")}
-        for name, value in numbers.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name} must be a finite number, at least 0, not {value}")
+        for name in ("lr", "momentum", "weight_decay", "clip_norm", "prox"):
+            check_range(name, getattr(self, name), 0.0)
         if self.lr_schedule != "constant" and self.lr_rounds < 1:
             raise ConfigError(f"lr_schedule = {self.lr_schedule!r} needs lr_rounds, the length of the run")
 

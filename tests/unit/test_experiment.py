@@ -6,11 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import support
 from scalefl.config import make_config
-from scalefl.errors import BudgetError, ConfigError, DataError
+from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundFailed
 from scalefl.experiment import Experiment, run, run_rounds
 from scalefl.run_folder import RunFolder
 
@@ -130,3 +131,104 @@ def test_the_resolved_config_spells_out_every_default(tmp_path):
 def test_settings_that_a_factory_cannot_take_are_refused():
     with pytest.raises(ConfigError, match="depht"):
         Experiment(settings("200%", model_arguments={"depht": 3}))
+
+
+# Bad values
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": ".."}, "name = '..'"),
+        ({"evaluation": {"every": 0}}, "every = 0: expected at least 1"),
+        ({"evaluation": {"plane_samples": -5}}, "plane_samples = -5"),
+        ({"evaluation": {"plane_every": -3}}, "plane_every = -3"),
+        ({"engine": {"workers": -1}}, "workers = -1: expected at least 0"),
+        ({"engine": {"threads": 0}}, "threads = 0"),
+        ({"work": {"lr": float("nan")}}, "lr = nan: expected a finite number"),
+        ({"work": {"momentum": -1}}, "momentum = -1"),
+        ({"work": {"lr_schedule": "cosine", "lr_rounds": 1}}, "lr_rounds = 1 is shorter than the run"),
+        ({"method": {"name": "fedavg", "smallest_micro_batch": 0}}, "smallest_micro_batch = 0"),
+        ({"method": {"name": "scalefl", "smallest_micro_batch": -1}}, "smallest_micro_batch = -1"),
+        ({"method": {"name": "scalefl", "blocks": 0}}, "blocks = 0"),
+        ({"method": {"name": "scalefl", "growth": {"kind": "sequential"}}}, "needs spans = 'single'"),
+        ({"method": {"name": "sbt", "growth": {"kind": "sequential", "rounds": -2}}}, "growth.rounds = -2"),
+        ({"method": {"name": "scalefl", "mentor": {"lambda_max": float("nan")}}}, "mentor.lambda_max = nan"),
+        ({"method": {"name": "scalefl", "mentor": {"sigma": 0}}}, "mentor.sigma = 0"),
+        ({"method": {"name": "fedavg", "server": {"kind": "fedadam", "lr": float("inf")}}}, "server.lr = inf"),
+        ({"method": {"name": "fedavg", "server": {"kind": "fedavgm", "momentum": 2}}}, "at most 1"),
+        ({"method": {"name": "scalefl", "spans": "elastc"}}, "spans = 'elastc': did you mean 'elastic'"),
+        ({"method": {"name": "sbt", "growth": {"kind": "sequental"}}}, "did you mean 'sequential'"),
+        ({"method": {"name": "scalefl", "mentor": {"tap": "cutt"}}}, "did you mean 'cut'"),
+        ({"method": {"name": "support:tiny"}}, "is not a dataclass"),
+        ({"model_arguments": {"norm": {"a": 1}}}, "tables are not supported"),
+        ({"model": "support:binary"}, "2 outputs, the data 3 classes"),
+        ({"model": "..foo:x"}, "cannot import"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_values_are_named(changes, said):
+    with pytest.raises(ConfigError) as caught:
+        Experiment(settings("200%", **changes))
+    assert said in str(caught.value)
+
+
+def test_a_block_that_no_client_can_hold_is_refused_at_the_start(tmp_path):
+    """One block fits, another never will: better said before the first round than after."""
+    method = {"name": "scalefl", "blocks": 2, "coadapted_layers": 0}
+    experiment = Experiment(settings("100%", method=method))
+    peaks = sorted(row.cost.peak_bytes for row in experiment.plan().rows)
+    between = f"{(peaks[0] + peaks[1]) // 2}B"
+    for spans in ("single", "elastic"):
+        with pytest.raises(BudgetError, match=r"of tiny needs .* \(weights"):
+            run(settings(between, method={**method, "spans": spans}), tmp_path / spans)
+
+
+def test_a_server_step_out_of_range_keeps_the_state(tmp_path):
+    method = {"name": "fedavg", "server": {"kind": "fedavgm", "lr": 1e38}}
+    rounds = run_rounds(Experiment(settings("200%", method=method, rounds=4)), tmp_path / "run")
+    with pytest.raises(RoundFailed):
+        for _ in rounds:
+            pass
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    assert all(bool(t.isfinite().all()) for t in state.values())
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    config = settings("200%", rounds=3)
+    rounds = run_rounds(Experiment(config), tmp_path / "run")
+    next(rounds)
+    with pytest.raises(CheckpointError, match="in use by another process"):
+        run(config, tmp_path / "run", resume=True)
+    rounds.close()
+    run(config, tmp_path / "run", resume=True)
+    assert [line["round"] for line in RunFolder(tmp_path / "run").read_journal()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("change", ["seed", "model", "method"])
+def test_a_state_of_another_run_is_refused(tmp_path, change):
+    theirs = {
+        "seed": {"seed": 5},
+        "model": {"model_arguments": {"width": 2.0}},
+        "method": {"method": {"name": "scalefl", "blocks": 2}},
+    }[change]
+    for name, changes in (("mine", {}), ("theirs", theirs)):
+        run(settings("300%", **changes), tmp_path / name)
+    (tmp_path / "mine" / "summary.json").unlink()
+    (tmp_path / "mine" / "state.safetensors").write_bytes((tmp_path / "theirs" / "state.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="another run"):
+        run(settings("300%"), tmp_path / "mine", resume=True)
+
+
+def test_damaged_files_are_named(tmp_path):
+    run(settings("200%"), tmp_path / "run")
+    files = RunFolder(tmp_path / "run")
+    for path, content in ((files.journal, "{}\n"), (files.config, '{"format": "scalefl-run", "version": "x"}')):
+        before = path.read_text()
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match="damaged"):
+            run(settings("200%"), tmp_path / "run", resume=True)
+        path.write_text(before)
+    save_file({"params/x": torch.zeros(1)}, files.state, {"scalefl": '{"format": "scalefl-state"}'})
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(settings("200%"), tmp_path / "run", resume=True)

@@ -45,7 +45,7 @@ def test_schedules_from_the_first_block_to_the_last(schedule, expected):
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()])
 def test_the_ends_are_exact_zeros(schedule):
     """Rounding must not leave a term of weight 1e-17 to be computed."""
-    mentor = Mentor(schedule=schedule)
+    mentor = Mentor(lambda_max=1.0, gamma_max=1.0, schedule=schedule)
     for num_blocks in (2, 3, 7, 10):
         assert weights(mentor, 0, num_blocks) == (1.0, 0.0)
         assert weights(mentor, num_blocks - 1, num_blocks) == (0.0, 1.0)
@@ -53,7 +53,7 @@ def test_the_ends_are_exact_zeros(schedule):
 
 @pytest.mark.parametrize(("schedule", "pair"), [(Linear(), (0, 1)), (Cosine(), (0, 1)), (Constant(), (1, 1))])
 def test_a_single_block_is_the_last(schedule, pair):
-    assert weights(Mentor(schedule=schedule), 0, 1) == pair
+    assert weights(Mentor(lambda_max=1.0, gamma_max=1.0, schedule=schedule), 0, 1) == pair
 
 
 @pytest.mark.parametrize("form", ["cka", "cca"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -143,13 +144,14 @@ class _Worker:
         self._start()
 
     def send(self, task: ClientTask, content: bytes) -> None:
-        """Give it a task."""
+        """Give it a task; if it does not live to take it, `answer` tells."""
         self._task = task
         try:
             self.connection.send_bytes(content)
         except OSError:  # it died idle: its successor gets the task
             self._restart()
-            self.connection.send_bytes(content)
+            with contextlib.suppress(OSError):  # it died too: the other end is closed, and `answer` finds that
+                self.connection.send_bytes(content)
 
     def answer(self) -> ClientUpdate | ClientLoss:
         """Its answer; a record of the loss if it died over the task."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from scalefl.methods.common import initial_params, make_plan
+from scalefl.methods.common import check_micro_batch, initial_params, make_plan
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
@@ -46,6 +46,9 @@ class FedAvg:
     population: Literal["exclusive", "all", "all_small"] = "exclusive"
     smallest_micro_batch: int | None = None
     server: ServerOptimizer = Average()
+
+    def __post_init__(self) -> None:
+        check_micro_batch(self.smallest_micro_batch)
 
     def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
         """The model at its width, with its initial weights."""

@@ -16,7 +16,7 @@ from scalefl.errors import ConfigError
 from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
 from scalefl.memory import Cost
 from scalefl.mentor import Mentor, MentorLoss
-from scalefl.methods.common import initial_params, make_plan
+from scalefl.methods.common import check_micro_batch, initial_params, make_plan
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
@@ -56,8 +56,11 @@ class ScaleFL:
     def __post_init__(self) -> None:
         if self.coadapted_layers < 0:
             raise ConfigError(f"coadapted_layers must be at least 0, not {self.coadapted_layers}")
-        if self.smallest_micro_batch is not None and self.smallest_micro_batch < 1:
-            raise ConfigError(f"smallest_micro_batch must be at least 1, not {self.smallest_micro_batch}")
+        if isinstance(self.blocks, int) and self.blocks < 1:
+            raise ConfigError(f"blocks = {self.blocks}: expected at least 1")
+        if self.spans == "elastic" and not isinstance(self.growth, RoundRobin):
+            raise ConfigError("growth other than round_robin needs spans = 'single': elastic clients are out of step")
+        check_micro_batch(self.smallest_micro_batch)
 
     def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
         """The model's weights, and an output module after each block but the last."""
@@ -145,25 +148,20 @@ class ScaleFL:
             step = self.stage_step(blocks, span, problem, layers)
             fit = fitting_means(step, problem, self.objective(step), budget, self.smallest_micro_batch)
             if fit:
-                return Choice(*fit, self._label(blocks, span, layers))
+                fewer = f", {layers} co-adapted" if span.first and layers < self.coadapted_layers else ""
+                return Choice(*fit, _label(blocks, span) + fewer)
         return None
 
     def _least(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
         layers = self._coadapted(span)[-1]
         step = self.stage_step(blocks, span, problem, layers)
         found = cheapest(step, problem, self.objective(step), self.smallest_micro_batch)
-        return Choice(*found, self._label(blocks, span, layers))
+        return Choice(*found, _label(blocks, span))
 
     def _coadapted(self, span: Span) -> list[int]:
         """Co-adapted layers to try, most first: elastic clients give them up before they give up a block."""
         layers = self.coadapted_layers if span.first else 0
         return [layers] if self.spans == "single" else list(range(layers, -1, -1))
-
-    def _label(self, blocks: Blocks, span: Span, layers: int) -> str:
-        if span == blocks.whole:
-            return "full"
-        fewer = f", {layers} co-adapted" if span.first and layers < self.coadapted_layers else ""
-        return f"block {span}{fewer}" if len(span) == 1 else f"blocks {span}{fewer}"
 
     def _output(self, blocks: Blocks, block: int, problem: Problem) -> OutputSpec | None:
         projection = self.mentor.projection if self.mentor else "none"
@@ -211,6 +209,12 @@ def _spans(blocks: Blocks) -> list[Span]:
     """All of them, shortest first."""
     spans = [Span(a, b) for a in range(len(blocks)) for b in range(a, len(blocks))]
     return sorted(spans, key=len)
+
+
+def _label(blocks: Blocks, span: Span) -> str:
+    if span == blocks.whole:
+        return "full"
+    return f"block {span}" if len(span) == 1 else f"blocks {span}"
 
 
 def _distance(span: Span, block: int) -> int:

@@ -31,8 +31,8 @@ def load_object(path: str) -> Any:
         raise ConfigError(f"{path!r} is not of the form 'package.module:name'")
     try:
         target: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"cannot import {module_name!r} for {path!r}: {error}") from error
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise ConfigError(f"cannot import {module_name!r} for {path!r}: {type(error).__name__}: {error}") from error
     try:
         return functools.reduce(getattr, attribute.split("."), target)
     except AttributeError as error:
@@ -143,4 +143,10 @@ def _has_plain_tensors(module: nn.Module) -> bool:
 
 
 def _frozen(arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in arguments.items()))
+    return tuple(sorted((k, _hashable(v)) for k, v in arguments.items()))
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise ConfigError(f"model argument {value!r}: tables are not supported, only numbers, words and lists")
+    return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
