@@ -20,7 +20,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "coadapted_layers": 0,
         "growth": {"kind": "sequential"},
     },
-    # The paper's ScaleFL, without what this package adds to it.
+    # The paper's mode: one block a round for everybody, and the authors' depth of co-adaptation (docs/fidelity.md).
     "scalefl-paper": {"name": "scalefl", "spans": "single", "coadapted_layers": 1},
 }
 """Settings that go by a name of their own; what a config sets beside the name overrides them."""
