@@ -2,8 +2,9 @@
 
     python benchmarks/grid.py benchmarks/accuracy.toml --out docs/benchmarks/accuracy
 
-A grid file is a run's config with a table `[grid]` (seeds) and tables `[variants.NAME]` of settings that replace
-the config's own. Runs land in runs/GRID/VARIANT-SEED; finished ones are not run again, broken ones are resumed.
+A grid file is a run's config with a table `[grid]` (seeds; `validation_only` leaves test figures out) and tables
+`[variants.NAME]` of settings that replace the config's own. Runs land in runs/GRID/VARIANT-SEED; finished ones are not
+run again, broken ones are resumed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from scalefl.config import make_config, to_plain
 from scalefl.run_folder import RunFolder
 
+TEST = ("test", "low_memory_test")
 COLUMNS = ("test", "low_memory_test", "validation", "best_validation")
 
 
@@ -41,8 +43,9 @@ def main() -> None:
     folder = Path("runs") / options.grid.stem
     with ThreadPoolExecutor(options.parallel) as pool:
         list(pool.map(lambda job: run_one(raw, variants[job[0]], folder, *job), jobs))
-    rows = [row(folder, name, grid["seeds"]) for name in names]
-    write_csv(options.out.with_suffix(".csv"), folder, names, grid["seeds"])
+    hidden = TEST if grid.get("validation_only") else ()
+    rows = [row(folder, name, grid["seeds"], hidden) for name in names]
+    write_csv(options.out.with_suffix(".csv"), folder, names, grid["seeds"], hidden)
     options.out.with_suffix(".md").write_text(table(rows))
     print(table(rows))
 
@@ -66,7 +69,7 @@ def run_one(base: dict, changes: dict, folder: Path, variant: str, seed: int) ->
         print(f"{target}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def figures(folder: Path, name: str, seed: int) -> dict | None:
+def figures(folder: Path, name: str, seed: int, hidden: tuple[str, ...]) -> dict | None:
     """What one run came to."""
     files = RunFolder(folder / f"{name}-{seed}")
     if not files.summary.exists():
@@ -74,8 +77,9 @@ def figures(folder: Path, name: str, seed: int) -> dict | None:
     summary = json.loads(files.summary.read_text())
     curve = [line["validation"]["accuracy"] for line in files.read_journal() if "validation" in line]
     return {
-        **{key: summary[key]["accuracy"] for key in COLUMNS[:3]},
+        **{key: summary[key]["accuracy"] for key in COLUMNS[:3] if key not in hidden},
         "best_validation": max(curve),
+        "validation_loss": summary["validation"]["loss"],
         "clients": summary["num_clients_seen"],
         "peak_mib": summary["predicted_peak_bytes"] / 2**20,
         "tflop": summary["flops"] / 1e12,
@@ -86,8 +90,8 @@ def figures(folder: Path, name: str, seed: int) -> dict | None:
     }
 
 
-def row(folder: Path, name: str, seeds: list[int]) -> dict[str, str]:
-    runs = [found for seed in seeds if (found := figures(folder, name, seed))]
+def row(folder: Path, name: str, seeds: list[int], hidden: tuple[str, ...]) -> dict[str, str]:
+    runs = [found for seed in seeds if (found := figures(folder, name, seed, hidden))]
     cells = {"variant": name, "seeds": str(len(runs))}
     for key in runs[0] if runs else ():
         values = [run[key] for run in runs]
@@ -102,9 +106,9 @@ def table(rows: list[dict[str, str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write_csv(path: Path, folder: Path, names: list[str], seeds: list[int]) -> None:
+def write_csv(path: Path, folder: Path, names: list[str], seeds: list[int], hidden: tuple[str, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = [(n, s, f) for n in names for s in seeds if (f := figures(folder, n, s))]
+    found = [(n, s, f) for n in names for s in seeds if (f := figures(folder, n, s, hidden))]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "seed", *found[0][2]])

@@ -25,6 +25,7 @@ COARSE = 2.0**-10
 # Up to here the fine grid alone holds Σ x·w/W as an integer below 2⁵²; larger values use both grids.
 FINE_LIMIT = 32.0
 LIMIT = 2.0**42
+PIECE = 2**16
 
 
 @dataclass
@@ -74,6 +75,10 @@ class Total:
             total = self._sums[name] = self._zero(name, window is not None)
         elif window is not None and not isinstance(total.weight, Tensor):
             total.weight = torch.full(total.fine.shape, total.weight, dtype=torch.int64)
+        if window is None and _largest(tensor) <= FINE_LIMIT:
+            _add_fine(total.fine, tensor, weight / self._scale / FINE)
+            total.weight += weight
+            return
         value = tensor.to(torch.float64, copy=True).mul_(weight / self._scale)
         if _largest(tensor) > FINE_LIMIT:
             coarse = (value / COARSE).round_()
@@ -101,6 +106,14 @@ class Total:
             held = total.weight > 0
             return torch.where(held, _cast(value / total.weight.clamp(min=1), base.dtype), base)
         return _cast(value / total.weight, base.dtype)
+
+
+def _add_fine(total: Tensor, tensor: Tensor, factor: float) -> None:
+    """total += round(tensor · factor), in pieces that stay in the processor's cache."""
+    flat, added = total.view(-1), tensor.detach().reshape(-1)
+    for start in range(0, len(flat), PIECE):
+        piece = added[start : start + PIECE].to(torch.float64, copy=True)
+        flat[start : start + PIECE] += piece.mul_(factor).round_()
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
