@@ -16,7 +16,9 @@ from scalefl.models.spec import ModelSpec
 from scalefl.models.vit import Attention
 
 CONVOLUTIONAL = [name for name in BUILT_IN if name != "vit"]
-VARIANTS = [(name, {"norm": norm}) for name in CONVOLUTIONAL for norm in ("batch", "group", "none")] + [("vit", {})]
+VARIANTS = [(name, {"norm": norm}) for name in CONVOLUTIONAL for norm in ("batch", "group", "none")] + [
+    ("vit", {"norm": norm}) for norm in ("layer", "batch", "group")
+]
 WITH_STEM = ["resnet10", "resnet18", "resnet34", "squeezenet"]
 
 

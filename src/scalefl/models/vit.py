@@ -6,12 +6,16 @@ them equal). Shapes: B images, L patches, D channels.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalefl.errors import ConfigError
-from scalefl.models.norms import scaled
+from scalefl.models.norms import Norm, check_choice, make_norm, scaled
+
+TokenNormKind = Literal["layer", "batch", "group"]
 
 
 def vit(
@@ -24,10 +28,12 @@ def vit(
     depth: int = 12,
     heads: int = 3,
     width: float = 1.0,
+    norm: TokenNormKind = "layer",
 ) -> nn.Module:
     """A pre-norm ViT: square images [B, C, image_size, image_size] to logits [B, K].
 
-    `width` narrows every head; their number stays. The MLPs are four times as wide as `dim`.
+    `width` narrows every head; their number stays. The MLPs are four times as wide as `dim`. `norm`: "layer" as in
+    the paper; "batch" and "group" see the patches of an image as its pixels.
 
     Raises:
         ConfigError: the patches don't tile the image, or the heads don't divide `dim`.
@@ -36,8 +42,27 @@ def vit(
         raise ConfigError(f"vit: patch_size {patch_size} does not divide image_size {image_size}")
     if dim % heads:
         raise ConfigError(f"vit: heads {heads} does not divide dim {dim}")
+    check_choice("norm", norm, TokenNormKind)
     patches = Patches(in_channels, image_size, patch_size, heads * scaled(dim // heads, width))
-    return ViT(patches, depth, heads, num_classes)
+    return ViT(patches, depth, heads, num_classes, norm)
+
+
+class TokenNorm(nn.Module):
+    """A batch or group norm over tokens [B, L, D]."""
+
+    def __init__(self, kind: Norm, dim: int) -> None:
+        super().__init__()
+        self.over_channels = make_norm(kind, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L, D] to [B, L, D]."""
+        normed: Tensor = self.over_channels(x.mT.unsqueeze(-1))
+        return normed.squeeze(-1).mT
+
+
+def token_norm(kind: TokenNormKind, dim: int) -> nn.Module:
+    """The norm of that name for tokens [B, L, D]."""
+    return nn.LayerNorm(dim) if kind == "layer" else TokenNorm(kind, dim)
 
 
 class Patches(nn.Module):
@@ -79,11 +104,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and an MLP, each after a norm and around a shortcut."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, norm: TokenNormKind) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = token_norm(norm, dim)
         self.attention = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = token_norm(norm, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,12 +121,14 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Patches, `depth` blocks, a norm, the mean over patches and a linear classifier."""
 
-    def __init__(self, patches: Patches, depth: int, heads: int, num_classes: int) -> None:
+    def __init__(
+        self, patches: Patches, depth: int, heads: int, num_classes: int, norm: TokenNormKind = "layer"
+    ) -> None:
         super().__init__()
         dim = patches.conv.out_channels
         self.patches = patches
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(Block(dim, heads, norm) for _ in range(depth))
+        self.norm = token_norm(norm, dim)
         self.classifier = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(self.patches.position, std=0.02)
         for module in self.modules():

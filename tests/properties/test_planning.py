@@ -1,0 +1,99 @@
+"""Laws of cutting and planning on random nets, and a short table of numbers under a fixed seed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import support
+from scalefl.blocks import Span, blocks_by_count
+from scalefl.engines.local import LocalEngine
+from scalefl.loop import federate
+from scalefl.methods.scalefl import ScaleFL
+from scalefl.models.spec import ModelSpec
+from scalefl.partition import partition
+from scalefl.sampling import UniformSampler
+from scalefl.types import ClientInfo
+
+NETS = st.lists(st.integers(2, 8), min_size=2, max_size=6).map(tuple)
+MODEST = settings(max_examples=15, deadline=None)
+
+
+def net(channels: tuple[int, ...]) -> nn.Module:
+    """Convolutions of the given channel counts, and a classifier."""
+    layers: list[nn.Module] = []
+    for a, b in zip((1, *channels), channels, strict=False):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 3))
+
+
+def spec_of(channels: tuple[int, ...]) -> ModelSpec:
+    return ModelSpec.of(net, channels=channels)
+
+
+@MODEST
+@given(NETS, st.data())
+def test_every_unit_and_parameter_is_in_exactly_one_block(channels, data):
+    found = partition(spec_of(channels), support.PROBLEM)
+    assert found.num_units == len(channels) + 1
+    count = data.draw(st.integers(1, found.num_units))
+    blocks = blocks_by_count(spec_of(channels), support.PROBLEM, count)
+    units = [unit for block in range(count) for unit in blocks.units(Span(block, block))]
+    assert units == list(range(found.num_units))
+    parts = [blocks.trainable(Span(block, block)) for block in range(count)]
+    assert sum(map(len, parts)) == len(frozenset().union(*parts)) == len(found.parameters)
+
+
+@MODEST
+@given(NETS, st.integers(0, 3), st.lists(st.floats(0.2, 1.5), min_size=2, max_size=4))
+def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels, turn, shares):
+    method = ScaleFL(work=support.WORK, blocks=len(channels) + 1, smallest_micro_batch=2)
+    state = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
+    full = max(choice.cost.peak_bytes for choice in method.menu(state))
+    trained = []
+    for share in sorted(shares):
+        budget = int(share * full)
+        # One id: all stand at the same place in the rotation.
+        plan = method.plan(state, [ClientInfo(turn, 8, budget)])
+        assert all(cost.peak_bytes <= budget for cost in plan.costs.values())
+        steps = [step for task in plan.tasks for step in task.steps]
+        own = blocks_by_count(spec_of(channels), support.PROBLEM, len(channels) + 1)
+        trained.append(max((_blocks_trained(own, step.trainable) for step in steps), default=0))
+    assert trained == sorted(trained)
+
+
+def _blocks_trained(blocks, names) -> int:
+    return sum(blocks.trainable(Span(block, block)) <= names for block in range(len(blocks)))
+
+
+@MODEST
+@given(NETS, st.integers(1, 10**6))
+def test_blocks_by_memory_fit_and_are_as_few_as_greed_finds(channels, seed):
+    """Each block fits the budget, and no block could have taken its successor's first unit as well."""
+    method = ScaleFL(work=support.WORK, blocks="memory", coadapted_layers=0)
+    fine = ScaleFL(work=support.WORK, blocks=len(channels) + 1, coadapted_layers=0)
+    state = fine.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
+    singles = [choice.cost.peak_bytes for choice in fine.menu(state) if choice.label.startswith("block ")]
+    budget = max(singles) + seed % 10_000
+    found = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=budget)
+    menu = {choice.label: choice.cost.peak_bytes for choice in method.menu(found)}
+    blocks = [peak for label, peak in menu.items() if label.startswith("block ")] or [menu["full"]]
+    assert max(blocks) <= budget
+
+
+GOLDEN = [("spans", 1.0493), ("spans", 1.0920), ("spans", 1.0794)]
+
+
+def test_golden_numbers():
+    """Training losses of three rounds. A change that should not alter numbers leaves these as they are."""
+    data = support.MadeData([12, 12, 12, 12])
+    method = ScaleFL(work=support.WORK, blocks=2)
+    state = method.init(support.spec(), support.PROBLEM, seed=7, smallest_memory_bytes=0)
+    clients = support.Clients(data, (10**9, 10**9))
+    with LocalEngine(data, clients) as engine:
+        rounds = federate(method, engine, UniformSampler(3), state)
+        found = [next(rounds)[1] for _ in GOLDEN]
+    assert [record.stage for record in found] == [stage for stage, _ in GOLDEN]
+    assert [record.train["loss"] for record in found] == pytest.approx([loss for _, loss in GOLDEN], abs=2e-3)
