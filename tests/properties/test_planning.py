@@ -17,8 +17,8 @@ from scalefl.partition import partition
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientInfo
 
-NETS = st.lists(st.integers(2, 8), min_size=2, max_size=6).map(tuple)
-MODEST = settings(max_examples=15, deadline=None)
+NETS = st.lists(st.integers(2, 8), min_size=2, max_size=3).map(tuple)
+MODEST = settings(max_examples=5, deadline=None)
 
 
 def net(channels: tuple[int, ...]) -> nn.Module:
@@ -47,9 +47,9 @@ def test_every_unit_and_parameter_is_in_exactly_one_block(channels, data):
 
 
 @MODEST
-@given(NETS, st.integers(0, 3), st.lists(st.floats(0.2, 1.5), min_size=2, max_size=4))
+@given(NETS, st.integers(0, 3), st.lists(st.floats(0.2, 1.5), min_size=2, max_size=3))
 def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels, turn, shares):
-    method = ScaleFL(work=support.WORK, blocks=len(channels) + 1, smallest_micro_batch=2)
+    method = ScaleFL(work=support.WORK, blocks=len(channels) + 1, smallest_micro_batch=4, coadapted_layers=1)
     state = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
     full = max(choice.cost.peak_bytes for choice in method.menu(state))
     trained = []
