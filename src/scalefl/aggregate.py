@@ -18,7 +18,7 @@ from torch import Tensor
 from scalefl.coords import add
 from scalefl.errors import BadUpdate
 from scalefl.params import Params
-from scalefl.types import ClientTask, ClientUpdate, Coords
+from scalefl.types import ClientTask, ClientUpdate, Coords, Window
 
 FINE = 2.0**-47
 COARSE = 2.0**-10
@@ -50,10 +50,10 @@ class Total:
         self._scale = 2.0 ** math.ceil(math.log2(max(largest_weight, 1)))
         self._sums: dict[str, _Sum] = {}
 
-    def add(self, params: Params, weight: int, coords: Coords) -> None:
-        """Add a client's tensors, at most `LIMIT` in size and finite (see `check`), with its weight."""
+    def add(self, params: Params, weight: int, coords: Coords, largest: Mapping[str, float]) -> None:
+        """Add a client's tensors, finite and at most `LIMIT` in size, with its weight; `largest` as `check` returns."""
         for name, tensor in params.items():
-            self._add(name, tensor, weight, coords)
+            self._add(name, tensor, weight, coords[name], largest[name])
 
     def merge(self, other: Total) -> None:
         """Add what another total of the same round holds."""
@@ -68,19 +68,18 @@ class Total:
         """The mean of every tensor that moved; coordinates that nobody trained keep the bits of `base`."""
         return {name: self._mean(base[name], total) for name, total in self._sums.items()}
 
-    def _add(self, name: str, tensor: Tensor, weight: int, coords: Coords) -> None:
-        window = coords[name]
+    def _add(self, name: str, tensor: Tensor, weight: int, window: Window | None, largest: float) -> None:
         total = self._sums.get(name)
         if total is None:
             total = self._sums[name] = self._zero(name, window is not None)
         elif window is not None and not isinstance(total.weight, Tensor):
             total.weight = torch.full(total.fine.shape, total.weight, dtype=torch.int64)
-        if window is None and _largest(tensor) <= FINE_LIMIT:
+        if window is None and largest <= FINE_LIMIT:
             _add_fine(total.fine, tensor, weight / self._scale / FINE)
             total.weight += weight
             return
         value = tensor.to(torch.float64, copy=True).mul_(weight / self._scale)
-        if _largest(tensor) > FINE_LIMIT:
+        if largest > FINE_LIMIT:
             coarse = (value / COARSE).round_()
             if total.coarse is None:
                 total.coarse = torch.zeros_like(total.fine)
@@ -121,7 +120,7 @@ def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if dtype.is_floating_point else value.round_().to(dtype)
 
 
-def _largest(tensor: Tensor) -> float:
+def largest(tensor: Tensor) -> float:
     """The largest size of a value, NaN if there is one; not by `abs`, which the smallest integer overflows."""
     if not tensor.numel():
         return 0.0
@@ -129,7 +128,9 @@ def _largest(tensor: Tensor) -> float:
     return max(-float(low), float(high))
 
 
-def check(task: ClientTask, update: ClientUpdate, expected: Mapping[str, Tensor], num_examples: int) -> None:
+def check(
+    task: ClientTask, update: ClientUpdate, expected: Mapping[str, Tensor], num_examples: int
+) -> dict[str, float]:
     """Refuse what must not enter the mean.
 
     Args:
@@ -137,6 +138,9 @@ def check(task: ClientTask, update: ClientUpdate, expected: Mapping[str, Tensor]
         update: what came.
         expected: the global tensors under its names; only shapes and dtypes are read.
         num_examples: of the client, as the round was planned with: it may not claim a larger weight.
+
+    Returns:
+        The largest size of a value in each tensor.
 
     Raises:
         BadUpdate: a name is missing or foreign, a shape or dtype differs, or a value is not finite (or so large
@@ -150,9 +154,12 @@ def check(task: ClientTask, update: ClientUpdate, expected: Mapping[str, Tensor]
         raise refuse("num_examples", f"{update.num_examples} is not a weight from 1 to {num_examples}")
     for name in sorted(update.params.keys() ^ task.moving):
         raise refuse(name, "missing" if name in task.moving else "not asked for")
+    sizes: dict[str, float] = {}
     for name, tensor in update.params.items():
         wanted = expected[name]
         if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
             raise refuse(name, f"{tensor.dtype} {tuple(tensor.shape)}, not {wanted.dtype} {tuple(wanted.shape)}")
-        if not _largest(tensor) < LIMIT:
+        sizes[name] = largest(tensor)
+        if not sizes[name] < LIMIT:
             raise refuse(name, "holds NaN, infinity or values beyond 4e12")
+    return sizes

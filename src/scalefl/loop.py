@@ -61,10 +61,10 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan)
         task, coords = tasks[answer.client_id], plan.coords[answer.client_id]
         try:
             expected = extract(state.params, {name: coords[name] for name in task.moving})
-            check(task, answer, expected, plan.clients[answer.client_id].num_examples)
+            sizes = check(task, answer, expected, plan.clients[answer.client_id].num_examples)
         except BadUpdate as error:
             tally.lose(ClientLoss(answer.client_id, task.round, f"{error.name}: {error.why}", answer.receipt))
             continue
-        total.add(answer.params, answer.num_examples, coords)
+        total.add(answer.params, answer.num_examples, coords, sizes)
         tally.add(answer)
     return total, tally

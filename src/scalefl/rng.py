@@ -31,8 +31,12 @@ def generator(seed: int, *path: str | int) -> torch.Generator:
 def seeded(seed: int) -> Iterator[None]:
     """Set torch's, NumPy's and Python's global generators inside the block; restore them after it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
+        # Not torch.manual_seed: where CUDA has not been used it queues a call, with a formatted stack, for each seed.
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         try:

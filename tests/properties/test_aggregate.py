@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scalefl.aggregate import FINE, FINE_LIMIT, LIMIT, Total, check
+from scalefl.aggregate import FINE, FINE_LIMIT, LIMIT, Total, check, largest
 from scalefl.coords import add, extract, put, take, whole
 from scalefl.errors import BadUpdate
 from scalefl.params import copied, identical
@@ -22,6 +22,11 @@ SEEDS = st.integers(0, 2**40)
 WEIGHTS = st.lists(st.integers(1, 10**5), min_size=1, max_size=9)
 # Sizes of the values that clients may hold, from nothing to where a run counts as diverged.
 SCALES = st.sampled_from([0.0, 1e-30, 1e-12, 1e-6, 1e-3, 1.0, 30.0, 1e3, 1e6, 1e10])
+
+
+def _add(total, params, weight, coords):
+    """As the loop does, once `check` has passed the update."""
+    total.add(params, weight, coords, {name: largest(tensor) for name, tensor in params.items()})
 
 
 def values(seed: int, count: int, scale: float, dtype: torch.dtype = torch.float32, shape=(2, 3)) -> list[Tensor]:
@@ -40,7 +45,7 @@ def mixed(seed: int, count: int, dtype: torch.dtype = torch.float32, shape=(4, 5
 def mean_of(tensors: list[Tensor], weights: list[int], order: list[int], base: Tensor, limit: int = 0) -> Tensor:
     total = Total({"a": base}, limit or sum(weights))
     for i in order:
-        total.add({"a": tensors[i]}, weights[i], whole(["a"]))
+        _add(total, {"a": tensors[i]}, weights[i], whole(["a"]))
     return total.mean({"a": base})["a"]
 
 
@@ -102,7 +107,7 @@ def test_no_order_and_no_merging_changes_a_bit(data, weights, seed, dtype):
     owners = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
     totals = [Total({"a": base}, sum(weights)) for _ in range(4)]
     for i in order:
-        totals[owners[i]].add({"a": tensors[i]}, weights[i], whole(["a"]))
+        _add(totals[owners[i]], {"a": tensors[i]}, weights[i], whole(["a"]))
     first, *others = data.draw(st.permutations(totals))
     for other in others:
         first.merge(other)
@@ -164,7 +169,7 @@ def test_integers_become_the_rounded_mean(weights, numbers, seed):
 def test_a_counter_that_is_a_scalar_and_an_empty_tensor():
     total = Total({"n": torch.tensor(0), "e": torch.zeros(0, 3)}, 4)
     for count in (10, 11):
-        total.add({"n": torch.tensor(count), "e": torch.zeros(0, 3)}, 2, whole(["n", "e"]))
+        _add(total, {"n": torch.tensor(count), "e": torch.zeros(0, 3)}, 2, whole(["n", "e"]))
     mean = total.mean({"n": torch.tensor(3), "e": torch.zeros(0, 3)})
     assert mean["n"].shape == () and int(mean["n"]) in (10, 11)
     assert mean["e"].shape == (0, 3)
@@ -222,7 +227,7 @@ def test_overlapping_windows_average_over_holders_only(data, weights, seed, dtyp
     for order in orders:
         total = Total({"a": base}, sum(weights))
         for i in order:
-            total.add({"a": take(clients[i], windows[i])}, weights[i], {"a": windows[i]})
+            _add(total, {"a": take(clients[i], windows[i])}, weights[i], {"a": windows[i]})
         means.append(total.mean({"a": base})["a"])
     assert identical({"a": means[0]}, {"a": means[1]})
 
@@ -249,7 +254,7 @@ def test_merging_windowed_and_whole_totals(data, seed):
     parts = [Total({"a": base}, 10), Total({"a": base}, 10)]
     for i, (tensor, window) in enumerate(zip(clients, windows, strict=True)):
         for total in (one, parts[i % 2]):
-            total.add({"a": take(tensor, window)}, i + 1, {"a": window})
+            _add(total, {"a": take(tensor, window)}, i + 1, {"a": window})
     parts[0].merge(parts[1])
     assert torch.equal(parts[0].mean({"a": base})["a"], one.mean({"a": base})["a"])
 
@@ -257,7 +262,7 @@ def test_merging_windowed_and_whole_totals(data, seed):
 def test_only_names_that_moved_are_in_the_mean():
     base = {"a": torch.ones(2), "b": torch.ones(3)}
     total = Total(base, 4)
-    total.add({"a": torch.zeros(2)}, 4, whole(base))
+    _add(total, {"a": torch.zeros(2)}, 4, whole(base))
     assert total.mean(base).keys() == {"a"}
 
 
@@ -324,6 +329,6 @@ def test_a_total_leaves_the_reference_alone():
     base = {"a": torch.randn(3, generator=torch.Generator().manual_seed(0))}
     before = copied(base)
     total = Total(base, 2)
-    total.add({"a": torch.zeros(3)}, 2, whole(base))
+    _add(total, {"a": torch.zeros(3)}, 2, whole(base))
     total.mean(base)["a"].fill_(9)
     assert identical(base, before)

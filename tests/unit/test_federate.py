@@ -356,7 +356,7 @@ class Watching:
     def __init__(self, engine: LocalEngine) -> None:
         self._engine = engine
         self.drawn = self.answered = self.most_out = self.most_alive = 0
-        self._alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+        self._answers: list[weakref.ref[ClientUpdate]] = []
 
     def population(self) -> Population:
         return self._engine.population()
@@ -365,7 +365,7 @@ class Watching:
         answers = self._engine.fit(method, self._counted(orders))
         for answer in answers:
             self.answered += 1
-            self._alive.add(answer.params[NAME])
+            self._answers.append(weakref.ref(answer))
             self._note()
             yield answer
             del answer
@@ -378,7 +378,7 @@ class Watching:
 
     def _note(self) -> None:
         self.most_out = max(self.most_out, self.drawn - self.answered)
-        self.most_alive = max(self.most_alive, len(self._alive))
+        self.most_alive = max(self.most_alive, sum(answer() is not None for answer in self._answers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

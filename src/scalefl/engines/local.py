@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from torch import Tensor
 
 from scalefl.client import Residents
 from scalefl.data import FederatedData
@@ -48,6 +49,7 @@ class LocalEngine:
         self._data, self._clients = data, clients
         self._threads = threads
         self._residents = Residents()
+        self._held: dict[str, Tensor] = {}
         self._workers: list[_Worker] = []
         self._num_workers = workers
         self._threads_before = torch.get_num_threads()
@@ -81,9 +83,15 @@ class LocalEngine:
                 yield order
                 continue
             task, params, examples = order
-            # Frozen tensors stay the server's; what training changes is copied.
-            own = {name: t.clone() if name in task.moving else t for name, t in params.items()}
+            # Frozen tensors stay the server's; what training changes is copied, into memory that clients share in turn.
+            own = {name: self._own_copy(name, t) if name in task.moving else t for name, t in params.items()}
             yield run_safely(method, self._data.problem, self._residents, task, own, examples)
+
+    def _own_copy(self, name: str, tensor: Tensor) -> Tensor:
+        held = self._held.get(name)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = self._held[name] = torch.empty_like(tensor)
+        return held.copy_(tensor)
 
     def _fit_beside(
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]]
