@@ -9,9 +9,10 @@ from functools import cache, lru_cache
 from scalefl.errors import UncuttableModel
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
-from scalefl.partition import Cut, Partition, partition
-from scalefl.parts import Part
+from scalefl.partition import Cut, Entry, Partition, partition
+from scalefl.parts import Part, Stretch
 from scalefl.problem import Problem
+from scalefl.starting import proven
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Blocks:
 
     Args:
         model: the model.
-        partition: it between its cuts.
+        problem: what it is to learn.
+        partition: the model between its cuts.
         ends: the last unit of each block.
     """
 
     model: ModelSpec
+    problem: Problem
     partition: Partition
     ends: tuple[int, ...]
 
@@ -87,16 +90,55 @@ class Blocks:
     def part(self, span: Span, output: OutputSpec | None, coadapted_layers: int = 0) -> Part:
         """What a step that trains the span runs."""
         stop = self.cut(span.last)
+        entries = proven(self.model, self.problem, self.partition.entries)
+        before = self._last_frozen_unit(span, coadapted_layers)
+        entry = entries[before] if before >= 0 else None
+        last, feature = self.ends[span.last], stop or self.partition.feature
         return Part(
             model=self.model,
             stop=stop,
             output=output,
-            feature=stop or self.partition.feature,
+            feature=feature,
             source=self.partition.source,
             active=self.active(span, coadapted_layers),
             held=tuple(self.held(span)),
             start=self.cut(span.first - 1) if span.first else None,
             straddling=self.straddling(span),
+            prefix=self._stretches(entries, before) if entry else (),
+            entry=entry,
+            own=self._needed(entry, last),
+            inner=tuple(e for e in entries[before + 1 : last] if e and (e.cut == feature or not _passes(e, feature))),
+        )
+
+    def _last_frozen_unit(self, span: Span, coadapted_layers: int) -> int:
+        """The last unit before anything that trains; -1 where training starts with the first."""
+        first = self.units(span)[0]
+        near = (name for _, names in self._coadapted(span, coadapted_layers) for name in names)
+        return min((self.partition.unit_of[name] for name in near), default=first) - 1
+
+    def _stretches(self, entries: Sequence[Entry | None], last: int) -> tuple[Stretch, ...]:
+        """The frozen units up to `last`, each on its own where the model can be started between them."""
+        ends = [unit for unit in range(last + 1) if entries[unit] is not None]
+        starts = [0, *(end + 1 for end in ends[:-1])]
+        return tuple(
+            Stretch(
+                entry=entries[start - 1] if start else None,
+                stop=self.partition.cuts[end],
+                held=self._needed(entries[start - 1] if start else None, end),
+            )
+            for start, end in zip(starts, ends, strict=True)
+        )
+
+    def _needed(self, entry: Entry | None, last: int) -> tuple[str, ...]:
+        """Tensors that a run from an entry to the end of a unit needs.
+
+        Modules around the entry run too, from their beginning: what they own themselves (a position embedding, a
+        buffer) is needed though an earlier unit has it.
+        """
+        return tuple(
+            name
+            for name, unit in self.partition.unit_of.items()
+            if unit <= last and not (entry and entry.covers(name.rpartition(".")[0]))
         )
 
     def _running(self, span: Span) -> list[str]:
@@ -128,6 +170,11 @@ class Blocks:
         return found
 
 
+def _passes(entry: Entry, feature: Cut | None) -> bool:
+    """Whether a run from `entry` would not come by the feature that objectives read."""
+    return feature is not None and entry.covers(feature.module)
+
+
 @lru_cache(maxsize=64)
 def blocks_by_count(model: ModelSpec, problem: Problem, count: int) -> Blocks:
     """Cut into `count` blocks that hold weight layers as evenly as may be.
@@ -145,20 +192,20 @@ def blocks_by_count(model: ModelSpec, problem: Problem, count: int) -> Blocks:
         sum(found.unit_of[names[0]] == unit and path not in found.norms for path, names in found.layers)
         for unit in range(found.num_units)
     ]
-    return Blocks(model, found, _even_ends(tuple(loads), count))
+    return Blocks(model, problem, found, _even_ends(tuple(loads), count))
 
 
 @lru_cache(maxsize=64)
 def blocks_by_hand(model: ModelSpec, problem: Problem, cuts: tuple[str, ...]) -> Blocks:
     """Cut after the modules named in `cuts`; without any, the whole model is one block."""
     found = partition(model, problem, cuts)
-    return Blocks(model, found, tuple(range(found.num_units)))
+    return Blocks(model, problem, found, tuple(range(found.num_units)))
 
 
 @lru_cache(maxsize=1024)
 def blocks_from_ends(model: ModelSpec, problem: Problem, ends: tuple[int, ...]) -> Blocks:
     """Blocks that end with the given units of the automatic partition."""
-    return Blocks(model, partition(model, problem), ends)
+    return Blocks(model, problem, partition(model, problem), ends)
 
 
 def _even_ends(loads: tuple[int, ...], count: int) -> tuple[int, ...]:

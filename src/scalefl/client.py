@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, num_bytes, select
-from scalefl.parts import PartRunner, Resident
+from scalefl.parts import PartRunner, Resident, Taps
+from scalefl.prefix import Prefix, prefix_of
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive, generator, seeded
 from scalefl.sgd import SGD
@@ -67,49 +71,146 @@ def _train(
 ) -> dict[str, tuple[float, float]]:
     """Train through all epochs; return the last epoch's loss and accuracy as (sum, weight)."""
     sums: dict[str, list[Tensor | int]] = {}
-    with residents[step.part.model].holding(step.part, params, step.trainable, step.moving) as (runner, trained):
-        optimizer = SGD(trained, step.work)
+    with contextlib.ExitStack() as stack:
+        runner, trained = stack.enter_context(holding(residents[step.part.model], step, params))
+        prefix = stack.enter_context(prefix_of(step, runner, params, examples, problem))
+        optimizer = make_optimizer(trained, step)
         for epoch in range(step.work.epochs):
             sums = {}
-            for batch in _batches(examples, step.work.batch_size, derive(seed, "epoch", epoch), problem):
-                for name, (value, weight) in train_batch(
-                    runner, optimizer, batch, problem, objective, step.means
-                ).items():
+            for batch, rows in _batches(examples, step.work.batch_size, derive(seed, "epoch", epoch), problem):
+                found = train_batch(runner, optimizer, batch, rows, problem, objective, step.means, prefix)
+                for name, (value, weight) in found.items():
                     entry = sums.setdefault(name, [0, 0])
                     entry[0] = entry[0] + value
                     entry[1] = entry[1] + weight
     return {name: (float(value), float(weight)) for name, (value, weight) in sums.items()}
 
 
+@contextlib.contextmanager
+def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[PartRunner, dict[str, nn.Parameter]]]:
+    """Lay out what a step holds by its means, in the precision that they ask for."""
+    means = step.means
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=means.bfloat16),
+        resident.holding(
+            step.part,
+            params,
+            step.trainable,
+            step.moving,
+            without_prefix=means.prefix in ("streamed", "cached") and step.part.entry is not None,
+            frozen_statistics=means.frozen_statistics,
+        ) as held,
+    ):
+        yield held
+
+
+def make_optimizer(trained: Mapping[str, nn.Parameter], step: Step) -> SGD:
+    """The optimizer of a step. Gradients that are accumulated cannot be applied as they come."""
+    return SGD(trained, step.work, in_backward=step.means.free_gradients and not step.splits)
+
+
 def train_batch(
-    runner: PartRunner, optimizer: SGD, batch: Batch, problem: Problem, objective: Objective, means: Means
+    runner: PartRunner,
+    optimizer: SGD,
+    batch: Batch,
+    rows: Tensor,
+    problem: Problem,
+    objective: Objective,
+    means: Means,
+    prefix: Prefix,
 ) -> dict[str, tuple[Tensor, int]]:
     """One optimizer step on one batch, in micro-batches where `means` says so; returns summed metrics.
 
-    Terms that couple samples are computed in each micro-batch and weighted by its share of the batch's weight.
+    Args:
+        runner, optimizer: what runs and what moves.
+        batch, rows: B examples, and which of the client's they are, [B].
+        problem, objective: what is learned, and what is minimised.
+        means: how.
+        prefix: gives the frozen prefix's features.
     """
     optimizer.zero_grad()
-    rows = num_rows(batch)
+    micros = _micro_batches(batch, rows, means.micro_batch_size or num_rows(batch))
     sums: dict[str, tuple[Tensor, int]] = {}
-    total_weight = 0
-    for micro in _micro_batches(batch, means.micro_batch_size or rows):
-        taps = runner(micro, problem)
+    pull = None
+    if len(micros) > 1 and objective.coupled:
+        pull = _pull_of_batch(runner, batch, micros, problem, objective, prefix)
+    divisor, total_weight = pull.weight if pull else num_rows(batch), 0
+    for number, (micro, micro_rows) in enumerate(micros):
+        if pull:
+            torch.set_rng_state(pull.rng_states[number])  # dropout as in the first pass
+        taps = runner(micro, problem, prefix(micro, micro_rows), recompute=means.recompute)
         loss, weight = objective.sample_terms(taps, micro, problem)
         total_weight += weight
-        # Weights are known only when all micro-batches have run: divide by rows now, correct below.
-        objective_value = loss / rows
-        # Deviation: nHSIC is not a sum over samples; in micro-batches this is the mean of their own values.
-        coupled = objective.batch_terms(taps, micro, problem)
+        if len(micros) == 1:
+            divisor = weight or 1
+        value = loss / max(divisor, 1)
+        coupled = pull.on(taps, number) if pull else objective.batch_terms(taps, micro, problem) if weight else None
         if coupled is not None:
-            objective_value = objective_value + coupled * (weight / rows)
-        objective_value.backward()  # type: ignore[no-untyped-call]
+            value = value + coupled
+        value.backward()  # type: ignore[no-untyped-call]
+        logits = taps.logits.detach()
+        del taps, loss, coupled, value
+        runner.complete_backward()
         with torch.no_grad():
-            _accumulate(sums, problem.metrics(taps.logits.detach(), micro))
-    if total_weight != rows and total_weight > 0:
-        optimizer.scale_grad(rows / total_weight)
+            _accumulate(sums, problem.metrics(logits, micro))
+    if total_weight not in (divisor, 0):
+        # Weights were known only when all micro-batches had run.
+        optimizer.scale_grad(divisor / total_weight)
     optimizer.step()
     optimizer.zero_grad()
     return sums
+
+
+class _Pull(NamedTuple):
+    """The gradient of the terms that couple samples, with respect to the taps of a whole batch.
+
+    Attributes:
+        gradients: tap -> its gradient for each micro-batch.
+        weight: of the batch.
+        rng_states: torch's generator before each micro-batch.
+    """
+
+    gradients: Mapping[str, tuple[Tensor, ...]]
+    weight: int
+    rng_states: list[Tensor]
+
+    def on(self, taps: Taps, number: int) -> Tensor | None:
+        """A scalar whose gradient with respect to a micro-batch's taps is its slice of the batch's."""
+        terms: list[Tensor] = [(getattr(taps, name) * pieces[number]).sum() for name, pieces in self.gradients.items()]
+        return sum(terms[1:], terms[0]) if terms else None
+
+
+def _pull_of_batch(
+    runner: PartRunner,
+    batch: Batch,
+    micros: Sequence[tuple[Batch, Tensor]],
+    problem: Problem,
+    objective: Objective,
+    prefix: Prefix,
+) -> _Pull:
+    """First of two passes: run all micro-batches without a graph, then differentiate the batch's terms by their taps.
+
+    nHSIC is no sum over samples. Exact where no layer couples samples either: batch norm does, in each micro-batch.
+    """
+    states, weight = [], 0
+    gathered: dict[str, list[Tensor]] = {name: [] for name in ("x", *objective.coupled)}
+    with torch.no_grad(), runner.keep_statistics():
+        for micro, rows in micros:
+            states.append(torch.get_rng_state())
+            taps = runner(micro, problem, prefix(micro, rows))
+            weight += objective.sample_terms(taps, micro, problem)[1]
+            for name, pieces in gathered.items():
+                pieces.append(getattr(taps, name))
+    lengths = [len(rows) for _, rows in micros]
+    leaves: dict[str, Tensor] = {}
+    for name in list(gathered):
+        leaves[name] = torch.cat(gathered.pop(name)).requires_grad_(name != "x")
+    terms = objective.batch_terms(replace(taps, **leaves), batch, problem) if weight else None
+    if terms is None:
+        return _Pull({}, weight, states)
+    found = torch.autograd.grad(terms, [leaves[name] for name in objective.coupled])
+    gradients = {name: torch.split(g, lengths) for name, g in zip(objective.coupled, found, strict=True)}
+    return _Pull(gradients, weight, states)
 
 
 def _accumulate(sums: dict[str, tuple[Tensor, int]], more: Mapping[str, tuple[Tensor, int]]) -> None:
@@ -118,18 +219,18 @@ def _accumulate(sums: dict[str, tuple[Tensor, int]], more: Mapping[str, tuple[Te
         sums[name] = (before + value, weight_before + weight)
 
 
-def _batches(examples: Batch, size: int, seed: int, problem: Problem) -> Iterator[Batch]:
-    """Shuffled, augmented batches of one epoch; a single leftover example is left out (see `LocalWork`)."""
+def _batches(examples: Batch, size: int, seed: int, problem: Problem) -> Iterator[tuple[Batch, Tensor]]:
+    """Shuffled, augmented batches of one epoch and their rows; a single leftover is left out (see `LocalWork`)."""
     order = torch.randperm(num_rows(examples), generator=generator(seed, "order"))
     augmentation = generator(seed, "augmentation")
     for i, rows in enumerate(torch.split(order, size)):
         if len(rows) > 1 or i == 0 or size == 1:
-            yield problem.augment(take(examples, rows), augmentation)
+            yield problem.augment(take(examples, rows), augmentation), rows
 
 
-def _micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
+def _micro_batches(batch: Batch, rows: Tensor, size: int) -> list[tuple[Batch, Tensor]]:
     """Slices of nearly equal length, none longer than `size`; no example stays alone if `size` is 3 or more."""
-    count = math.ceil(num_rows(batch) / size)
+    count = math.ceil(len(rows) / size)
     columns = {name: column.tensor_split(count) for name, column in batch.items()}
-    for i in range(count):
-        yield {name: pieces[i] for name, pieces in columns.items()}
+    places = rows.tensor_split(count)
+    return [({name: pieces[i] for name, pieces in columns.items()}, places[i]) for i in range(count)]

@@ -1,19 +1,21 @@
 """Predict the peak memory of a computation, term by term, without doing it.
 
 The computation runs once on fake tensors while a dispatch mode follows every live storage; oneDNN's reorder
-scratch at convolutions is added where it would exist. Measured against the resident growth of fresh processes
-this stays within a few per cent (docs/architecture.md, "Memory").
+scratch at convolutions is added where it would exist. Batches have prime numbers of examples there, so that the
+size of each storage tells what it grows with: one run predicts every batch and micro-batch. Measured against the
+resident growth of fresh processes this stays within a few per cent (docs/memory.md).
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,10 +27,17 @@ from scalefl.torch_private import (
     TorchDispatchMode,
 )
 
-Term = Literal["weights", "gradients", "optimizer", "activations"]
-TERMS: tuple[Term, ...] = ("weights", "gradients", "optimizer", "activations")
+Term = Literal[
+    "weights", "gradients", "optimizer", "copies", "output_module", "mentor", "activations", "transients"
+]
+TERMS: tuple[Term, ...] = get_args(Term)
+"""What memory holds: the model's own weights, their gradients and optimizer state, copies that are kept of them; all
+of these for the output module, and its activations; the mentor's kernels; the batch and what backward needs of the
+forward pass; and what lives for a moment, scratch included."""
 
 MIB = 2**20
+
+Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class Cost:
 
     Args:
         peak_bytes: the highest sum of live tensors and scratch.
-        terms: that sum by term; "activations" holds saved activations, the batch and transients.
+        terms: that sum by term.
         flops: floating-point operations of the step, forward and backward (multiply and add count as two).
         num_examples: examples in the step.
     """
@@ -53,99 +62,242 @@ class Cost:
         return self.flops / self.num_examples
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows live storages by term; `peak` is the moment at which they were most."""
+@dataclass(frozen=True)
+class Symbols:
+    """Numbers of examples by which a traced size tells what it grows with.
 
-    def __init__(self) -> None:
+    Args:
+        first: examples in the first micro-batch; any even number, half of it prime.
+        later: in the later ones; prime.
+        batch: in the batch; prime, the sum of both. Without micro-batches all three are one prime.
+    """
+
+    first: int
+    later: int
+    batch: int
+
+    def growth(self, size: int) -> tuple[int, ...]:
+        """`size` as (constant, for a micro-batch's example, for a batch's example, and for the squares of both)."""
+        halved = 2 if self.first != self.batch else 1
+        for count, prime, place in (
+            (self.batch, self.batch, 2),
+            (self.later, self.later, 1),
+            (self.first, self.first // halved, 1),
+        ):
+            if size and size % prime == 0:
+                square = size % (prime * prime) == 0
+                found = [0] * SHAPES
+                found[place + 2 * square] = size // (count * count if square else count)
+                return tuple(found)
+        return (size, *[0] * (SHAPES - 1))
+
+
+SHAPES = 5
+SPLIT = Symbols(first=2 * 4159, later=8317, batch=16635 + 0)
+WHOLE = Symbols(first=8191, later=8191, batch=8191)
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What a traced step costs, for any batch.
+
+    Args:
+        moments: sizes of all terms at the moments that can be the peak, [moments, terms, SHAPES].
+        waiting: the same where the step waits for the features of a frozen prefix.
+        flops: [SHAPES].
+    """
+
+    moments: Array
+    waiting: Array
+    flops: Array
+
+    def peak(self, micro: int, batch: int) -> Array:
+        """Bytes of each term at the peak, [terms]."""
+        return _largest(self.moments @ _sizes(micro, batch))
+
+    def waiting_peak(self, micro: int, batch: int) -> Array:
+        """Bytes of each term at the fullest moment at which the prefix runs, [terms]."""
+        return _largest(self.waiting @ _sizes(micro, batch))
+
+    def total_flops(self, micro: int, batch: int) -> int:
+        """FLOPs of the step on the whole batch."""
+        constant, each, of_batch, each_square, batch_square = (int(f) for f in self.flops)
+        return constant + (each + of_batch + each_square * micro) * batch + batch_square * batch**2
+
+
+def _sizes(micro: int, batch: int) -> Array:
+    return np.array([1, micro, batch, micro**2, batch**2], dtype=np.int64)
+
+
+def _largest(bytes_by_moment: Array) -> Array:
+    """The row with the largest sum."""
+    found: Array = bytes_by_moment[bytes_by_moment.sum(1).argmax()]
+    return found
+
+
+@dataclass
+class _Entry:
+    """A followed storage: its term, how it grows, since when it is there, and since when under this term."""
+
+    term: int
+    growth: Array
+    since: int
+
+
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows live storages by term, and notes how much there was after each operation that took some."""
+
+    def __init__(self, symbols: Symbols | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.term: Term = "activations"
-        self.live: Counter[Term] = Counter()
-        self.peak: Counter[Term] = Counter()
-        self._clock = self._peak_at = 0
-        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, list[Any]] = weakref.WeakKeyDictionary()
+        self._symbols = symbols
+        self._term: Term = "transients"
+        self._live = np.zeros((len(TERMS), SHAPES), dtype=np.int64)
+        self._moments: list[Array] = []
+        self._waiting: list[Array] = []
+        self._later: list[tuple[slice, int, int, Array]] = []
+        self._flops = np.zeros(SHAPES, dtype=np.int64)
+        self._counter = FlopCounterMode(display=False)
+        self._counted = 0
+        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, _Entry] = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
     def counting_as(self, term: Term) -> Iterator[None]:
         """File what is allocated inside the block under `term`."""
-        before, self.term = self.term, term
+        before, self._term = self._term, term
         try:
             yield
         finally:
-            self.term = before
+            self._term = before
 
     def file(self, tensors: Iterable[Tensor], term: Term) -> None:
-        """File tensors, known or not, under `term`."""
+        """File tensors, known or not, under `term`; also for the time that they have been there."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage in self._known:
-                entry = self._known[storage]
-                self.live[entry[0]] -= entry[1]
-                self.live[term] += entry[1]
-                if entry[2] <= self._peak_at:  # it was there at the peak, under the wrong name
-                    self.peak[entry[0]] -= entry[1]
-                    self.peak[term] += entry[1]
-                entry[0] = term
+                self._move(self._known[storage], TERMS.index(term))
             else:
                 self._follow(storage, term)
+
+    def settle(self) -> None:
+        """The forward pass is over: what of it still lives, backward needs."""
+        transient, saved = TERMS.index("transients"), TERMS.index("activations")
+        for entry in list(self._known.values()):
+            if entry.term == transient:
+                self._move(entry, saved)
+
+    def wait(self) -> None:
+        """A frozen prefix runs at this moment, elsewhere."""
+        self._waiting.append(self._live.copy())
+
+    def profile(self) -> Profile:
+        """What was noted."""
+        moments = np.stack(self._moments) if self._moments else self._live[None]
+        for when, before, after, growth in self._later:
+            moments[when, before] -= growth
+            moments[when, after] += growth
+        waiting = np.stack(self._waiting) if self._waiting else np.zeros_like(moments[:1])
+        return Profile(_undominated(moments), waiting, self._flops)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self._clock += 1
         result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else (result,)
+        new = False
         for output in outputs:
             if isinstance(output, Tensor) and output.untyped_storage() not in self._known:
-                self._follow(output.untyped_storage(), self.term)
-        self._note(_scratch_bytes(func, args, outputs))
+                self._follow(output.untyped_storage(), self._term)
+                new = True
+        scratches = _scratch(func, args, outputs)
+        for scratch in scratches or ([[]] if new else []):
+            self._note(scratch)
+        self._count_flops()
         return result
 
     def _follow(self, storage: torch.UntypedStorage, term: Term) -> None:
-        entry: list[Any] = [term, storage.nbytes(), self._clock]
+        entry = _Entry(TERMS.index(term), self._growth(storage.nbytes()), len(self._moments))
         self._known[storage] = entry
-        self.live[term] += entry[1]
+        self._live[entry.term] += entry.growth
         weakref.finalize(storage, self._release, entry)
 
-    def _release(self, entry: list[Any]) -> None:
-        self.live[entry[0]] -= entry[1]
+    def _release(self, entry: _Entry) -> None:
+        self._live[entry.term] -= entry.growth
 
-    def _note(self, scratch: int) -> None:
-        if self.live.total() + scratch > self.peak.total():
-            self.peak, self._peak_at = self.live.copy(), self._clock
-            self.peak["activations"] += scratch
+    def _move(self, entry: _Entry, term: int) -> None:
+        self._later.append((slice(entry.since, len(self._moments)), entry.term, term, entry.growth))
+        self._live[entry.term] -= entry.growth
+        self._live[term] += entry.growth
+        entry.term = term
+
+    def _note(self, scratch: list[Tensor]) -> None:
+        moment = self._live.copy()
+        for tensor in scratch:
+            moment[TERMS.index("transients")] += self._growth(tensor.numel() * tensor.element_size())
+        self._moments.append(moment)
+
+    def _growth(self, size: int) -> Array:
+        found = (size, *[0] * (SHAPES - 1)) if self._symbols is None else self._symbols.growth(size)
+        return np.array(found, dtype=np.int64)
+
+    def _count_flops(self) -> None:
+        # The counter's mode lies under this one: what it has counted since is this operation's.
+        total = self._counter.get_total_flops()
+        if total != self._counted:
+            self._flops += self._growth(total - self._counted)
+            self._counted = total
+
+
+def profile(step: Callable[[Ledger], None], symbols: Symbols) -> Profile | None:
+    """The profile of `step`, which builds its own tensors and files them; None where it can't run on fake tensors.
+
+    Control flow that depends on data cannot.
+    """
+    try:
+        return _watched(step, Ledger(symbols), FakeTensorMode(allow_non_fake_inputs=True))
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return None
 
 
 def predict(step: Callable[[Ledger], None], num_examples: int) -> Cost:
-    """The cost of `step`, which builds its own tensors and files them in the ledger; it runs on fake tensors.
-
-    Control flow that depends on data can't run on fake tensors: such a step is done for real, on zeros.
-    """
+    """The cost of `step` at the sizes that it has; on fake tensors, or for real, on zeros, where it must."""
     try:
-        return _watched(step, num_examples, FakeTensorMode(allow_non_fake_inputs=True))
+        found = _watched(step, Ledger(), FakeTensorMode(allow_non_fake_inputs=True))
     except (DataDependentOutputException, DynamicOutputShapeException):
-        return _watched(step, num_examples, contextlib.nullcontext())
+        found = _watched(step, Ledger(), contextlib.nullcontext())
+    return cost_of(found.peak(0, 0), int(found.flops[0]), num_examples)
+
+
+def cost_of(terms: Array, flops: int, num_examples: int) -> Cost:
+    """A cost from bytes by term, [terms]."""
+    named = tuple((term, int(size)) for term, size in zip(TERMS, terms, strict=True))
+    return Cost(int(terms.sum()), named, flops, num_examples)
 
 
 def _watched(
-    step: Callable[[Ledger], None], num_examples: int, mode: contextlib.AbstractContextManager[object]
-) -> Cost:
-    ledger = Ledger()
-    with mode, FlopCounterMode(display=False) as flops, ledger:
+    step: Callable[[Ledger], None], ledger: Ledger, mode: contextlib.AbstractContextManager[object]
+) -> Profile:
+    with mode, ledger._counter, ledger:
         step(ledger)
-    terms = tuple((term, ledger.peak[term]) for term in TERMS)
-    return Cost(ledger.peak.total(), terms, flops.get_total_flops(), num_examples)
+        return ledger.profile()
 
 
-def _scratch_bytes(func: Any, args: tuple[Any, ...], outputs: Any) -> int:
-    """Reorder buffers of oneDNN's convolutions: max(x, y) + w forward, x + g + w backward."""
+def _scratch(func: Any, args: tuple[Any, ...], outputs: Any) -> list[list[Tensor]]:
+    """Reorder buffers of oneDNN's convolutions, as alternatives: max(x, y) + w forward, x + g + w backward."""
     if func is torch.ops.aten.convolution.default:
         x, w, y = args[0], args[1], outputs[0]
-        return max(_bytes(x), _bytes(y)) + _bytes(w)
+        return [[x, w], [y, w]]
     if func is torch.ops.aten.convolution_backward.default:
         g, x, w = args[:3]
-        return _bytes(x) + _bytes(g) + _bytes(w)
-    return 0
+        return [[x, g, w]]
+    return []
 
 
-def _bytes(t: Tensor) -> int:
-    return t.numel() * t.element_size()
+def _undominated(moments: Array) -> Array:
+    """The moments that can be the peak for some batch: no other is at least as large in every shape of growth."""
+    totals, first = np.unique(moments.sum(1), axis=0, return_index=True)
+    kept: list[int] = []
+    for i in np.argsort(-totals.sum(1), kind="stable"):
+        if not any((totals[k] >= totals[i]).all() for k in kept):
+            kept.append(int(i))
+    found: Array = moments[first[sorted(kept)]]
+    return found

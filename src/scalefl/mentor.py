@@ -92,6 +92,13 @@ class MentorLoss:
     lambda_x: float
     gamma_y: float
 
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        """The features of the terms that have a weight."""
+        of_x, of_y = ("z", "z") if self.mentor.tap == "cut" else ("late", "projected")
+        used = {*([of_x] if self.lambda_x else []), *([of_y] if self.gamma_y else [])}
+        return tuple(sorted(used))
+
     def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Weighted:
         """The loss of the logits."""
         return problem.loss(taps.logits, batch)

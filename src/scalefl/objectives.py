@@ -14,6 +14,11 @@ from scalefl.problem import Batch, Problem, Weighted
 class TaskLoss:
     """The problem's own loss, and nothing else."""
 
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Weighted:
         """The loss of the logits."""
         return problem.loss(taps.logits, batch)

@@ -22,6 +22,7 @@ from torch import nn
 from scalefl.errors import UncuttableModel
 from scalefl.models.skeleton import aliases, tensors
 from scalefl.models.spec import ModelSpec
+from scalefl.models.stand_ins import Template
 from scalefl.problem import Problem
 from scalefl.tracing import Call, Graph, Node, Trace, parents, traced
 
@@ -41,6 +42,24 @@ class Cut:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Where a run can start in the middle.
+
+    Args:
+        cut: the place whose tensor is given.
+        skipped: the modules that end before it or there, the outermost of each nest, and what stands in for their
+            outputs.
+    """
+
+    cut: Cut
+    skipped: tuple[tuple[str, Template], ...]
+
+    def covers(self, path: str) -> bool:
+        """Whether a module does not run after this entry."""
+        return any(path == skipped or path.startswith(skipped + ".") for skipped, _ in self.skipped)
+
+
 @dataclass(frozen=True, eq=False)
 class Partition:
     """A model between its cuts: `len(cuts) + 1` units, numbered in order of execution.
@@ -56,6 +75,8 @@ class Partition:
         statistics: names of the buffers that each norm with running statistics updates in train mode.
         source: the module whose output is the input features (token models); None where the input is.
         feature: the last feature before the model's own head.
+        entries: for each cut, how a run could start there; None where a module's output cannot be stood in for.
+            Whether the run then gives the same numbers is `starting.entry`'s to say.
         aliases: further names of tied tensors.
     """
 
@@ -69,6 +90,7 @@ class Partition:
     statistics: Mapping[str, tuple[str, ...]]
     source: str | None
     feature: Cut | None
+    entries: tuple[Entry | None, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -284,8 +306,23 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
         statistics=_statistics(module),
         source=graph.source_module,
         feature=features[-1].cut() if features else None,
+        entries=tuple(_entry(trace, place) for place in places),
         aliases=aliases(module),
     )
+
+
+def _entry(trace: Trace, place: _Place) -> Entry | None:
+    """What need not run where a run starts at `place`: modules that run once and end by then."""
+    ended = {p for p, call in trace.calls.items() if call.exit <= place.call.exit and call.times == 1}
+    outermost = sorted(path for path in ended if ended.isdisjoint(_ancestors(path)))
+    if not all(trace.calls[path].has_template for path in outermost):
+        return None
+    return Entry(place.cut(), tuple((path, trace.calls[path].template) for path in outermost))
+
+
+def _ancestors(path: str) -> list[str]:
+    words = path.split(".")
+    return [".".join(words[:i]) for i in range(1, len(words))]
 
 
 def _layers(trace: Trace) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -5,17 +5,34 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from scalefl.models.output import OutputModule, OutputSpec, empty_output
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.params import Params, is_attachment
-from scalefl.partition import Cut
+from scalefl.params import Params
+from scalefl.partition import Cut, Entry
 from scalefl.problem import Batch, Problem
+from scalefl.starting import skipping
 from scalefl.tracing import floating
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A run from one cut to the next, on its own.
+
+    Args:
+        entry: where it starts; None at the model's input.
+        stop: where it ends.
+        held: names of the model's own tensors that it needs.
+    """
+
+    entry: Entry | None
+    stop: Cut
+    held: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,10 @@ class Part:
         straddling: modules that run on both sides of `start` (a shared dropout, the model itself): in eval mode
             before it and in train mode after it.
         held: names of the model's own tensors that the run needs.
+        prefix: the frozen prefix in stretches that can run one by one; none where it must run with the rest.
+        entry: where what trains can start from the prefix's features: `start`, or before co-adapted layers.
+        own: names of the model's own tensors that a run from `entry` needs.
+        inner: cuts inside what trains at which a run can start.
     """
 
     model: ModelSpec
@@ -44,6 +65,10 @@ class Part:
     held: tuple[str, ...]
     start: Cut | None = None
     straddling: tuple[str, ...] = ()
+    prefix: tuple[Stretch, ...] = ()
+    entry: Entry | None = None
+    own: tuple[str, ...] = ()
+    inner: tuple[Entry, ...] = ()
 
     def names(self) -> list[str]:
         """Every tensor that the run needs, the output module's included."""
@@ -69,8 +94,15 @@ class Taps:
     projected: Tensor
 
 
+class Features(NamedTuple):
+    """What the frozen prefix leaves for a batch: its last tensor [B, ...], and x where that is a module's output."""
+
+    z: Tensor
+    x: Tensor | None
+
+
 class _Reached(Exception):  # control flow, not an error
-    """The end of the span: the modules after it never run."""
+    """The end of the run: the modules after it never run."""
 
 
 class Resident:
@@ -97,28 +129,30 @@ class Resident:
         params: Params,
         trainable: frozenset[str] = frozenset(),
         moving: frozenset[str] = frozenset(),
+        *,
+        without_prefix: bool = False,
+        frozen_statistics: bool = False,
     ) -> Iterator[tuple[PartRunner, dict[str, nn.Parameter]]]:
         """Lay `params` on the skeleton for the block's length; yield what runs them and what trains.
 
         Parameters and `moving` buffers are laid on without a copy, so those that training changes must be the
-        caller's own.
+        caller's own. `without_prefix` lays what a run from `part.entry` needs, and no more; with
+        `frozen_statistics`, norms that train normalise by their running statistics and leave them.
         """
+        names = part.own if without_prefix else part.held
         with contextlib.ExitStack() as undo:
             undo.callback(self._skeleton.clear)
-            own = {name: t for name, t in params.items() if not is_attachment(name)}
-            trained = self._skeleton.lay(own, trainable, moving)
+            trained = self._skeleton.lay({name: params[name] for name in names}, trainable, moving)
             output = None
             if part.output is not None:
                 output, skeleton = self._output(part.output)
                 undo.callback(skeleton.clear)
                 prefix = part.output.prefix
-                inner = {n.removeprefix(prefix): t for n, t in params.items() if n.startswith(prefix)}
+                inner = {name.removeprefix(prefix): params[name] for name in part.output.names()}
                 laid = skeleton.lay(inner, frozenset(n.removeprefix(prefix) for n in trainable))
                 trained |= {prefix + name: p for name, p in laid.items()}
-            _set_modes(self._module, part.active)
-            runner = PartRunner(self._module, part, output)
-            undo.enter_context(runner.watching())
-            yield runner, trained
+            _set_modes(self._module, part.active, frozen_statistics=frozen_statistics)
+            yield PartRunner(self._module, self._skeleton, part, output, moving), trained
 
     def _output(self, spec: OutputSpec) -> tuple[OutputModule, Skeleton]:
         if spec not in self._outputs:
@@ -130,25 +164,75 @@ class Resident:
 class PartRunner:
     """Runs a part that is laid out; made by `Resident.holding`."""
 
-    def __init__(self, module: nn.Module, part: Part, output: OutputModule | None) -> None:
-        self._module, self._part, self._output = module, part, output
+    def __init__(
+        self, module: nn.Module, skeleton: Skeleton, part: Part, output: OutputModule | None, moving: frozenset[str]
+    ) -> None:
+        self._module, self._skeleton, self._part, self._output = module, skeleton, part, output
+        self._statistics = [t for name, t in module.named_buffers() if name in moving]
         self._seen: dict[str, Tensor] = {}
+        self._again: list[_Rerun] = []
 
-    def __call__(self, batch: Batch, problem: Problem) -> Taps:
-        """Run the part on a batch."""
+    def __call__(
+        self, batch: Batch, problem: Problem, features: Features | None = None, *, recompute: bool = False
+    ) -> Taps:
+        """Run the part on a batch.
+
+        Args:
+            batch: the examples.
+            problem: gives the model's arguments.
+            features: what the frozen prefix left for them, where it has run; the run then starts at `part.entry`.
+            recompute: keep no activations of the units before the last: once a loss has gone backward,
+                `complete_backward` runs them again, one by one.
+        """
         args, kwargs = problem.inputs(batch)
         self._seen.clear()
-        self._set_straddling(training=False)
-        raw: Any = None
-        with contextlib.suppress(_Reached):
-            raw = self._module(*args, **kwargs)
+        self._again.clear()
+        entry, given = (self._part.entry, features.z) if features else (None, None)
+        if recompute and torch.is_grad_enabled():
+            entry, given = self._run_bare(args, kwargs, entry, given)
+        raw = self._run(args, kwargs, entry, given, self._part.stop)
+        x = features.x if features and features.x is not None else self._x(args, kwargs)
         if self._output is not None:
             z = self._seen["z"]
             output = self._output(z, problem.mask(batch))
-            return Taps(output.logits, self._x(args, kwargs), z, output.features, output.projected)
+            return Taps(output.logits, x, z, output.features, output.projected)
         logits = problem.output(raw)
         z = self._seen.get("z", logits)
-        return Taps(logits, self._x(args, kwargs), z, z, z)
+        return Taps(logits, x, z, z, z)
+
+    def complete_backward(self) -> None:
+        """Take the gradient through the units that kept nothing, last to first. Norms do not count them twice."""
+        before = [t.clone() for t in self._statistics]
+        after = torch.get_rng_state()
+        while self._again:
+            self._again.pop().backward(self._run)
+            for t, value in zip(self._statistics, before, strict=True):
+                t.data.copy_(value)  # data: autograd need not know, the graph that saw the statistics is gone
+        torch.set_rng_state(after)
+
+    def keep_statistics(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, runs leave the norms' statistics as they were."""
+        return _kept(self._statistics)
+
+    def prefix_features(self, batch: Batch, problem: Problem) -> Features:
+        """What the frozen prefix, laid out with the rest, gives for a batch."""
+        assert self._part.entry is not None
+        args, kwargs = problem.inputs(batch)
+        return self._frozen(args, kwargs, None, None, self._part.entry.cut)
+
+    def streamed_features(self, batch: Batch, problem: Problem, params: Params) -> Features:
+        """The same, with the tensors of one stretch of the prefix held at a time."""
+        args, kwargs = problem.inputs(batch)
+        found = Features(torch.empty(0), None)
+        for stretch in self._part.prefix:
+            extra = [name for name in stretch.held if name not in self._part.own]
+            self._skeleton.lay({name: params[name] for name in extra})
+            try:
+                here = self._frozen(args, kwargs, stretch.entry, found.z, stretch.stop)
+            finally:
+                self._skeleton.clear(extra)
+            found = Features(here.z, found.x if here.x is None else here.x)
+        return found
 
     def features(self, batch: Batch, problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Tensor, list[Tensor]]:
         """The input features and the tensor at each of `cuts`, in one run without a gradient."""
@@ -159,21 +243,46 @@ class PartRunner:
             taps = self(batch, problem)
         return taps.x, [found[cut] for cut in cuts]
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Keep the hooks that note taps and end the run in place."""
-        handles = []
-        if self._part.source is not None:
-            handles.append(self._watch(self._part.source, self._note_source))
-        if self._part.start is not None and self._part.straddling:
-            handles.append(self._watch(self._part.start.module, self._note_start))
-        if self._part.feature is not None:
-            handles.append(self._watch(self._part.feature.module, self._note_feature))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _frozen(self, args: Any, kwargs: Any, entry: Entry | None, given: Tensor | None, stop: Cut) -> Features:
+        self._seen.clear()
+        with torch.no_grad():
+            self._run(args, kwargs, entry, given, stop)
+        return Features(self._seen.pop("z"), self._seen.pop("x", None))
+
+    def _run_bare(
+        self, args: Any, kwargs: Any, entry: Entry | None, given: Tensor | None
+    ) -> tuple[Entry | None, Tensor | None]:
+        """Run all units but the last without a graph; note how to run each again, and where the last one starts."""
+        for inner in self._part.inner:
+            state = torch.get_rng_state()
+            with torch.no_grad():
+                self._run(args, kwargs, entry, given, inner.cut)
+            following = self._seen.pop("z").requires_grad_()
+            self._again.append(_Rerun(args, kwargs, entry, given, inner.cut, following, state, self._seen))
+            entry, given = inner, following
+        return entry, given
+
+    def _run(self, args: Any, kwargs: Any, entry: Entry | None, given: Tensor | None, stop: Cut | None) -> Any:
+        """Run the model from an entry to a cut, noting taps; return what the model returns if it comes to its end."""
+        part = self._part
+        with contextlib.ExitStack() as undo:
+            past_start = False
+            if entry is not None and given is not None:
+                undo.enter_context(skipping(self._module, entry, given))
+                past_start = part.start is not None and entry.covers(part.start.module)
+            if part.source is not None and not (entry and entry.covers(part.source)):
+                undo.callback(self._watch(part.source, self._note_source).remove)
+            if part.straddling and part.start is not None:
+                # What runs around a stand-in before the entry belongs to the prefix.
+                self._set_straddling(training=False)
+                turn = entry.cut if entry is not None and past_start else part.start
+                undo.callback(self._watch(turn.module, self._note_start).remove)
+            end = stop or part.feature
+            if end is not None:
+                undo.callback(self._watch(end.module, self._noting(end, ends=stop is not None)).remove)
+            with contextlib.suppress(_Reached):
+                return self._module(*args, **kwargs)
+        return None
 
     def _watch(self, path: str, hook: Any) -> Any:
         return self._module.get_submodule(path).register_forward_hook(hook)
@@ -188,16 +297,47 @@ class PartRunner:
         for path in self._part.straddling:
             self._module.get_submodule(path).training = training
 
-    def _note_feature(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        assert self._part.feature is not None
-        self._seen["z"] = floating(output)[self._part.feature.position]
-        if self._part.stop is not None:
-            raise _Reached
+    def _noting(self, cut: Cut, *, ends: bool) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._seen["z"] = floating(output)[cut.position]
+            if ends:
+                raise _Reached
+
+        return hook
 
     def _x(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if "x" in self._seen:
             return self._seen["x"]
         return floating([*args, *kwargs.values()])[0]
+
+
+class _Rerun(NamedTuple):
+    """A stretch that ran without a graph: what it started from, and the leaf that holds its end's gradient."""
+
+    args: Any
+    kwargs: Any
+    entry: Entry | None
+    given: Tensor | None
+    stop: Cut
+    end: Tensor
+    rng_state: Tensor
+    seen: dict[str, Tensor]
+
+    def backward(self, run: Any) -> None:
+        """Run it again with a graph, from the random state that it had, and take the gradient through it."""
+        torch.set_rng_state(self.rng_state)
+        run(self.args, self.kwargs, self.entry, self.given, self.stop)
+        gradient, self.end.grad = self.end.grad, None
+        if gradient is not None:
+            torch.autograd.backward(self.seen.pop("z"), gradient)
+
+
+@contextlib.contextmanager
+def _kept(held: list[Tensor]) -> Iterator[None]:
+    before = [t.clone() for t in held]
+    yield
+    for t, value in zip(held, before, strict=True):
+        t.data.copy_(value)
 
 
 def _keep(found: dict[Cut, Tensor], cut: Cut) -> Any:
@@ -207,7 +347,8 @@ def _keep(found: dict[Cut, Tensor], cut: Cut) -> Any:
     return hook
 
 
-def _set_modes(module: nn.Module, active: tuple[str, ...]) -> None:
+def _set_modes(module: nn.Module, active: tuple[str, ...], *, frozen_statistics: bool) -> None:
     module.eval()
     for path in active:
-        module.get_submodule(path).training = True
+        child = module.get_submodule(path)
+        child.training = not (frozen_statistics and getattr(child, "track_running_stats", False))

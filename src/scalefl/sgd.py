@@ -6,11 +6,12 @@ a small client cannot spare. Momentum buffers exist from the start, so one step 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from scalefl.errors import ConfigError
 from scalefl.types import LocalWork
 
 
@@ -20,13 +21,21 @@ class SGD:
     Args:
         parameters: what trains.
         work: lr, momentum, weight_decay, clip_norm and prox.
+        in_backward: update each parameter when its gradient is complete, and free that; the numbers are the same.
+
+    Raises:
+        ConfigError: `in_backward` with clipping, which needs all gradients at once.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], work: LocalWork) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], work: LocalWork, *, in_backward: bool = False) -> None:
+        if in_backward and work.clip_norm:
+            raise ConfigError("clip_norm needs all gradients at once: they cannot be applied during backward")
         self._parameters = list(parameters.values())
         self._work = work
         self._momentum = [torch.zeros_like(p) for p in self._parameters] if work.momentum else None
         self._start = [p.detach().clone() for p in self._parameters] if work.prox else None
+        for i, p in enumerate(self._parameters if in_backward else ()):
+            p.register_post_accumulate_grad_hook(self._applying(i))  # type: ignore[no-untyped-call]
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -42,20 +51,36 @@ class SGD:
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters from their gradients; those without a gradient stay."""
-        work = self._work
-        if self._start is not None:
-            # Paper: FedProx, eq. 2; the gradient of μ/2·‖θ − θ⁽ʳ⁾‖² is μ(θ − θ⁽ʳ⁾).
-            for p, start in zip(self._parameters, self._start, strict=True):
-                if p.grad is not None:
-                    p.grad.add_(p - start, alpha=work.prox)
-        if work.clip_norm:
-            nn.utils.clip_grad_norm_(self._parameters, work.clip_norm)
-        for i, p in enumerate(self._parameters):
-            if p.grad is not None:
-                self._move(p, p.grad, i)
+        if self._work.clip_norm:
+            # Paper: FedProx, eq. 2: the pull is part of the gradient, so it is there before the norm is taken.
+            for i in range(len(self._parameters)):
+                self._pull_to_start(i)
+            nn.utils.clip_grad_norm_(self._parameters, self._work.clip_norm)
+        for i in range(len(self._parameters)):
+            if not self._work.clip_norm:
+                self._pull_to_start(i)
+            self._move(i)
 
-    def _move(self, p: nn.Parameter, step: Tensor, i: int) -> None:
-        work = self._work
+    def _applying(self, i: int) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def apply(p: Tensor) -> None:
+            self._pull_to_start(i)
+            self._move(i)
+            p.grad = None
+
+        return apply
+
+    def _pull_to_start(self, i: int) -> None:
+        """Add the gradient of μ/2·‖θ − θ⁽ʳ⁾‖², which is μ(θ − θ⁽ʳ⁾)."""
+        p = self._parameters[i]
+        if self._start is not None and p.grad is not None:
+            p.grad.add_(p - self._start[i], alpha=self._work.prox)
+
+    def _move(self, i: int) -> None:
+        work, p = self._work, self._parameters[i]
+        if p.grad is None:
+            return
+        step = p.grad
         if work.weight_decay:
             step.add_(p, alpha=work.weight_decay)
         if self._momentum is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scalefl.errors import ScaleFLError, UncuttableModel
 from scalefl.models.skeleton import lay_fakes
 from scalefl.models.spec import ModelSpec
+from scalefl.models.stand_ins import NoTemplate, Template, template_of
 from scalefl.problem import Problem
 from scalefl.torch_private import FakeTensorMode, quiet_fakes
 
@@ -24,12 +25,14 @@ Node = Any  # a node of the autograd graph; torch has no public type for it
 
 @dataclass
 class Call:
-    """What the probe saw of one module: when it ran, and the graph nodes of its output."""
+    """What the probe saw of one module: when it ran, the graph nodes of its output, and what stands in for it."""
 
     enter: int
     exit: int = -1
     times: int = 0
     outputs: list[tuple[Node | None, tuple[int, ...]]] = field(default_factory=list)
+    template: Template = None
+    has_template: bool = False
 
     def carried(self) -> tuple[int, Node, tuple[int, ...]] | None:
         """Position, node and shape of the one output that carries the graph, if there is just one."""
@@ -132,6 +135,8 @@ def _watched(module: nn.Module, calls: dict[str, Call]) -> Iterator[None]:
             call = calls[path]
             call.exit = next(clock)
             call.outputs = [(t.grad_fn, tuple(t.shape)) for t in floating(output)]
+            with contextlib.suppress(NoTemplate):
+                call.template, call.has_template = template_of(output, PROBE_EXAMPLES), True
 
         return hook
 

@@ -60,15 +60,30 @@ class LocalWork:
         return replace(self, lr=self.lr * factor, lr_schedule="constant", lr_rounds=0)
 
 
+PrefixMode = Literal["resident", "chunked", "streamed", "cached"]
+
+
 @dataclass(frozen=True)
 class Means:
-    """How a client does its work within its memory: chosen for each client.
+    """How a client does its work within its memory: chosen for each client. docs/memory.md says how exact each is.
 
     Args:
         micro_batch_size: examples in memory at once; gradients are accumulated over a batch. None: the batch.
+        recompute: keep only the tensors between units; backward runs each unit again.
+        prefix: how the frozen prefix runs. "resident": on a micro-batch at once; "chunked": on a few examples at a
+            time; "streamed": so, and one unit's tensors held at a time; "cached": so, once for each example, with
+            its features kept on disk for all epochs.
+        free_gradients: update each parameter as soon as its gradient is there, and drop that.
+        bfloat16: run in bfloat16 where autocast does; weights stay as they are. Approximate.
+        frozen_statistics: norms that train use their running statistics, as frozen ones do. Approximate.
     """
 
     micro_batch_size: int | None = None
+    recompute: bool = False
+    prefix: PrefixMode = "resident"
+    free_gradients: bool = False
+    bfloat16: bool = False
+    frozen_statistics: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +142,11 @@ class Step:
     coefficients: tuple[tuple[str, float], ...]
     work: LocalWork
     means: Means = Means()
+
+    @property
+    def splits(self) -> bool:
+        """Whether batches run in micro-batches."""
+        return self.means.micro_batch_size is not None and self.means.micro_batch_size < self.work.batch_size
 
 
 @dataclass(frozen=True)
@@ -235,12 +255,20 @@ class Objective(Protocol):
 
     def __hash__(self) -> int: ...
 
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        """The taps that `batch_terms` takes a gradient to; none where it returns None."""
+        ...
+
     def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Weighted:
         """A sum over the examples and its weight."""
         ...
 
     def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
-        """A scalar that is added to the batch's mean loss; None where there is none."""
+        """A scalar that is added to the batch's mean loss; None where there is none.
+
+        Of `taps` it reads x and those in `coupled`, no others: in micro-batches only these are gathered.
+        """
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -61,10 +61,15 @@ class Skeleton:
                 self._put(alias, value)
         return trained
 
-    def clear(self) -> None:
-        """Take every tensor off; their memory is free unless the caller holds them."""
-        for name, tensor in self._empty.items():
-            self._put(name, tensor)
+    def clear(self, names: Iterable[str] | None = None) -> None:
+        """Take tensors off, all by default; their memory is free unless the caller holds them."""
+        if names is None:
+            for name, tensor in self._empty.items():
+                self._put(name, tensor)
+            return
+        for name in names:
+            for alias in self._names[name]:
+                self._put(alias, self._empty[alias])
 
     def _put(self, name: str, value: Tensor) -> None:
         owner, attribute = self._slots[name]

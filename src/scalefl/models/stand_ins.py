@@ -1,0 +1,86 @@
+"""Stand-ins for what modules return that need not run, because a run starts after them.
+
+A run can start in the middle of a model: the modules before the cut return zeros of the right shape, which take
+no memory (all elements are one), and the last of them returns the tensor that was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A tensor of a module's output, without its values.
+
+    Args:
+        shape: of one example where `batched`, else of the whole.
+        dtype: a torch name, as "float32".
+        batched: whether the first dimension counts examples.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    batched: bool
+
+    def filled(self, num_examples: int) -> Tensor:
+        """Zeros that take the memory of one."""
+        shape = (num_examples, *self.shape) if self.batched else self.shape
+        return torch.zeros((), dtype=getattr(torch, self.dtype)).expand(shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A tuple, list or mapping in a module's output: its class, keys (none for sequences) and items."""
+
+    kind: type
+    keys: tuple[str, ...]
+    items: tuple[Template, ...]
+
+
+Template = Blank | Group | None
+
+
+class NoTemplate(Exception):
+    """A module returned something that cannot be stood in for."""
+
+
+def template_of(output: Any, num_examples: int) -> Template:
+    """What a module returned for so many examples, without values.
+
+    Raises:
+        NoTemplate: it holds anything but tensors, None, tuples, lists and mappings.
+    """
+    if output is None:
+        return None
+    if isinstance(output, Tensor):
+        batched = output.ndim > 0 and output.shape[0] == num_examples
+        shape = tuple(output.shape[1:] if batched else output.shape)
+        return Blank(shape, str(output.dtype).removeprefix("torch."), batched)
+    if isinstance(output, Mapping):
+        items = tuple(template_of(item, num_examples) for item in output.values())
+        return Group(type(output), tuple(map(str, output)), items)
+    if type(output) in (tuple, list):
+        return Group(type(output), (), tuple(template_of(item, num_examples) for item in output))
+    raise NoTemplate(type(output).__name__)
+
+
+def filled(template: Template, num_examples: int, position: int = -1, given: Tensor | None = None) -> Any:
+    """The output that a template describes: zeros, and `given` as its floating-point tensor number `position`."""
+    floating = iter(range(10**9))
+
+    def fill(part: Template) -> Any:
+        if part is None:
+            return None
+        if isinstance(part, Blank):
+            is_given = getattr(torch, part.dtype).is_floating_point and next(floating) == position
+            return given if is_given else part.filled(num_examples)
+        items = [fill(item) for item in part.items]
+        return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
+
+    return fill(template)

@@ -1,0 +1,127 @@
+"""How a client gets the features of its frozen prefix: run with each micro-batch, or once and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalefl.params import Params
+from scalefl.parts import Features, PartRunner
+from scalefl.problem import Batch, Problem, num_rows, take
+from scalefl.types import Step
+
+CHUNK = 16
+"""Examples that a frozen prefix takes at a time, where it does not take the whole micro-batch."""
+
+Prefix = Callable[[Batch, Tensor], Features | None]
+"""Gives the features of a micro-batch, whose rows in the client's examples are the second argument; None where the
+part runs from its input."""
+
+_Run = Callable[[Batch], Features]
+
+
+@contextlib.contextmanager
+def prefix_of(step: Step, runner: PartRunner, params: Params, examples: Batch, problem: Problem) -> Iterator[Prefix]:
+    """The prefix of a step as its means say; "cached" runs it here, for all examples.
+
+    Raises:
+        OSError: the disk has no room for the cache; what was written of it is gone by then.
+    """
+
+    def resident(batch: Batch) -> Features:
+        return runner.prefix_features(batch, problem)
+
+    def streamed(batch: Batch) -> Features:
+        return runner.streamed_features(batch, problem, params)
+
+    mode = step.means.prefix
+    if step.part.entry is None:
+        yield lambda batch, rows: None
+    elif mode == "resident":
+        yield lambda batch, rows: resident(batch)
+    elif mode == "cached":
+        with _Cache(streamed, examples) as cache:
+            yield lambda batch, rows: cache.read(rows)
+    else:
+        run = resident if mode == "chunked" else streamed
+        yield lambda batch, rows: _in_chunks(run, batch)
+
+
+def _in_chunks(run: _Run, batch: Batch) -> Features:
+    """The features of a batch, of which only `CHUNK` examples run at a time."""
+    total = num_rows(batch)
+    found: Features | None = None
+    for start in range(0, total, CHUNK):
+        piece = run({name: column[start : start + CHUNK] for name, column in batch.items()})
+        if found is None:
+            found = Features(_room(piece.z, total), None if piece.x is None else _room(piece.x, total))
+        found.z[start : start + CHUNK] = piece.z
+        if found.x is not None and piece.x is not None:
+            found.x[start : start + CHUNK] = piece.x
+    assert found is not None
+    return found
+
+
+def _room(piece: Tensor, rows: int) -> Tensor:
+    return piece.new_empty(rows, *piece.shape[1:])
+
+
+class _Cache:
+    """The features of all examples in unnamed files, which vanish with the process however it ends."""
+
+    def __init__(self, run: _Run, examples: Batch) -> None:
+        with contextlib.ExitStack() as files:
+            self._z = self._x = None
+            for start in range(0, num_rows(examples), CHUNK):
+                rows = torch.arange(start, min(start + CHUNK, num_rows(examples)))
+                found = run(take(examples, rows))
+                self._z = self._z or _Rows(files, found.z)
+                self._z.append(found.z)
+                if found.x is not None:
+                    self._x = self._x or _Rows(files, found.x)
+                    self._x.append(found.x)
+            self._files = files.pop_all()
+
+    def __enter__(self) -> _Cache:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._files.close()
+
+    def read(self, rows: Tensor) -> Features:
+        """The features of some examples."""
+        assert self._z is not None
+        return Features(self._z.read(rows), self._x.read(rows) if self._x else None)
+
+
+class _Rows:
+    """A file of equally long rows; read and written, not mapped, so that its pages are no memory of the process."""
+
+    def __init__(self, files: contextlib.ExitStack, like: Tensor) -> None:
+        self._file = files.enter_context(tempfile.TemporaryFile(prefix="scalefl-", buffering=0))  # noqa: SIM115
+        self._shape, self._dtype = like.shape[1:], like.dtype
+        self._row_bytes = like[0].numel() * like.element_size()
+
+    def append(self, values: Tensor) -> None:
+        content = _bytes_of(values.contiguous())
+        while content:
+            content = content[self._file.write(content) :]
+
+    def read(self, rows: Tensor) -> Tensor:
+        found = torch.empty(len(rows), *self._shape, dtype=self._dtype)
+        content = _bytes_of(found)
+        for i, row in enumerate(rows.tolist()):
+            place = content[i * self._row_bytes : (i + 1) * self._row_bytes]
+            os.preadv(self._file.fileno(), [place], row * self._row_bytes)
+        return found
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    content: Any = values.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(content)
