@@ -187,28 +187,17 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
         observer = _Observer(experiment, residents)
         if state.round == 0 and not files.state.exists():
             _append(files.journal, {"round": 0, **observer.observe(state)})
-            save_state(files.state, state)
+            save_state(files.state, state, experiment.method.deploy(state))
         rounds = federate(experiment.method, engine, UniformSampler(config.clients_per_round), state)
         while state.round < config.rounds:
             state, record = next(rounds)
             line = {**asdict(record), **observer.observe(state)}
             _append(files.journal, line)
             if state.round % config.save_every == 0 or state.round == config.rounds:
-                save_state(files.state, state)
+                save_state(files.state, state, experiment.method.deploy(state))
             yield RunProgress(line, config.rounds)
         if not files.summary.exists():
             _write_json(files.summary, observer.conclude(state, files.read_journal()))
-
-
-def deployed(folder: str | Path) -> tuple[ModelSpec, Params]:
-    """The model of a run's last saved state.
-
-    Raises:
-        CheckpointError: there is no run there, or it cannot be read.
-    """
-    files = RunFolder(Path(folder))
-    experiment = Experiment(read_config(files.path))
-    return experiment.method.deploy(_loaded(experiment, files))
 
 
 def read_config(folder: Path) -> Config:

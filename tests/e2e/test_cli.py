@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,17 +17,23 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from scalefl.checkpoint import load_deployed, load_state, save_state
 from scalefl.cli import app
 from scalefl.config import load_config
 from scalefl.experiment import Experiment, run_rounds
 from scalefl.export import state_dict
+from scalefl.models.cnn import cnn
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
+from scalefl.params import identical
+from scalefl.problem import Classification
+from scalefl.types import ServerState
 
 # Three classes of 8×8 pictures on six clients. NAP makes clients slow enough to be stopped in their work.
 MODULE = """
@@ -257,6 +264,57 @@ def test_export_loads_into_the_users_module(home: Path, module: ModuleType, tmp_
     assert content.keys() == model.state_dict().keys()
     state = load_file(home / "runs" / "tiny" / "state.safetensors")
     assert content["2.0.weight"].equal(state["params/2.0.weight"])
+
+
+def test_export_needs_no_data(home: Path, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(module, "make_data")
+    result = invoke("export", home / "runs" / "tiny", "-o", tmp_path / "model.safetensors")
+    assert result.exit_code == 0, result.output
+    module.make_model().load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+
+
+def test_export_of_a_model_that_is_not_the_configured_one(
+    home: Path, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data say the classes and channels, the weakest client the width; the folder has kept both."""
+    settings = ("rounds=1", "model=cnn", "evaluation.plane_cuts=1", "method={name='fedavg', population='all_small'}")
+    options = [word for text in settings for word in ("--set", text)]
+    result = invoke("run", home / "tiny.toml", "--runs", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    monkeypatch.delattr(module, "make_data")
+    result = invoke("export", tmp_path / "tiny", "-o", tmp_path / "model.safetensors")
+    assert result.exit_code == 0, result.output
+    arguments = {name: float(value) for name, value in re.findall(r"(\w+)=([0-9.]+)", result.stdout)}
+    width = arguments.pop("width")
+    assert width < 1 and arguments == {"image_size": 8, "in_channels": 1, "num_classes": 3}
+    user = cnn(num_classes=3, in_channels=1, image_size=8, width=width)
+    user.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+
+
+@pytest.mark.parametrize("spec", [ModelSpec.of(nn.ReLU), ModelSpec.of("torch.nn:Sequential", layers=nn.ReLU)])
+def test_a_model_that_is_a_python_object_cannot_be_exported_from_a_folder(
+    home: Path, tmp_path: Path, spec: ModelSpec
+) -> None:
+    shutil.copytree(home / "runs" / "tiny", tmp_path / "tiny")
+    state = ServerState(spec, Classification(2, ()), {}, round=0, seed=0)
+    save_state(tmp_path / "tiny" / "state.safetensors", state, (spec, {}))
+    said = failed("export", tmp_path / "tiny", "-o", tmp_path / "model.safetensors")
+    assert f"cannot say how to build {spec.name}" in said and "package.module:factory" in said
+
+
+def test_deployed_tensors_that_are_not_the_states_own(tmp_path: Path) -> None:
+    """As of a method that deploys an average over rounds: the folder keeps them beside the state's."""
+    spec, weight = (
+        ModelSpec.of("torch.nn:Linear", in_features=2, out_features=2),
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+    )
+    params = {"weight": weight, "bias": torch.ones(2), "@exit": torch.ones(1)}
+    state = ServerState(spec, Classification(2, ()), params, round=1, seed=0)
+    save_state(tmp_path / "state", state, (spec, {"weight": weight.T, "bias": params["bias"]}))
+    model, deployed = load_deployed(tmp_path / "state")
+    assert model == spec
+    assert deployed.keys() == {"weight", "bias"} and deployed["weight"].equal(weight.T)
+    assert identical(load_state(tmp_path / "state", spec, state.problem).params, params)
 
 
 class Tied(nn.Module):
