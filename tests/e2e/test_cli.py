@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
@@ -74,6 +75,17 @@ def make_model(width=4):
         return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
     return nn.Sequential(Scale(), unit(1, width), unit(width, width), head)
+
+
+class Moody(nn.Flatten):
+    def forward(self, x):
+        if self.training and float(x.abs().max()) > 0:
+            raise ArithmeticError("not today")
+        return super().forward(x)
+
+
+def moody():
+    return nn.Sequential(Moody(), nn.Linear(64, 3))
 
 
 def broken_data():
@@ -471,6 +483,22 @@ def test_a_bug_is_one_line_unless_debugging(home: Path) -> None:
     result = invoke("--debug", *arguments)
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_debugging_shows_where_clients_fail(home: Path, tmp_path: Path, workers: int) -> None:
+    """A model that will not train: all clients of the round are lost, each with a traceback into the user's module."""
+    settings = (f"engine.workers={workers}", f"model={MODULE_NAME}:moody", "method={name='fedavg', population='all'}")
+    arguments = ("run", home / "tiny.toml", *(word for text in settings for word in ("--set", text)))
+    said = failed(*arguments, "--runs", tmp_path / "quiet")
+    assert "all 3 clients were lost: ArithmeticError: not today (3×)" in said
+    result = invoke("--debug", *arguments, "--runs", tmp_path / "debug")
+    assert result.exit_code == 1
+    assert f'{MODULE_NAME}.py", line' in result.stderr and 'raise ArithmeticError("not today")' in result.stderr
+    assert "round 1: client" in result.stderr
+    journals = [(tmp_path / name / "tiny" / "journal.jsonl").read_text() for name in ("quiet", "debug")]
+    assert journals[0] == journals[1]
+    assert not logging.getLogger("scalefl").handlers
 
 
 @pytest.mark.parametrize(
