@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shlex
-import subprocess
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperGroup
 
 from scalefl.errors import ConfigError, ScaleFLError
+from scalefl.measure import base_bytes
 from scalefl.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -38,12 +38,6 @@ PLAIN_SECONDS = 30.0
 """Where the output is no terminal, a line is printed at least so often, and after each tenth of the rounds."""
 
 DEFAULT_RUNS = Path("runs")
-_BASE_PROGRAM = """
-import torch, scalefl.engines.worker
-image = torch.zeros(8, 3, 32, 32)
-torch.nn.Conv2d(3, 8, 3)(image).sum().backward()
-print(open("/proc/self/status").read())
-"""
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -144,13 +138,13 @@ def plan(
         {"name": member.name, "budget_bytes": member.memory_bytes, "share": member.share}
         for member in experiment.population.classes
     ]
-    base_bytes = _base_bytes()
+    base = base_bytes()
     if as_json:
-        typer.echo(json.dumps({**found, "classes": classes, "base_bytes": base_bytes}, indent=2))
+        typer.echo(json.dumps({**found, "classes": classes, "base_bytes": base}, indent=2))
         return
     console = _console()
     show(console, memory_table(found))
-    show(console, class_table(classes, found["full"]["peak_bytes"], base_bytes))
+    show(console, class_table(classes, found["full"]["peak_bytes"], base))
 
 
 @app.command()
@@ -340,15 +334,6 @@ def _print_files(console: Console, paths: list[Path]) -> None:
     console.print("Files written:")
     for path in paths:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
-
-
-def _base_bytes() -> int | None:
-    """Resident bytes of a worker that has done its first step; None where the system does not tell."""
-    if not Path("/proc/self/status").exists():
-        return None
-    done = subprocess.run([sys.executable, "-c", _BASE_PROGRAM], capture_output=True, text=True, check=False)
-    resident = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("VmRSS:")]
-    return int(resident[0]) * 1024 if resident else None
 
 
 def _console() -> Console:

@@ -24,6 +24,7 @@ from scalefl.engines.local import LocalEngine
 from scalefl.errors import CheckpointError, ConfigError, DataError, UncuttableModel
 from scalefl.evaluate import evaluate, nhsic_plane, rows_by_distribution, stratified_rows
 from scalefl.loop import federate
+from scalefl.measure import base_bytes
 from scalefl.memory import Cost
 from scalefl.memory_plan import MemoryPlan, memory_plan
 from scalefl.models.spec import ModelSpec
@@ -349,7 +350,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the record."""
+    """Versions and machine, for the record; with the base on top of which predicted peaks come."""
     packages = ("scalefl", "torch", "numpy", "datasets", "flwr-datasets", "safetensors", "msgspec")
     return {
         "python": platform.python_version(),
@@ -358,4 +359,5 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "packages": {name: version(name) for name in packages},
         "torch_cpu": torch.backends.cpu.get_cpu_capability(),
+        "base_bytes": base_bytes(),
     }

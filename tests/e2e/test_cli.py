@@ -225,6 +225,8 @@ def test_a_run_tells_what_it_did(home: Path) -> None:
     assert [line.split(",")[0] for line in rest if line.startswith("round ")] == [f"round {i}/4" for i in range(1, 5)]
     assert "\x1b" not in output
     assert "low-memory clients' data" in output
+    base = json.loads((home / "runs" / "tiny" / "environment.json").read_text())["base_bytes"]
+    assert base is None or re.search(rf"predicted peak of a client +base {base / 2**20:.0f} MiB \+ [0-9.]+ MiB", output)
     written = {path.name for path in (home / "runs" / "tiny").iterdir()}
     assert written == FILES | PICTURES
     assert all(str(home / "runs" / "tiny" / name) in output for name in written)

@@ -23,6 +23,7 @@ from scalefl.engines.local import LocalEngine
 from scalefl.engines.wire import decode, encode
 from scalefl.errors import ConfigError, EmptyCohort, RoundFailed
 from scalefl.loop import federate
+from scalefl.measure import resident_bytes
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, copied, identical
@@ -38,7 +39,6 @@ from support import (
     comparable,
     full_bytes,
     make_method,
-    resident_bytes,
     tiny,
 )
 

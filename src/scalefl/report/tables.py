@@ -121,7 +121,7 @@ def class_table(classes: Iterable[Mapping[str, Any]], full_bytes: int, base_byte
     Args:
         classes: each with `name`, `budget_bytes` and `share`.
         full_bytes: predicted peak of full training.
-        base_bytes: what a worker holds before it trains, None where it can't be measured.
+        base_bytes: what a worker holds without it, None where it can't be measured.
     """
     base = NOTHING if base_bytes is None else _mib(base_bytes)
     return Table(
@@ -133,7 +133,7 @@ def class_table(classes: Iterable[Mapping[str, Any]], full_bytes: int, base_byte
         ),
         (
             "A budget is what training may add to a warmed-up worker. The base is what such a worker holds "
-            "before it trains (interpreter, torch, scalefl), measured here.",
+            "without it (interpreter, torch, scalefl), measured here after a first task on a tiny ResNet.",
         ),
     )
 
@@ -148,8 +148,8 @@ def summary_table(run: Run) -> Table:
         ("validation accuracy", _accuracy(figures.get("validation"))),
         ("clients that took part", f"{seen} of {clients}" if figures else NOTHING),
         ("tasks that clients lost", str(figures.get("num_clients_lost", NOTHING))),
-        ("predicted peak of a client", _with_unit(_mib(figures.get("predicted_peak_bytes")), "MiB")),
-        ("predicted peak of full training", _with_unit(_mib(figures.get("full_training_peak_bytes")), "MiB")),
+        ("predicted peak of a client", _on_base(figures.get("predicted_peak_bytes"), run.base_bytes)),
+        ("predicted peak of full training", _on_base(figures.get("full_training_peak_bytes"), run.base_bytes)),
         ("FLOPs of all clients", flops(figures.get("flops"))),
         ("bytes down", _with_unit(_mib(figures.get("bytes_down")), "MiB")),
         ("bytes up", _with_unit(_mib(figures.get("bytes_up")), "MiB")),
@@ -188,7 +188,8 @@ def comparison(runs: Sequence[Run]) -> Table:
         (
             "Accuracy is on test data; low-mem. on test rows drawn by the label distribution of the clients that "
             "cannot hold full training, the same rows for every method. Seen: clients that took part, of all. "
-            "Peak: the largest predicted training peak of a client. FLOPs, down and up: all clients together. "
+            f"Peak: the largest predicted training peak of a client{_bases(runs)}. FLOPs, down and up: all clients "
+            "together. "
             "Here: seconds on this machine; devices: simulated seconds on the clients' devices.",
             *unfinished,
         ),
@@ -245,6 +246,17 @@ def _percent(fraction: float, digits: int = 0) -> str:
 
 def _mib(num_bytes: float | None) -> str:
     return NOTHING if num_bytes is None else _digits(num_bytes / MIB)
+
+
+def _bases(runs: Iterable[Run]) -> str:
+    bases = sorted({_mib(run.base_bytes) for run in runs if run.base_bytes is not None})
+    return f", on top of a worker's base of {' or '.join(bases)} MiB" if bases else ""
+
+
+def _on_base(peak_bytes: float | None, base_bytes: int | None) -> str:
+    """What training adds, beside what a worker holds without it."""
+    peak = _with_unit(_mib(peak_bytes), "MiB")
+    return peak if NOTHING in (peak, _mib(base_bytes)) else f"base {_mib(base_bytes)} MiB + {peak}"
 
 
 def _seconds(seconds: float | None) -> str:
