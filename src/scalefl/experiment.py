@@ -206,8 +206,13 @@ def read_config(folder: Path) -> Config:
 
     Raises:
         CheckpointError: there is no run in the folder, or it is of a newer format.
+        ConfigError: this version does not know one of its settings.
     """
-    return make_config(RunFolder(folder).read_settings())
+    files = RunFolder(folder)
+    try:
+        return make_config(files.read_settings())
+    except ConfigError as error:
+        raise ConfigError(f"{files.config}: {error}") from error
 
 
 class _Observer:

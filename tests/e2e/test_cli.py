@@ -445,6 +445,36 @@ def test_bad_settings(home: Path, tmp_path: Path, setting: str, message: str) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ("", (), "{file}: Object missing required field `model`"),
+        ("", ("rounds=3",), "{file}: Object missing required field `model`"),
+        ("epoch = 1", (), "{file}: unknown key 'epoch'"),
+        ("rounds = ", (), "{file}: Invalid value"),
+        (CONFIG, ("rounds=3", "work.epoch=3", "seed=2"), "--set 'work.epoch=3': unknown key 'work.epoch'"),
+        (CONFIG, ("rounds=0",), "--set 'rounds=0': rounds = 0: expected at least 1"),
+        (CONFIG, ("rounds=0", "rounds=3", "seed=x"), "--set 'seed=x': Expected `int`"),
+        (CONFIG, ("rounds=5", "name=a", "work.lr_rounds=4"), "--set 'work.lr_rounds=4': work.lr_rounds = 4 is shorter"),
+        (CONFIG, ("rounds.x=5",), "--set 'rounds.x=5': rounds is not a table"),
+    ],
+)
+def test_errors_say_whether_the_file_or_a_setting_is_wrong(
+    tmp_path: Path, content: str, settings: tuple[str, ...], message: str
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(content.format(module=MODULE_NAME))
+    said = failed("plan", file, *(word for text in settings for word in ("--set", text)))
+    assert said.startswith("error: " + message.format(file=file))
+
+
+def test_a_setting_of_another_version_names_the_runs_file(home: Path, begun: Path) -> None:
+    file = begun / "tiny" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "config": {**content["config"], "epochs": 3}}))
+    assert f"{file}: unknown key 'epochs'" in failed("run", home / "tiny.toml", "--runs", begun, "--resume")
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_a_missing_config(command: str, tmp_path: Path) -> None:
     assert (
