@@ -25,13 +25,13 @@ from typer.core import TyperGroup
 from scalefl.errors import ConfigError, ScaleFLError
 from scalefl.measure import base_bytes
 from scalefl.run_folder import RunFolder
+from scalefl.units import mib
 
 if TYPE_CHECKING:
     from scalefl.config import Config
     from scalefl.experiment import RunProgress
 
 INTERRUPTED = 130
-MIB = 2**20
 PLAIN_WIDTH = 120
 """Columns where the output is no terminal and nobody says how wide it is."""
 PLAIN_SECONDS = 30.0
@@ -267,7 +267,7 @@ class _Totals:
         return {
             "loss": "" if loss is None else f"loss {loss:.3f}",
             "accuracy": "" if self.accuracy is None else f"val. acc. {100 * self.accuracy:.1f} %",
-            "moved": f"{self.bytes_moved / MIB:,.1f} MiB moved",
+            "moved": f"{mib(self.bytes_moved)} MiB moved",
         }
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from scalefl.errors import EmptyCohort
-from scalefl.memory import MIB
 from scalefl.rng import derive
 from scalefl.types import ClientInfo, Population, ServerState
+from scalefl.units import mib
 
 
 class Sampler(Protocol):
@@ -44,8 +44,8 @@ class UniformSampler:
                 cohort.append(client)
         if not cohort:
             raise EmptyCohort(
-                f"round {state.round + 1}: taking part needs {floor_bytes / MIB:.1f} MiB and at least one example; "
-                f"the largest of {len(population)} clients offers {population.largest_memory_bytes / MIB:.1f} MiB. "
+                f"round {state.round + 1}: taking part needs {mib(floor_bytes)} MiB and at least one example; "
+                f"the largest of {len(population)} clients offers {mib(population.largest_memory_bytes)} MiB. "
                 "More blocks, smaller micro-batches or a smaller batch lower the need"
             )
         return cohort

@@ -25,8 +25,8 @@ from scalefl.report.tables import (
     summary_table,
     to_markdown,
 )
+from scalefl.units import MIB
 
-MIB = 2**20
 BASE = 300 * MIB
 PNG = b"\x89PNG\r\n\x1a\n"
 

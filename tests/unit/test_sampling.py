@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from scalefl.errors import EmptyCohort
-from scalefl.memory import MIB
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientInfo, ServerState
+from scalefl.units import MIB
 from support import PROBLEM, global_rng, spec
 
 

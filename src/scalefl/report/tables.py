@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from scalefl.report import Run
+from scalefl.units import TERMS, digits, mib
 
-MIB = 2**20
-TERMS = ("weights", "gradients", "optimizer", "activations")
 NOTHING = "–"
 
 
@@ -202,7 +201,7 @@ def flops(count: float | None) -> str:
         return NOTHING
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if count >= size:
-            return f"{_digits(count / size)} {prefix}FLOP"
+            return f"{digits(count / size)} {prefix}FLOP"
     return f"{count:.0f} FLOP"
 
 
@@ -221,7 +220,7 @@ def _figures(run: Run) -> tuple[str, ...]:
         _accuracy(figures.get("low_memory_test")).removesuffix(" %"),
         f"{figures['num_clients_seen']} / {figures['num_clients']}" if figures else NOTHING,
         _mib(figures.get("predicted_peak_bytes")),
-        NOTHING if total_flops is None else _digits(total_flops / 1e12),
+        NOTHING if total_flops is None else digits(total_flops / 1e12),
         _mib(figures.get("bytes_down")),
         _mib(figures.get("bytes_up")),
         _seconds(figures.get("seconds")),
@@ -245,7 +244,7 @@ def _percent(fraction: float, digits: int = 0) -> str:
 
 
 def _mib(num_bytes: float | None) -> str:
-    return NOTHING if num_bytes is None else _digits(num_bytes / MIB)
+    return NOTHING if num_bytes is None else mib(num_bytes)
 
 
 def _bases(runs: Iterable[Run]) -> str:
@@ -260,14 +259,7 @@ def _on_base(peak_bytes: float | None, base_bytes: int | None) -> str:
 
 
 def _seconds(seconds: float | None) -> str:
-    return NOTHING if seconds is None else _digits(seconds)
-
-
-def _digits(value: float) -> str:
-    """Three significant digits or so, never an exponent."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return NOTHING if seconds is None else digits(seconds)
 
 
 def _with_unit(number: str, unit: str) -> str:
