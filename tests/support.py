@@ -210,8 +210,3 @@ def children() -> list[int]:
     for task in Path("/proc/self/task").iterdir():
         found += map(int, (task / "children").read_text().split())
     return found
-
-
-def resident_bytes(pid: int | str = "self") -> int:
-    """Memory that a process holds."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,30 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scalefl.errors import CheckpointError
+from scalefl.errors import CheckpointError, ConfigError
 from scalefl.models.spec import ModelSpec
+from scalefl.params import Params
 from scalefl.problem import Problem
 from scalefl.types import Aux, ServerState
 
 FORMAT = "scalefl-state"
 VERSION = 1
+
+
+class _Deployed(msgspec.Struct):
+    """The model that a method makes of the state: what to build, and which tensors go into it.
+
+    Args:
+        model: its name, for messages.
+        factory: "package.module:function"; None where it was a Python object, which a file can't hold.
+        arguments: for the factory, completed from the data.
+        names: its tensors, sorted: those of the state, but for those that are saved beside it.
+    """
+
+    model: str
+    factory: str | None
+    arguments: dict[str, Any]
+    names: list[str]
 
 
 class _Header(msgspec.Struct):
@@ -29,20 +47,30 @@ class _Header(msgspec.Struct):
     round: int
     seed: int
     aux: dict[str, Any]
+    deployed: _Deployed
 
 
-_PARAMS, _AUX = "params/", "aux/"
+_PARAMS, _AUX, _OWN = "params/", "aux/", "deployed/"
 
 
-def save_state(path: Path, state: ServerState) -> None:
+def save_state(path: Path, state: ServerState, deployed: tuple[ModelSpec, Params]) -> None:
     """Write `state` to `path`; until that has worked, what was there stays. Equal states make equal bytes.
+
+    Args:
+        path: the file.
+        state: what training goes on from.
+        deployed: what the method deploys of it. Of its tensors only those that are not the state's own take room.
 
     Raises:
         CheckpointError: the file cannot be written (a full disk, no permission).
     """
+    model, params = deployed
+    # Copied, as they may be views of the state's tensors: safetensors refuses those that share memory.
+    own = {name: t.clone() for name, t in params.items() if t is not state.params.get(name)}
     tensors = {_PARAMS + name: t for name, t in state.params.items()}
     tensors |= {_AUX + name: t for name, t in state.aux.tensors.items()}
-    header = _Header(FORMAT, VERSION, state.round, state.seed, dict(state.aux.values))
+    tensors |= {_OWN + name: t for name, t in own.items()}
+    header = _Header(FORMAT, VERSION, state.round, state.seed, dict(state.aux.values), _recipe(model, params))
     # One key: safetensors writes several in an order that differs from process to process.
     metadata = {"scalefl": msgspec.json.encode(header).decode()}
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
@@ -55,22 +83,26 @@ def load_state(path: Path, model: ModelSpec, problem: Problem) -> ServerState:
     Raises:
         CheckpointError: the file is missing, truncated, not ours, or from a newer version.
     """
-    metadata, tensors = _read(path)
-    if "scalefl" not in metadata:
-        raise CheckpointError(f"{path} is a safetensors file, but not a ScaleFL state")
-    try:
-        header = msgspec.json.decode(metadata["scalefl"], type=_Header)
-    except msgspec.MsgspecError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if header.format != FORMAT:
-        raise CheckpointError(f"{path} is a safetensors file, but not a ScaleFL state")
-    if header.version > VERSION:
+    header, tensors = _read(path)
+    aux = Aux(_under(_AUX, tensors), header.aux)
+    return ServerState(model, problem, _under(_PARAMS, tensors), header.round, header.seed, aux)
+
+
+def load_deployed(path: Path) -> tuple[ModelSpec, Params]:
+    """The model that was deployed of the state in `path`: needs neither data nor method.
+
+    Raises:
+        CheckpointError: as `load_state`; or the model was a Python object, which cannot be built from a file.
+    """
+    header, tensors = _read(path)
+    found = header.deployed
+    if found.factory is None:
         raise CheckpointError(
-            f"{path} has format version {header.version}; this ScaleFL reads up to {VERSION}: upgrade it"
+            f"{path} cannot say how to build {found.model}: its factory or an argument was a Python object. Name the "
+            "factory as 'package.module:factory', and give it numbers, words and lists"
         )
-    params = {n.removeprefix(_PARAMS): t for n, t in tensors.items() if n.startswith(_PARAMS)}
-    aux = {n.removeprefix(_AUX): t for n, t in tensors.items() if n.startswith(_AUX)}
-    return ServerState(model, problem, params, header.round, header.seed, Aux(aux, header.aux))
+    params = {**_under(_PARAMS, tensors), **_under(_OWN, tensors)}
+    return ModelSpec.of(found.factory, **found.arguments), {name: params[name] for name in found.names}
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -92,7 +124,41 @@ def write_whole(path: Path, content: bytes) -> None:
         raise CheckpointError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _recipe(model: ModelSpec, params: Params) -> _Deployed:
+    """How to build a model, as JSON values; without a factory where they would not give the same model again."""
+    nothing = _Deployed(model.name, None, {}, sorted(params))
+    if not isinstance(model.factory, str):
+        return nothing
+    try:
+        arguments = msgspec.json.decode(msgspec.json.encode(dict(model.arguments)))
+        same = ModelSpec.of(model.factory, **arguments) == model
+    except (TypeError, OverflowError, ConfigError):  # an argument has no JSON value, or one that is no argument
+        return nothing
+    return _Deployed(model.name, model.factory, arguments, sorted(params)) if same else nothing
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _read(path: Path) -> tuple[_Header, dict[str, Tensor]]:
+    metadata, tensors = _read_file(path)
+    if "scalefl" not in metadata:
+        raise CheckpointError(f"{path} is a safetensors file, but not a ScaleFL state")
+    try:
+        header = msgspec.json.decode(metadata["scalefl"], type=_Header)
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if header.format != FORMAT:
+        raise CheckpointError(f"{path} is a safetensors file, but not a ScaleFL state")
+    if header.version > VERSION:
+        raise CheckpointError(
+            f"{path} has format version {header.version}; this ScaleFL reads up to {VERSION}: upgrade it"
+        )
+    return header, tensors
+
+
+def _read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,26 +23,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperGroup
 
 from scalefl.errors import ConfigError, ScaleFLError
+from scalefl.measure import base_bytes
 from scalefl.run_folder import RunFolder
+from scalefl.units import mib
 
 if TYPE_CHECKING:
     from scalefl.config import Config
     from scalefl.experiment import RunProgress
 
 INTERRUPTED = 130
-MIB = 2**20
 PLAIN_WIDTH = 120
 """Columns where the output is no terminal and nobody says how wide it is."""
 PLAIN_SECONDS = 30.0
 """Where the output is no terminal, a line is printed at least so often, and after each tenth of the rounds."""
 
 DEFAULT_RUNS = Path("runs")
-_BASE_PROGRAM = """
-import torch, scalefl.engines.worker
-image = torch.zeros(8, 3, 32, 32)
-torch.nn.Conv2d(3, 8, 3)(image).sum().backward()
-print(open("/proc/self/status").read())
-"""
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -88,12 +83,17 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    context: typer.Context,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the traceback of an error, and of those that cost clients.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options before the command; `_Commands` reads `debug`."""
+    """Options before the command; `_Commands` reads `debug` too."""
+    if debug:
+        context.with_resource(_talkative())
 
 
 @app.command()
@@ -138,13 +138,13 @@ def plan(
         {"name": member.name, "budget_bytes": member.memory_bytes, "share": member.share}
         for member in experiment.population.classes
     ]
-    base_bytes = _base_bytes()
+    base = base_bytes()
     if as_json:
-        typer.echo(json.dumps({**found, "classes": classes, "base_bytes": base_bytes}, indent=2))
+        typer.echo(json.dumps({**found, "classes": classes, "base_bytes": base}, indent=2))
         return
     console = _console()
     show(console, memory_table(found))
-    show(console, class_table(classes, found["full"]["peak_bytes"], base_bytes))
+    show(console, class_table(classes, found["full"]["peak_bytes"], base))
 
 
 @app.command()
@@ -188,6 +188,27 @@ def main() -> None:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     app()
+
+
+class _ToStderr(logging.Handler):
+    """Prints to what standard error is at that moment: a progress bar takes its place while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _talkative() -> Iterator[None]:
+    """Print the package's debug messages."""
+    logger, handler = logging.getLogger("scalefl"), _ToStderr()
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _load(path: Path, settings: list[str] | None) -> Config:
@@ -246,7 +267,7 @@ class _Totals:
         return {
             "loss": "" if loss is None else f"loss {loss:.3f}",
             "accuracy": "" if self.accuracy is None else f"val. acc. {100 * self.accuracy:.1f} %",
-            "moved": f"{self.bytes_moved / MIB:,.1f} MiB moved",
+            "moved": f"{mib(self.bytes_moved)} MiB moved",
         }
 
 
@@ -313,15 +334,6 @@ def _print_files(console: Console, paths: list[Path]) -> None:
     console.print("Files written:")
     for path in paths:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
-
-
-def _base_bytes() -> int | None:
-    """Resident bytes of a worker that has done its first step; None where the system does not tell."""
-    if not Path("/proc/self/status").exists():
-        return None
-    done = subprocess.run([sys.executable, "-c", _BASE_PROGRAM], capture_output=True, text=True, check=False)
-    resident = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("VmRSS:")]
-    return int(resident[0]) * 1024 if resident else None
 
 
 def _console() -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -155,24 +156,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """A config from a TOML file (or the `config.json` of a run), with "key=value" overrides.
 
     Raises:
-        ConfigError: the file is missing or malformed, a key is unknown, or a value has the wrong type.
+        ConfigError: the file is missing or malformed, a key is unknown, or a value has the wrong type; names the
+            file, or the override that brought it about.
     """
-    path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        raw = msgspec.json.decode(content) if path.suffix == ".json" else tomllib.loads(content.decode())
-    except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if path.suffix == ".json" and isinstance(raw, dict):
-        raw = raw.get("config", raw)
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a table of settings")
+    path, stages, names = Path(path), [_read(Path(path))], [str(path)]
     for override in overrides:
-        _override(raw, override)
-    return make_config(raw)
+        stages.append(_overridden(stages[-1], override))
+        names.append(f"--set {override!r}")
+    try:
+        return make_config(stages[-1])
+    except ConfigError as error:
+        # The same error without the last override, and the one before it, … : the first that has it is to blame.
+        first = [_complaint(stage) for stage in stages].index(str(error))
+        raise ConfigError(f"{names[first]}: {error}") from error
 
 
 def make_config(raw: Mapping[str, Any]) -> Config:
@@ -200,6 +196,31 @@ def convert(raw: Any, target: type[T], where: str) -> T:
         raise ConfigError(message) from error
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        raw = msgspec.json.decode(content) if path.suffix == ".json" else tomllib.loads(content.decode())
+    except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if path.suffix == ".json" and isinstance(raw, dict):
+        raw = raw.get("config", raw)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a table of settings")
+    return raw
+
+
+def _complaint(raw: Mapping[str, Any]) -> str:
+    """What is wrong with settings; empty if nothing is."""
+    try:
+        make_config(raw)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def _facts(problem: Problem) -> dict[str, Any]:
     facts: dict[str, Any] = {"num_classes": problem.num_classes}
     shapes = [column.shape[1:] for column in problem.example(1).values() if column.ndim == 4]
@@ -218,8 +239,8 @@ def _own_method(path: str) -> Any:
     )
 
 
-def _override(raw: Any, text: str) -> None:
-    """Set `a.b.c=value` in nested tables; the value is TOML, or a bare string."""
+def _overridden(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Nested tables with `a.b.c=value` set; the value is TOML, or a bare string."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r}: expected key=value")
@@ -227,12 +248,15 @@ def _override(raw: Any, text: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value
+    changed: dict[str, Any] = copy.deepcopy(dict(raw))
     *path, last = key.strip().split(".")
+    table = changed
     for part in path:
-        raw = raw.setdefault(part, {})
-        if not isinstance(raw, dict):
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
             raise ConfigError(f"--set {text!r}: {part} is not a table")
-    raw[last] = parsed
+    table[last] = parsed
+    return changed
 
 
 def _check_keys(raw: Any, target: Any, where: str) -> None:

@@ -24,6 +24,7 @@ from scalefl.engines.local import LocalEngine
 from scalefl.errors import CheckpointError, ConfigError, DataError, UncuttableModel
 from scalefl.evaluate import evaluate, nhsic_plane, rows_by_distribution, stratified_rows
 from scalefl.loop import federate
+from scalefl.measure import base_bytes
 from scalefl.memory import Cost
 from scalefl.memory_plan import MemoryPlan, memory_plan
 from scalefl.models.spec import ModelSpec
@@ -187,28 +188,17 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
         observer = _Observer(experiment, residents)
         if state.round == 0 and not files.state.exists():
             _append(files.journal, {"round": 0, **observer.observe(state)})
-            save_state(files.state, state)
+            save_state(files.state, state, experiment.method.deploy(state))
         rounds = federate(experiment.method, engine, UniformSampler(config.clients_per_round), state)
         while state.round < config.rounds:
             state, record = next(rounds)
             line = {**asdict(record), **observer.observe(state)}
             _append(files.journal, line)
             if state.round % config.save_every == 0 or state.round == config.rounds:
-                save_state(files.state, state)
+                save_state(files.state, state, experiment.method.deploy(state))
             yield RunProgress(line, config.rounds)
         if not files.summary.exists():
             _write_json(files.summary, observer.conclude(state, files.read_journal()))
-
-
-def deployed(folder: str | Path) -> tuple[ModelSpec, Params]:
-    """The model of a run's last saved state.
-
-    Raises:
-        CheckpointError: there is no run there, or it cannot be read.
-    """
-    files = RunFolder(Path(folder))
-    experiment = Experiment(read_config(files.path))
-    return experiment.method.deploy(_loaded(experiment, files))
 
 
 def read_config(folder: Path) -> Config:
@@ -216,8 +206,13 @@ def read_config(folder: Path) -> Config:
 
     Raises:
         CheckpointError: there is no run in the folder, or it is of a newer format.
+        ConfigError: this version does not know one of its settings.
     """
-    return make_config(RunFolder(folder).read_settings())
+    files = RunFolder(folder)
+    try:
+        return make_config(files.read_settings())
+    except ConfigError as error:
+        raise ConfigError(f"{files.config}: {error}") from error
 
 
 class _Observer:
@@ -360,7 +355,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the record."""
+    """Versions and machine, for the record; with the base on top of which predicted peaks come."""
     packages = ("scalefl", "torch", "numpy", "datasets", "flwr-datasets", "safetensors", "msgspec")
     return {
         "python": platform.python_version(),
@@ -369,4 +364,5 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "packages": {name: version(name) for name in packages},
         "torch_cpu": torch.backends.cpu.get_cpu_capability(),
+        "base_bytes": base_bytes(),
     }

@@ -7,16 +7,18 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from scalefl.checkpoint import write_whole
+from scalefl.checkpoint import load_deployed, write_whole
 from scalefl.errors import CheckpointError
-from scalefl.experiment import deployed
 from scalefl.models.skeleton import aliases
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params
+from scalefl.run_folder import RunFolder
 
 
 def export(folder: Path, target: Path) -> tuple[ModelSpec, int]:
     """Write the model of a run's last saved state, so that `load_state_dict(load_file(target))` takes it.
+
+    The folder and the model's factory suffice: neither data nor method are asked for.
 
     Args:
         folder: the run's.
@@ -28,7 +30,9 @@ def export(folder: Path, target: Path) -> tuple[ModelSpec, int]:
     Raises:
         CheckpointError: the run cannot be read, or the file cannot be written.
     """
-    model, params = deployed(folder)
+    files = RunFolder(folder)
+    files.read_settings()  # is it a run, and one that this version reads?
+    model, params = load_deployed(files.state)
     content = state_dict(model, params)
     # "format": what Hugging Face's loaders look for.
     write_whole(target, safetensors.torch.save(content, {"format": "pt"}))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scalefl.data import parse_bytes
-from scalefl.memory import MIB, Cost
+from scalefl.memory import Cost
 from scalefl.methods.scalefl import ScaleFL
 from scalefl.models import resolve
 from scalefl.models.spec import Factory, ModelSpec
@@ -18,6 +18,7 @@ from scalefl.planner import budget_error, full_step, step_cost
 from scalefl.problem import Classification, Column, Problem
 from scalefl.tracing import num_outputs
 from scalefl.types import LocalWork, Method, ServerState, Step
+from scalefl.units import mib
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class MemoryPlan:
         lines = [f"{self.model}, batches of {self.batch_size}"]
         for row in (self.full, *self.rows):
             fits = f"   fits: {', '.join(self.fitting(row)) or 'none'}" if self.budgets else ""
-            lines.append(f"  {row.label:<28} {row.cost.peak_bytes / MIB:8.1f} MiB{fits}")
+            lines.append(f"  {row.label:<28} {mib(row.cost.peak_bytes):>8} MiB{fits}")
         return "\n".join(lines)
 
 

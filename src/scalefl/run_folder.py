@@ -29,7 +29,7 @@ class RunFolder:
 
     @property
     def environment(self) -> Path:
-        """Versions and machine."""
+        """Versions and machine, with the base of its workers."""
         return self.path / "environment.json"
 
     @property

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from scalefl.errors import EmptyCohort
-from scalefl.memory import MIB
 from scalefl.rng import derive
 from scalefl.types import ClientInfo, Population, ServerState
+from scalefl.units import mib
 
 
 class Sampler(Protocol):
@@ -43,12 +43,22 @@ class UniformSampler:
             if client.num_examples > 0 and client.memory_bytes >= floor_bytes:
                 cohort.append(client)
         if not cohort:
-            raise EmptyCohort(
-                f"round {state.round + 1}: taking part needs {floor_bytes / MIB:.1f} MiB and at least one example; "
-                f"the largest of {len(population)} clients offers {population.largest_memory_bytes / MIB:.1f} MiB. "
-                "More blocks, smaller micro-batches or a smaller batch lower the need"
-            )
+            raise EmptyCohort(f"round {state.round + 1}: {_why_nobody(population, floor_bytes)}")
         return cohort
+
+
+def _why_nobody(population: Population, floor_bytes: int) -> str:
+    """Need and offer. Not the need by term: a gate knows bytes only (a run checks its budgets term by term before)."""
+    offer = f"the largest of {len(population)} clients offers {mib(population.largest_memory_bytes)} MiB"
+    if floor_bytes > population.largest_memory_bytes:
+        return (
+            f"taking part needs {mib(floor_bytes)} MiB; {offer}. More blocks, smaller micro-batches or a smaller "
+            "batch lower the need"
+        )
+    return (
+        f"no client has both {mib(floor_bytes)} MiB, which taking part needs, and at least one example; {offer}. "
+        "Fewer clients, or another partition, give examples to those with memory"
+    )
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:

@@ -214,12 +214,16 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class ClientLoss:
-    """A client that failed: who, when and why."""
+    """A client that failed: who, when and why.
+
+    The traceback is for people who debug; it names this machine's files, so it stays out of the journal.
+    """
 
     client_id: int
     round: int
     cause: str
     receipt: Receipt = Receipt()
+    traceback: str = ""
 
 
 @dataclass(frozen=True)

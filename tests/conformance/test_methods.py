@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from scalefl.checkpoint import load_state, save_state
+from scalefl.checkpoint import load_deployed, load_state, save_state
 from scalefl.engines.local import LocalEngine
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models.skeleton import tensors
@@ -218,12 +218,21 @@ def test_deploy_loads_into_the_users_module(case, engines):
 
 
 @each_case
+def test_what_is_deployed_can_be_loaded_without_the_method(case, engines, tmp_path):
+    run = played(case, 0, engines)
+    model, params = run.method.deploy(run.states[-1])
+    save_state(tmp_path / "state.safetensors", run.states[-1], (model, params))
+    found, loaded = load_deployed(tmp_path / "state.safetensors")
+    assert found == model and identical(loaded, dict(params))
+
+
+@each_case
 def test_resuming_from_a_file_changes_nothing(case, engines, tmp_path):
     run = played(case, 0, engines)
     half = run.states[2]
-    save_state(tmp_path / "state.safetensors", half)
+    save_state(tmp_path / "state.safetensors", half, run.method.deploy(half))
     loaded = load_state(tmp_path / "state.safetensors", half.model, half.problem)
-    save_state(tmp_path / "again.safetensors", loaded)
+    save_state(tmp_path / "again.safetensors", loaded, run.method.deploy(loaded))
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "state.safetensors").read_bytes()
     assert identical(loaded.params, half.params) and identical(loaded.aux.tensors, half.aux.tensors)
     assert (loaded.round, loaded.seed, loaded.aux.values) == (half.round, half.seed, half.aux.values)

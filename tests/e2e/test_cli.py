@@ -3,7 +3,9 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,17 +18,23 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from scalefl.checkpoint import load_deployed, load_state, save_state
 from scalefl.cli import app
 from scalefl.config import load_config
 from scalefl.experiment import Experiment, run_rounds
 from scalefl.export import state_dict
+from scalefl.models.cnn import cnn
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
+from scalefl.params import identical
+from scalefl.problem import Classification
+from scalefl.types import ServerState
 
 # Three classes of 8×8 pictures on six clients. NAP makes clients slow enough to be stopped in their work.
 MODULE = """
@@ -67,6 +75,17 @@ def make_model(width=4):
         return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
     return nn.Sequential(Scale(), unit(1, width), unit(width, width), head)
+
+
+class Moody(nn.Flatten):
+    def forward(self, x):
+        if self.training and float(x.abs().max()) > 0:
+            raise ArithmeticError("not today")
+        return super().forward(x)
+
+
+def moody():
+    return nn.Sequential(Moody(), nn.Linear(64, 3))
 
 
 def broken_data():
@@ -206,6 +225,8 @@ def test_a_run_tells_what_it_did(home: Path) -> None:
     assert [line.split(",")[0] for line in rest if line.startswith("round ")] == [f"round {i}/4" for i in range(1, 5)]
     assert "\x1b" not in output
     assert "low-memory clients' data" in output
+    base = json.loads((home / "runs" / "tiny" / "environment.json").read_text())["base_bytes"]
+    assert base is None or re.search(rf"predicted peak of a client +base {base / 2**20:.0f} MiB \+ [0-9.]+ MiB", output)
     written = {path.name for path in (home / "runs" / "tiny").iterdir()}
     assert written == FILES | PICTURES
     assert all(str(home / "runs" / "tiny" / name) in output for name in written)
@@ -257,6 +278,57 @@ def test_export_loads_into_the_users_module(home: Path, module: ModuleType, tmp_
     assert content.keys() == model.state_dict().keys()
     state = load_file(home / "runs" / "tiny" / "state.safetensors")
     assert content["2.0.weight"].equal(state["params/2.0.weight"])
+
+
+def test_export_needs_no_data(home: Path, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(module, "make_data")
+    result = invoke("export", home / "runs" / "tiny", "-o", tmp_path / "model.safetensors")
+    assert result.exit_code == 0, result.output
+    module.make_model().load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+
+
+def test_export_of_a_model_that_is_not_the_configured_one(
+    home: Path, module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data say the classes and channels, the weakest client the width; the folder has kept both."""
+    settings = ("rounds=1", "model=cnn", "evaluation.plane_cuts=1", "method={name='fedavg', population='all_small'}")
+    options = [word for text in settings for word in ("--set", text)]
+    result = invoke("run", home / "tiny.toml", "--runs", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    monkeypatch.delattr(module, "make_data")
+    result = invoke("export", tmp_path / "tiny", "-o", tmp_path / "model.safetensors")
+    assert result.exit_code == 0, result.output
+    arguments = {name: float(value) for name, value in re.findall(r"(\w+)=([0-9.]+)", result.stdout)}
+    width = arguments.pop("width")
+    assert width < 1 and arguments == {"image_size": 8, "in_channels": 1, "num_classes": 3}
+    user = cnn(num_classes=3, in_channels=1, image_size=8, width=width)
+    user.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+
+
+@pytest.mark.parametrize("spec", [ModelSpec.of(nn.ReLU), ModelSpec.of("torch.nn:Sequential", layers=nn.ReLU)])
+def test_a_model_that_is_a_python_object_cannot_be_exported_from_a_folder(
+    home: Path, tmp_path: Path, spec: ModelSpec
+) -> None:
+    shutil.copytree(home / "runs" / "tiny", tmp_path / "tiny")
+    state = ServerState(spec, Classification(2, ()), {}, round=0, seed=0)
+    save_state(tmp_path / "tiny" / "state.safetensors", state, (spec, {}))
+    said = failed("export", tmp_path / "tiny", "-o", tmp_path / "model.safetensors")
+    assert f"cannot say how to build {spec.name}" in said and "package.module:factory" in said
+
+
+def test_deployed_tensors_that_are_not_the_states_own(tmp_path: Path) -> None:
+    """As of a method that deploys an average over rounds: the folder keeps them beside the state's."""
+    spec, weight = (
+        ModelSpec.of("torch.nn:Linear", in_features=2, out_features=2),
+        torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+    )
+    params = {"weight": weight, "bias": torch.ones(2), "@exit": torch.ones(1)}
+    state = ServerState(spec, Classification(2, ()), params, round=1, seed=0)
+    save_state(tmp_path / "state", state, (spec, {"weight": weight.T, "bias": params["bias"]}))
+    model, deployed = load_deployed(tmp_path / "state")
+    assert model == spec
+    assert deployed.keys() == {"weight", "bias"} and deployed["weight"].equal(weight.T)
+    assert identical(load_state(tmp_path / "state", spec, state.problem).params, params)
 
 
 class Tied(nn.Module):
@@ -373,6 +445,36 @@ def test_bad_settings(home: Path, tmp_path: Path, setting: str, message: str) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ("", (), "{file}: Object missing required field `model`"),
+        ("", ("rounds=3",), "{file}: Object missing required field `model`"),
+        ("epoch = 1", (), "{file}: unknown key 'epoch'"),
+        ("rounds = ", (), "{file}: Invalid value"),
+        (CONFIG, ("rounds=3", "work.epoch=3", "seed=2"), "--set 'work.epoch=3': unknown key 'work.epoch'"),
+        (CONFIG, ("rounds=0",), "--set 'rounds=0': rounds = 0: expected at least 1"),
+        (CONFIG, ("rounds=0", "rounds=3", "seed=x"), "--set 'seed=x': Expected `int`"),
+        (CONFIG, ("rounds=5", "name=a", "work.lr_rounds=4"), "--set 'work.lr_rounds=4': work.lr_rounds = 4 is shorter"),
+        (CONFIG, ("rounds.x=5",), "--set 'rounds.x=5': rounds is not a table"),
+    ],
+)
+def test_errors_say_whether_the_file_or_a_setting_is_wrong(
+    tmp_path: Path, content: str, settings: tuple[str, ...], message: str
+) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(content.format(module=MODULE_NAME))
+    said = failed("plan", file, *(word for text in settings for word in ("--set", text)))
+    assert said.startswith("error: " + message.format(file=file))
+
+
+def test_a_setting_of_another_version_names_the_runs_file(home: Path, begun: Path) -> None:
+    file = begun / "tiny" / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "config": {**content["config"], "epochs": 3}}))
+    assert f"{file}: unknown key 'epochs'" in failed("run", home / "tiny.toml", "--runs", begun, "--resume")
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_a_missing_config(command: str, tmp_path: Path) -> None:
     assert (
@@ -413,6 +515,22 @@ def test_a_bug_is_one_line_unless_debugging(home: Path) -> None:
     result = invoke("--debug", *arguments)
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_debugging_shows_where_clients_fail(home: Path, tmp_path: Path, workers: int) -> None:
+    """A model that will not train: all clients of the round are lost, each with a traceback into the user's module."""
+    settings = (f"engine.workers={workers}", f"model={MODULE_NAME}:moody", "method={name='fedavg', population='all'}")
+    arguments = ("run", home / "tiny.toml", *(word for text in settings for word in ("--set", text)))
+    said = failed(*arguments, "--runs", tmp_path / "quiet")
+    assert "all 3 clients were lost: ArithmeticError: not today (3×)" in said
+    result = invoke("--debug", *arguments, "--runs", tmp_path / "debug")
+    assert result.exit_code == 1
+    assert f'{MODULE_NAME}.py", line' in result.stderr and 'raise ArithmeticError("not today")' in result.stderr
+    assert "round 1: client" in result.stderr
+    journals = [(tmp_path / name / "tiny" / "journal.jsonl").read_text() for name in ("quiet", "debug")]
+    assert journals[0] == journals[1]
+    assert not logging.getLogger("scalefl").handlers
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from scalefl.engines.local import LocalEngine
 from scalefl.loop import federate
-from scalefl.memory import MIB
 from scalefl.problem import Batch
 from scalefl.sampling import UniformSampler
+from scalefl.units import MIB
 from support import PROBLEM, WORK, Clients, examples_of, full_bytes, make_method, spec
 
 pytestmark = pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from scalefl.engines.local import LocalEngine
 from scalefl.engines.wire import decode, encode
 from scalefl.errors import ConfigError, EmptyCohort, RoundFailed
 from scalefl.loop import federate
+from scalefl.measure import resident_bytes
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, copied, identical
@@ -37,7 +39,6 @@ from support import (
     comparable,
     full_bytes,
     make_method,
-    resident_bytes,
     tiny,
 )
 
@@ -107,6 +108,17 @@ def test_a_client_that_fails_is_recorded_and_left_out(shared, workers, bad):
     again, record = one_round(shared[workers], 0, 1, 3, 5, state=state)
     assert record.lost == []
     assert identical(again.params, one_round(shared[0], 0, 1, 3, 5, state=wanted)[0].params)
+
+
+@pytest.mark.parametrize(
+    ("workers", "bad", "said"), [(0, 6, "in forward"), (1, 6, "in forward"), (1, 8, "Fatal Python error: Aborted")]
+)
+def test_debug_messages_say_where_a_client_failed(workers, bad, said, caplog, monkeypatch):
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+    with caplog.at_level(logging.DEBUG, "scalefl"), LocalEngine(DATA, CLIENTS, workers=workers) as engine:
+        _, record = one_round(engine, bad, 0)
+    assert f"client {bad} was lost" in caplog.text and said in caplog.text
+    assert record.lost[0].keys() == {"client", "cause"}, "the journal has no tracebacks: they name files of a machine"
 
 
 @pytest.mark.parametrize(("workers", "bad"), [(0, (6, 7)), (2, (8, 6))])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from scalefl.report.tables import (
     summary_table,
     to_markdown,
 )
+from scalefl.units import MIB
 
-MIB = 2**20
+BASE = 300 * MIB
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -78,6 +80,7 @@ def write_run(folder: Path, name: str = "a", *, finished: bool = True, version: 
     head = {"format": "scalefl-run", "version": version, "config": config}
     (folder / "config.json").write_text(json.dumps(head))
     (folder / "plan.json").write_text(json.dumps(PLAN))
+    (folder / "environment.json").write_text(json.dumps({"base_bytes": BASE}))
     journal = [line(0, 0.1), line(1, 0.5, plane=False), line(2, 0.75)][: 3 if finished else 2]
     (folder / "journal.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in journal))
     if finished:
@@ -151,6 +154,9 @@ def test_summary_table(finished: Run, unfinished: Run) -> None:
     assert values["clients that took part"] == "5 of 8"
     assert values["FLOPs of all clients"] == "2.50 TFLOP"
     assert values["simulated time on the devices"] == "1,234 s"
+    assert values["predicted peak of a client"] == "base 300 MiB + 6.00 MiB"
+    unmeasured = dict(summary_table(replace(finished, base_bytes=None)).rows)
+    assert unmeasured["predicted peak of a client"] == "6.00 MiB"
     assert "unfinished, 1 of 2 rounds" in summary_table(unfinished).title
     assert {value for _, value in summary_table(unfinished).rows} == {NOTHING}
 
@@ -161,6 +167,8 @@ def test_comparison(finished: Run, unfinished: Run) -> None:
         "a (sbt, 2 rounds)", "50.0", "25.0", "5 / 8", "6.00", "2.50", "3.00", "2.00", "4.25", "1,234",
     )  # fmt: skip
     assert set(table.rows[1][1:]) == {NOTHING}
+    assert "on top of a worker's base of 300 MiB" in table.notes[0]
+    assert "base" not in comparison([replace(finished, base_bytes=None)]).notes[0]
     assert table.notes[-1] == "b is unfinished: 1 of 2 rounds are done."
     assert comparison([finished, finished]).title == "Comparison after 2 rounds"
 
@@ -195,7 +203,7 @@ def test_pictures_of_a_run(finished: Run, tmp_path: Path) -> None:
 
 
 def test_pictures_without_measurements_are_left_out(unfinished: Run) -> None:
-    bare = Run(unfinished.path, unfinished.config, PLAN, [{"round": 0, "validation": {}}], None)
+    bare = Run(unfinished.path, unfinished.config, PLAN, [{"round": 0, "validation": {}}], None, None)
     assert accuracy_picture([bare]) is None
     assert plane_picture(bare) is None
 

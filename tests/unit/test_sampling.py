@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from scalefl.errors import EmptyCohort
-from scalefl.memory import MIB
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientInfo, ServerState
+from scalefl.units import MIB
 from support import PROBLEM, global_rng, spec
 
 
@@ -121,12 +121,15 @@ def test_nobody_can_take_part():
     with pytest.raises(EmptyCohort) as caught:
         drawn(3, Made(50), floor=64 * MIB + MIB // 2, round=6)
     said = str(caught.value)
-    assert "round 7" in said and "64.5 MiB" in said and "40.0 MiB" in said and "50" in said
+    assert "round 7" in said and "needs 64.5 MiB" in said and "largest of 50 clients offers 40.0 MiB" in said
+    assert "blocks" in said and "example" not in said, "data would not help"
 
 
-def test_nobody_has_data():
-    with pytest.raises(EmptyCohort, match="example"):
-        drawn(3, Made(50, sizes=(0,)))
+@pytest.mark.parametrize(("sizes", "floor"), [((0,), 0), ((5, 5, 0), 30 * MIB)])
+def test_nobody_with_the_memory_has_data(sizes, floor):
+    with pytest.raises(EmptyCohort, match=r"at least one example; .* offers 40\.0 MiB.* partition") as caught:
+        drawn(3, Made(48, sizes=sizes), floor=floor)
+    assert "blocks" not in str(caught.value), "the memory suffices"
 
 
 def test_a_large_population_in_which_nobody_can_is_told_at_once():

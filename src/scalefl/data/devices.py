@@ -172,24 +172,30 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 _ONE = 2**64
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 
+# Where each number comes from: "measured" and "vendor" name their source, all else is "assumed". docs/config.md has
+# the same as a table.
+#
 # Speeds.
-#   Raspberry Pi 4: 11.4 GFLOP/s, HPL on its SoC (github.com/geerlingguy/top500-benchmark, issue 33).
-#   Raspberry Pi 5: 30.2 GFLOP/s, HPL (same repository, issue 18).
-#   Jetson Nano:    128 CUDA cores at 921 MHz (NVIDIA Jetson Nano data sheet: 472 GFLOP/s in FP16),
+#   Raspberry Pi 4: measured, 11.4 GFLOP/s: HPL on a Compute Module 4, which has its SoC
+#                   (github.com/geerlingguy/top500-benchmark/issues/33).
+#   Raspberry Pi 5: measured, 30.2 GFLOP/s: HPL (github.com/geerlingguy/top500-benchmark/issues/18).
+#   Jetson Nano:    vendor, 128 CUDA cores at 921 MHz (NVIDIA Jetson Nano data sheet: 472 GFLOP/s in FP16),
 #                   so 236 GFLOP/s in FP32 at peak.
-#   Jetson TX2 NX:  1.33 TFLOP/s in FP16 (developer.nvidia.com/embedded/jetson-tx2-nx), so 0.67 in FP32.
-#   Jetson Orin Nano 8GB: 1024 CUDA cores at 625 MHz (NVIDIA Jetson Orin Nano data sheet), so 1.28 TFLOP/s
-#                   in FP32.
-#   Adreno 740 (Snapdragon 8 Gen 2): 3.7 TFLOP/s in FP32 by published specification tables.
+#   Jetson TX2 NX:  vendor, 1.33 TFLOP/s in FP16 (developer.nvidia.com/embedded/jetson-tx2-nx), so 0.67 in FP32.
+#   Jetson Orin Nano 8GB: vendor, 1024 CUDA cores at 625 MHz (NVIDIA Jetson Orin Nano data sheet), so
+#                   1.28 TFLOP/s in FP32.
+#   Adreno 740 (Snapdragon 8 Gen 2): assumed, 3.7 TFLOP/s in FP32, as specification tables have it; we know of
+#                   no source from the vendor.
 # Assumed: training on a GPU sustains 10 % of its FP32 peak; a CPU sustains in FP32 what HPL reaches in FP64
 # (its FP32 peak is twice that); an entry phone is a Pi 4 (Cortex-A72), a mid-range phone a Pi 5 (Cortex-A76).
 _PI_4, _PI_5 = 11.4e9, 30.2e9
 _NANO, _TX2, _ORIN_NANO, _ADRENO_740 = 0.1 * 236e9, 0.1 * 665e9, 0.1 * 1.28e12, 0.1 * 3.7e12
 
 # Upload, in bytes per second; downloads are faster.
-#   Mobile: 11.22 Mbit/s, fixed: 45.74 Mbit/s, means of the world (Ookla, Speedtest Global Index,
-#   September 2020).
-#   5G: 21.08 Mbit/s, median of the world (Ookla, "Growing and Slowing: The State of 5G Worldwide in 2021").
+#   Mobile: measured, 11.22 Mbit/s, fixed: measured, 45.74 Mbit/s, means of the world (Ookla, Speedtest Global
+#   Index, September 2020).
+#   5G: measured, 21.08 Mbit/s, median of the world (Ookla, "Growing and Slowing: The State of 5G Worldwide in 2021").
+# Assumed: which class has which of them.
 _MOBILE, _MOBILE_5G, _FIXED = 11.22e6 / 8, 21.08e6 / 8, 45.74e6 / 8
 
 
@@ -207,21 +213,22 @@ def _classes(*rows: tuple[str, float, str | float, float, float]) -> tuple[Memor
 
 
 PROFILES: dict[str, tuple[MemoryClass, ...]] = {
-    # Budgets and shares are assumptions: what the foreground leaves to a background job differs more
-    # between moments than between phones. Seven phones in ten cannot train the full model.
+    # Budgets and shares: assumed. What the foreground leaves to a background job differs more between moments
+    # than between phones. Seven phones in ten cannot train the full model.
     "phones": _classes(
         ("entry", 0.3, 0.35, _PI_4, _MOBILE),
         ("mid", 0.4, 0.6, _PI_5, _MOBILE),
         ("flagship", 0.3, 1.2, _ADRENO_740, _MOBILE_5G),
     ),
-    # The boards' memory is from the same NVIDIA sheets: 4, 4 and 8 GB. Assumed: system and CUDA context leave
+    # The boards' memory: vendor, the same NVIDIA sheets: 4, 4 and 8 GB. Assumed: system and CUDA context leave
     # training half of it on the TX2 NX and Orin Nano, and a quarter on the Nano, which also drives a display.
+    # Shares: assumed.
     "jetson": _classes(
         ("nano", 0.4, "1GiB", _NANO, _FIXED),
         ("tx2-nx", 0.3, "2GiB", _TX2, _FIXED),
         ("orin-nano", 0.3, "4GiB", _ORIN_NANO, _FIXED),
     ),
-    # Weak to strong over the whole range, for memory-limited studies: budgets and shares are assumptions.
+    # Weak to strong over the whole range, for memory-limited studies. Budgets and shares: assumed.
     "mixed": _classes(
         ("pi-4", 0.25, 0.25, _PI_4, _MOBILE),
         ("phone", 0.25, 0.45, _PI_5, _MOBILE),
@@ -229,4 +236,4 @@ PROFILES: dict[str, tuple[MemoryClass, ...]] = {
         ("orin-nano", 0.25, 1.2, _ORIN_NANO, _FIXED),
     ),
 }
-"""Named populations; the comments in the source give where each number comes from, or that it is assumed."""
+"""Named populations. The source says of each number whether it is measured, the vendor's or assumed: budgets are."""

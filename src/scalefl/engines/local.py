@@ -21,7 +21,7 @@ from torch import Tensor
 from scalefl.client import Residents
 from scalefl.data import FederatedData
 from scalefl.engines.wire import decode, encode
-from scalefl.engines.worker import lost, run_safely
+from scalefl.engines.worker import logged, lost, run_safely
 from scalefl.errors import ConfigError
 from scalefl.params import Params
 from scalefl.problem import Batch
@@ -166,12 +166,12 @@ class _Worker:
         try:
             content = self.connection.recv_bytes()
         except (EOFError, OSError):
-            cause = self._obituary()
+            cause, said = self._obituary()
             self._restart()
-            return ClientLoss(self._task.client_id, self._task.round, cause)
+            return logged(ClientLoss(self._task.client_id, self._task.round, cause, traceback=said))
         head, (params,) = decode(content, 1)
         if isinstance(head, ClientLoss):
-            return head
+            return logged(head)
         client_id, num_examples, metrics, receipt = head
         assert isinstance(receipt, Receipt)
         return ClientUpdate(client_id, params, num_examples, metrics, receipt)
@@ -202,9 +202,11 @@ class _Worker:
         self.stop()
         self._start()
 
-    def _obituary(self) -> str:
+    def _obituary(self) -> tuple[str, str]:
+        """Why it died, in a line, and all that it said on the way."""
         code = self._process.wait()
         how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
         self._stderr.seek(0)
-        said = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return f"its worker died: {how}" + (f": {said[-1]}" if said else "")
+        said = self._stderr.read().decode(errors="replace").strip()
+        last = said.splitlines()[-1:]
+        return ": ".join(["its worker died", how, *last]), said

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
+import traceback
 from multiprocessing.connection import Connection
 
 import torch
@@ -13,6 +15,8 @@ from scalefl.engines.wire import decode, encode
 from scalefl.params import Params
 from scalefl.problem import Batch, Problem
 from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method
+
+_log = logging.getLogger("scalefl")
 
 
 def serve(connection: Connection, threads: int) -> None:
@@ -48,7 +52,14 @@ def run_safely(
 def lost(task: ClientTask, error: Exception) -> ClientLoss:
     """The record of a client that an exception has cost."""
     lines = str(error).strip().splitlines() or [""]
-    return ClientLoss(task.client_id, task.round, f"{type(error).__name__}: {lines[0]}")
+    cause, trace = f"{type(error).__name__}: {lines[0]}", "".join(traceback.format_exception(error))
+    return logged(ClientLoss(task.client_id, task.round, cause, traceback=trace))
+
+
+def logged(loss: ClientLoss) -> ClientLoss:
+    """The same loss, told to whoever debugs: the run goes on without it, and its journal has the cause only."""
+    _log.debug("round %d: client %d was lost: %s\n%s", loss.round + 1, loss.client_id, loss.cause, loss.traceback)
+    return loss
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ class Run:
         plan: the memory plan, as `MemoryPlan.to_json` has it.
         journal: the lines of all rounds; the first is the state before round 1.
         summary: the final figures; None where the run is not finished.
+        base_bytes: what a worker of that machine holds before it trains, in bytes; None where it wasn't measured.
     """
 
     path: Path
@@ -27,6 +28,7 @@ class Run:
     plan: dict[str, Any]
     journal: list[dict[str, Any]]
     summary: dict[str, Any] | None
+    base_bytes: int | None
 
     @property
     def name(self) -> str:
@@ -51,12 +53,14 @@ def read_run(folder: Path) -> Run:
         CheckpointError: there is none, it is damaged, or of a newer format.
     """
     files = RunFolder(folder)
+    environment = read_json(files.environment) if files.environment.exists() else {}
     return Run(
         path=folder,
         config=files.read_settings(),
         plan=read_json(files.plan),
         journal=files.read_journal(),
         summary=read_json(files.summary) if files.summary.exists() else None,
+        base_bytes=environment.get("base_bytes"),
     )
 
 

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from scalefl.report import Run
-from scalefl.report.tables import MIB, TERMS
+from scalefl.units import MIB, TERMS, digits
 
 # Okabe and Ito's palette, without its yellow: told apart by colour-blind readers, and dark enough on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -100,7 +100,7 @@ def memory_picture(plan: Mapping[str, Any], name: str) -> Figure:
                 Line2D([], [], color=QUIET, linewidth=1.2, linestyle=DASHED, label="budget of a memory class")
             )
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        far = [f"{label} ({_mib(budget)} MiB)" for label, budget in budgets.items() if label not in near]
+        far = [f"{label} ({digits(budget)} MiB)" for label, budget in budgets.items() if label not in near]
         if far:
             axes.set_xlabel(f"predicted training peak (MiB)\nnot shown, as they hold all of it: {', '.join(far)}")
     return figure
@@ -163,7 +163,7 @@ def _draw_budgets(axes: Axes, budgets: Mapping[str, float]) -> int:
     per_character = 0.0115 * axes.get_xlim()[1]
     level_ends: list[float] = []
     for label, budget in sorted(budgets.items(), key=lambda item: item[1]):
-        text = f"{label}: {_mib(budget)} MiB"
+        text = f"{label}: {digits(budget)} MiB"
         half = len(text) / 2 * per_character
         level = next((i for i, end in enumerate(level_ends) if budget - half > end), len(level_ends))
         level_ends[level : level + 1] = [budget + half]
@@ -215,7 +215,3 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
 
 def _grid(axes: Axes, axis: Any) -> None:
     axes.grid(axis=axis, color=GRID, linewidth=0.8)
-
-
-def _mib(size: float) -> str:
-    return f"{size:,.0f}" if size >= 100 else f"{size:.1f}"

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from scalefl.report import Run
+from scalefl.units import TERMS, digits, mib
 
-MIB = 2**20
-TERMS = ("weights", "gradients", "optimizer", "activations")
 NOTHING = "–"
 
 
@@ -121,7 +120,7 @@ def class_table(classes: Iterable[Mapping[str, Any]], full_bytes: int, base_byte
     Args:
         classes: each with `name`, `budget_bytes` and `share`.
         full_bytes: predicted peak of full training.
-        base_bytes: what a worker holds before it trains, None where it can't be measured.
+        base_bytes: what a worker holds without it, None where it can't be measured.
     """
     base = NOTHING if base_bytes is None else _mib(base_bytes)
     return Table(
@@ -133,7 +132,7 @@ def class_table(classes: Iterable[Mapping[str, Any]], full_bytes: int, base_byte
         ),
         (
             "A budget is what training may add to a warmed-up worker. The base is what such a worker holds "
-            "before it trains (interpreter, torch, scalefl), measured here.",
+            "without it (interpreter, torch, scalefl), measured here after a first task on a tiny ResNet.",
         ),
     )
 
@@ -148,8 +147,8 @@ def summary_table(run: Run) -> Table:
         ("validation accuracy", _accuracy(figures.get("validation"))),
         ("clients that took part", f"{seen} of {clients}" if figures else NOTHING),
         ("tasks that clients lost", str(figures.get("num_clients_lost", NOTHING))),
-        ("predicted peak of a client", _with_unit(_mib(figures.get("predicted_peak_bytes")), "MiB")),
-        ("predicted peak of full training", _with_unit(_mib(figures.get("full_training_peak_bytes")), "MiB")),
+        ("predicted peak of a client", _on_base(figures.get("predicted_peak_bytes"), run.base_bytes)),
+        ("predicted peak of full training", _on_base(figures.get("full_training_peak_bytes"), run.base_bytes)),
         ("FLOPs of all clients", flops(figures.get("flops"))),
         ("bytes down", _with_unit(_mib(figures.get("bytes_down")), "MiB")),
         ("bytes up", _with_unit(_mib(figures.get("bytes_up")), "MiB")),
@@ -188,7 +187,8 @@ def comparison(runs: Sequence[Run]) -> Table:
         (
             "Accuracy is on test data; low-mem. on test rows drawn by the label distribution of the clients that "
             "cannot hold full training, the same rows for every method. Seen: clients that took part, of all. "
-            "Peak: the largest predicted training peak of a client. FLOPs, down and up: all clients together. "
+            f"Peak: the largest predicted training peak of a client{_bases(runs)}. FLOPs, down and up: all clients "
+            "together. "
             "Here: seconds on this machine; devices: simulated seconds on the clients' devices.",
             *unfinished,
         ),
@@ -201,7 +201,7 @@ def flops(count: float | None) -> str:
         return NOTHING
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if count >= size:
-            return f"{_digits(count / size)} {prefix}FLOP"
+            return f"{digits(count / size)} {prefix}FLOP"
     return f"{count:.0f} FLOP"
 
 
@@ -220,7 +220,7 @@ def _figures(run: Run) -> tuple[str, ...]:
         _accuracy(figures.get("low_memory_test")).removesuffix(" %"),
         f"{figures['num_clients_seen']} / {figures['num_clients']}" if figures else NOTHING,
         _mib(figures.get("predicted_peak_bytes")),
-        NOTHING if total_flops is None else _digits(total_flops / 1e12),
+        NOTHING if total_flops is None else digits(total_flops / 1e12),
         _mib(figures.get("bytes_down")),
         _mib(figures.get("bytes_up")),
         _seconds(figures.get("seconds")),
@@ -244,18 +244,22 @@ def _percent(fraction: float, digits: int = 0) -> str:
 
 
 def _mib(num_bytes: float | None) -> str:
-    return NOTHING if num_bytes is None else _digits(num_bytes / MIB)
+    return NOTHING if num_bytes is None else mib(num_bytes)
+
+
+def _bases(runs: Iterable[Run]) -> str:
+    bases = sorted({_mib(run.base_bytes) for run in runs if run.base_bytes is not None})
+    return f", on top of a worker's base of {' or '.join(bases)} MiB" if bases else ""
+
+
+def _on_base(peak_bytes: float | None, base_bytes: int | None) -> str:
+    """What training adds, beside what a worker holds without it."""
+    peak = _with_unit(_mib(peak_bytes), "MiB")
+    return peak if NOTHING in (peak, _mib(base_bytes)) else f"base {_mib(base_bytes)} MiB + {peak}"
 
 
 def _seconds(seconds: float | None) -> str:
-    return NOTHING if seconds is None else _digits(seconds)
-
-
-def _digits(value: float) -> str:
-    """Three significant digits or so, never an exponent."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return NOTHING if seconds is None else digits(seconds)
 
 
 def _with_unit(number: str, unit: str) -> str:
