@@ -5,7 +5,7 @@ Its backward half, co-adaptation of the last layers of the block before, is `Blo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -27,6 +27,21 @@ class Progress(msgspec.Struct, frozen=True):
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         return msgspec.structs.asdict(self)
+
+
+@runtime_checkable
+class Growth(Protocol):
+    """The order in which blocks have their turn; hashable, as a frozen dataclass is. `Progress` is all its memory."""
+
+    def advance(self, progress: Progress, num_blocks: int, movement: float) -> Progress:
+        """What comes after a round.
+
+        Args:
+            progress: where growth stood in that round; the first round's is `Progress()`.
+            num_blocks: T; stages count from 0 to T − 1.
+            movement: ‖Δθ‖ / ‖θ‖ of the block in turn.
+        """
+        ...
 
 
 class RoundRobin(msgspec.Struct, frozen=True, tag_field="kind", tag="round_robin", forbid_unknown_fields=True):
@@ -87,7 +102,8 @@ class Converged(
         return Progress(progress.stage, rounds, quiet)
 
 
-Growth = RoundRobin | Sequential | Converged
+GROWTHS = RoundRobin | Sequential | Converged
+"""The built-in ones, as a config names them."""
 
 
 def relative_movement(before: Params, after: Params, names: frozenset[str]) -> float:

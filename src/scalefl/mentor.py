@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 from torch import Tensor
@@ -23,19 +23,33 @@ from scalefl.problem import Batch, Problem, Weighted
 Tap = Literal["output", "cut"]
 
 
+@runtime_checkable
+class Schedule(Protocol):
+    """How λ and γ change from block to block, and over the run; hashable, as a frozen dataclass is."""
+
+    def weights(self, position: float, progress: float) -> tuple[float, float]:
+        """Factors of λ_max and γ_max.
+
+        Args:
+            position: of the block, from 0 (the first) to 1 (the last).
+            progress: of the run, from 0 to 1 (see `Mentor.schedule_rounds`).
+        """
+        ...
+
+
 class Linear(msgspec.Struct, frozen=True, tag_field="kind", tag="linear", forbid_unknown_fields=True):
     """λ falls and γ rises linearly from the first block to the last."""
 
-    def weights(self, position: float) -> tuple[float, float]:
-        """Factors of λ_max and γ_max for a block at `position` in [0, 1]."""
+    def weights(self, position: float, progress: float) -> tuple[float, float]:
+        """See `Schedule`."""
         return 1 - position, position
 
 
 class Cosine(msgspec.Struct, frozen=True, tag_field="kind", tag="cosine", forbid_unknown_fields=True):
     """λ falls and γ rises along half a cosine: slowly at both ends."""
 
-    def weights(self, position: float) -> tuple[float, float]:
-        """Factors of λ_max and γ_max for a block at `position` in [0, 1]."""
+    def weights(self, position: float, progress: float) -> tuple[float, float]:
+        """See `Schedule`."""
         down = (1 + math.cos(math.pi * position)) / 2
         return down, 1 - down
 
@@ -43,9 +57,13 @@ class Cosine(msgspec.Struct, frozen=True, tag_field="kind", tag="cosine", forbid
 class Constant(msgspec.Struct, frozen=True, tag_field="kind", tag="constant", forbid_unknown_fields=True):
     """The same λ and γ for every block."""
 
-    def weights(self, position: float) -> tuple[float, float]:
-        """Factors of λ_max and γ_max: 1."""
+    def weights(self, position: float, progress: float) -> tuple[float, float]:
+        """See `Schedule`."""
         return 1.0, 1.0
+
+
+SCHEDULES = Linear | Cosine | Constant
+"""The built-in ones, as a config names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +72,8 @@ class Mentor:
 
     Args:
         lambda_max, gamma_max: largest weights of nHSIC(X; Z) and nHSIC(Y; Z).
-        schedule: how they change from block to block: "linear", "cosine" or "constant".
+        schedule: how they change from block to block, and over the run: `Linear`, `Cosine`, `Constant` or your own.
+        schedule_rounds: the length of the run, for schedules that move with its progress; 0: it stays at its start.
         form: the normalisation of HSIC.
         sigma: bandwidth of the Gaussian kernels, in units of √d.
         tap: Z is read after the output module's light layers and projection head ("output", the authors'
@@ -66,7 +85,8 @@ class Mentor:
     # validation data (docs/benchmarks); what "mlp" gained over "none" lies within the spread, and it takes memory.
     lambda_max: float = 3.0
     gamma_max: float = 3.0
-    schedule: Linear | Cosine | Constant = Linear()
+    schedule: Schedule = Linear()
+    schedule_rounds: int = 0
     form: Form = "cka"
     sigma: float = SIGMA
     tap: Tap = "output"
@@ -76,12 +96,19 @@ class Mentor:
         check_range("mentor.lambda_max", self.lambda_max, 0.0)
         check_range("mentor.gamma_max", self.gamma_max, 0.0)
         check_range("mentor.sigma", self.sigma, 1e-6)
+        check_range("mentor.schedule_rounds", self.schedule_rounds, 0)
 
-    def coefficients(self, end: int, num_blocks: int) -> tuple[tuple[str, float], ...]:
-        """λ and γ of a span that ends with block `end` (from 0) of `num_blocks`."""
+    def coefficients(self, end: int, num_blocks: int, round: int = 0) -> tuple[tuple[str, float], ...]:
+        """λ and γ in a round of a span that ends with block `end` (from 0) of `num_blocks`."""
         position = end / (num_blocks - 1) if num_blocks > 1 else 1.0
-        down, up = self.schedule.weights(position)
+        progress = min(round / self.schedule_rounds, 1.0) if self.schedule_rounds else 0.0
+        down, up = self.schedule.weights(position, progress)
         return (("lambda", self.lambda_max * down), ("gamma", self.gamma_max * up))
+
+    def largest_coefficients(self, end: int, num_blocks: int) -> tuple[tuple[str, float], ...]:
+        """The λ and the γ of largest size that the span gets in any round: 0 only for a term that is never computed."""
+        rounds = [dict(self.coefficients(end, num_blocks, r)) for r in range(self.schedule_rounds + 1)]
+        return tuple((name, max((found[name] for found in rounds), key=abs)) for name in ("lambda", "gamma"))
 
 
 @dataclass(frozen=True)

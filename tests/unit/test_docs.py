@@ -37,6 +37,16 @@ def test_the_method_in_the_guide_runs(tmp_path, monkeypatch):
     sys.modules.pop("head_first")
 
 
+def test_the_schedule_in_the_config_page_works(tmp_path, monkeypatch):
+    (code,), (text,) = blocks("docs/config.md", "python"), blocks("docs/config.md", "toml")
+    (tmp_path / "handover.py").write_text(f"from dataclasses import dataclass\n\n{code}")
+    monkeypatch.syspath_prepend(tmp_path)
+    method = tomllib.loads(text.replace("my_package.schedules", "handover"))["method"]
+    mentor = settings("200%", method={"name": "scalefl", **method}).make_method().mentor
+    assert mentor.coefficients(0, 4, round=40) == (("lambda", 3 * 0.75), ("gamma", 3 * 0.25))
+    sys.modules.pop("handover")
+
+
 def test_the_readme_config_is_valid(monkeypatch):
     (text,) = blocks("README.md", "toml")
     config = make_config(tomllib.loads(text))
