@@ -26,6 +26,8 @@ Layers = Literal["full", "separable", "bare"]
 # Deviation: the authors always use full 3×3 convolutions, which cost more than a compact model itself.
 # From the closest stand-in to the cheapest; the first whose cost stays within that of the missing part is taken.
 LAYERS: tuple[Layers, ...] = ("full", "separable", "bare")
+PROJECTIONS: tuple[Projection, ...] = ("mlp", "linear", "none")
+"""From the widest to the narrowest."""
 
 
 @dataclass(frozen=True)
