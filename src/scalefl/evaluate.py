@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from scalefl.models.spec import ModelSpec
 from scalefl.params import Params
 from scalefl.partition import Cut
 from scalefl.parts import Part
-from scalefl.problem import Batch, Problem, num_rows
+from scalefl.problem import Batch, Problem, num_rows, without_padding
 from scalefl.rng import generator
 
 EVALUATION_BATCH = 128
@@ -60,8 +60,13 @@ def nhsic_plane(
     part = Part(model, None, None, None, source, active=(), held=tuple(params))
     with residents[model].holding(part, params) as (runner, _), torch.no_grad():
         seen = [runner.features(batch, problem, tuple(cuts)) for batch in _slices(probe)]
-        kernels_z = [centred_kernel(torch.cat([zs[i] for _, zs in seen])) for i in range(len(cuts))]
-        kernel_x = centred_kernel(torch.cat([x for x, _ in seen]))
+        mask = problem.mask(probe)
+
+        def kernel(pieces: Iterable[Tensor]) -> Tensor:
+            return centred_kernel(without_padding(torch.cat(list(pieces)), mask))
+
+        kernels_z = [kernel(zs[i] for _, zs in seen) for i in range(len(cuts))]
+        kernel_x = kernel(x for x, _ in seen)
         kernel_y = centred_kernel(problem.y_features(probe).float())
     order = torch.randperm(num_rows(probe), generator=generator(seed, "permutation"))
     return [

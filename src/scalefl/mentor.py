@@ -18,7 +18,7 @@ from scalefl.errors import check_range
 from scalefl.hsic import SIGMA, Form, nhsic
 from scalefl.models.output import Projection
 from scalefl.parts import Taps
-from scalefl.problem import Batch, Problem, Weighted
+from scalefl.problem import Batch, Problem, Weighted, without_padding
 
 Tap = Literal["output", "cut"]
 
@@ -128,10 +128,14 @@ class MentorLoss:
         mentor = self.mentor
         # Paper: the authors' code reads Z after φ's last convolution (X term) and after the projection (Y term).
         z_x, z_y = (taps.z, taps.z) if mentor.tap == "cut" else (taps.late, taps.projected)
+        # Deviation: the paper has no tokens. What stands where an example has ended says nothing of it.
+        mask = problem.mask(batch)
         terms = []
         if self.lambda_x:
-            terms.append(-self.lambda_x * nhsic(taps.x, z_x, mentor.form, mentor.sigma))
+            x, z = without_padding(taps.x, mask), without_padding(z_x, mask)
+            terms.append(-self.lambda_x * nhsic(x, z, mentor.form, mentor.sigma))
         if self.gamma_y:
-            y_features = problem.y_features(batch).to(z_y.dtype)
-            terms.append(-self.gamma_y * nhsic(y_features, z_y, mentor.form, mentor.sigma))
+            z = without_padding(z_y, mask)
+            y_features = problem.y_features(batch).to(z.dtype)
+            terms.append(-self.gamma_y * nhsic(y_features, z, mentor.form, mentor.sigma))
         return sum(terms[1:], terms[0]) if terms else None

@@ -11,8 +11,12 @@ from torch import Tensor, nn
 
 from models import BUILT_IN_CASES, NUM_CLASSES, Case, built_in, case, vectors
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.client import Residents
+from scalefl.evaluate import nhsic_plane
 from scalefl.memory import Cost
+from scalefl.mentor import Mentor, MentorLoss
 from scalefl.models.output import LAYERS, PROJECTIONS, Layers, OutputSpec, Projection, Shape, light_targets
+from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import identical
@@ -173,6 +177,81 @@ def test_a_part_passes_the_mask_to_its_output_module() -> None:
     mask = batch["attention_mask"].unsqueeze(-1)
     assert (mask == 0).any()
     torch.testing.assert_close(taps.projected, (taps.z * mask).sum(1) / mask.sum(1))
+
+
+def test_pooled_tokens_count_if_any_of_theirs_does() -> None:
+    module = spec_of((6, 4), (3, 2)).build()
+    (layer,) = module.layers
+    z = torch.randn(3, 6, 4)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+    taps = module(z, mask)
+    y = layer.linear(z)
+    wanted = torch.zeros(3, 3, 2)
+    wanted[0, :2] = torch.stack([y[0, :2].mean(0), y[0, 2]])
+    wanted[1] = y[1].view(3, 2, 2).mean(1)
+    torch.testing.assert_close(taps.features, wanted)
+    torch.testing.assert_close(taps.projected, torch.stack([wanted[0, :2].mean(0), wanted[1].mean(0), torch.zeros(2)]))
+    torch.testing.assert_close(module(z, mask.bool()).logits, taps.logits)
+
+
+@pytest.mark.parametrize(
+    ("length", "later"), [(6, [(6, 5)]), (6, [(3, 5)]), (7, [(3, 5)]), (9, [(6, 5), (4, 5), (4, 7)])]
+)
+def test_what_padded_tokens_hold_does_not_matter(length: int, later: list[Shape]) -> None:
+    """With uneven neighbourhoods, and through layers whose bias would fill empty places."""
+    module = spec_of((length, 4), *later).build()
+    mask = torch.arange(length) < torch.tensor([[2], [5], [length], [0]])
+    z = torch.randn(4, length, 4)
+    taps = module(z, mask)
+    changed = module(torch.where(mask.unsqueeze(-1), z, torch.full_like(z, torch.nan)), mask)
+    assert all(torch.equal(getattr(changed, f), getattr(taps, f)) for f in ("logits", "features", "projected"))
+    assert bool(taps.logits.isfinite().all()) and bool((taps.features[3] == 0).all())
+
+
+def test_a_mask_for_other_tokens_is_passed_over() -> None:
+    module, z = spec_of((6, 4), (3, 2)).build(), torch.randn(2, 6, 4)
+    for mask in (torch.zeros(2, 5), torch.zeros(2, 3), torch.zeros(2, 6, 6)):
+        assert torch.equal(module(z, mask).logits, module(z).logits)
+    images = spec_of((6, 4, 4)).build()
+    assert torch.equal(images(x := torch.randn(2, 6, 4, 4), torch.zeros(2, 6)).logits, images(x).logits)
+
+
+def padded_twice() -> tuple[Case, dict[str, Tensor], dict[str, Tensor]]:
+    """Two batches that differ in nothing but what their padded tokens hold."""
+    c = case("hf_bert")
+    batch = c.batch(6)
+    padded, ids = batch["attention_mask"] == 0, batch["input_ids"]
+    assert padded.any()
+    return c, batch, {**batch, "input_ids": torch.where(padded, (ids + 7) % c.vocabulary, ids)}
+
+
+@pytest.mark.parametrize("tap", ["output", "cut"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_padding_does_not_enter_nhsic(tap: str, block: int) -> None:
+    c, batch, other = padded_twice()
+    blocks = blocks_by_count(c.model, c.problem, 2)
+    output = output_module(blocks, block, c.problem, LocalWork(), "none")
+    step = span_step(blocks, Span(block, block), output, LocalWork())
+    own = tensors(c.model.build(0))
+    params = {n: own[n].detach() for n in step.part.held} | (output.initial(0) if output else {})
+    loss = MentorLoss(Mentor(tap=tap), 1.0, 1.0)
+    with Resident(c.model).holding(replace(step.part, active=()), params) as (runner, _), torch.no_grad():
+        found = [(runner(rows, c.problem), rows) for rows in (batch, other)]
+        values = [loss.batch_terms(taps, rows, c.problem) for taps, rows in found]
+        unmasked = [loss.batch_terms(taps, {**rows, "attention_mask": None}, c.problem) for taps, rows in found]
+    torch.testing.assert_close(values[0], values[1])
+    assert not torch.isclose(unmasked[0], unmasked[1])
+
+
+def test_padding_does_not_enter_the_plane() -> None:
+    c, batch, other = padded_twice()
+    found = partition(c.model, c.problem)
+    planes = [
+        nhsic_plane(Residents(), c.model, tensors(c.model.build(0)), c.problem, rows, found.cuts, found.source, seed=0)
+        for rows in (batch, other)
+    ]
+    for one, two in zip(*planes, strict=True):
+        assert [one[axis] for axis in "xy"] == pytest.approx([two[axis] for axis in "xy"], rel=1e-5)
 
 
 # Costs
