@@ -58,7 +58,10 @@ class RoundRobin(msgspec.Struct, frozen=True, tag_field="kind", tag="round_robin
 class Sequential(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="sequential", forbid_unknown_fields=True
 ):
-    """A fixed number of rounds for each block, first to last; the last block keeps its turn."""
+    """A fixed number of rounds for each block, first to last; the last block keeps its turn.
+
+    Deviation: not the paper's method but what it improves on (its section 3), with a number for "converged".
+    """
 
     rounds: int = 10
 
@@ -76,6 +79,8 @@ class Converged(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="converged", forbid_unknown_fields=True
 ):
     """A block keeps its turn until it has hardly moved for a few rounds; the last block keeps it.
+
+    Deviation: not the paper's method but what it improves on (its section 3); when a block has converged is our rule.
 
     Args:
         threshold: a round is quiet if ‖Δθ‖ / ‖θ‖ of the block stays under it.

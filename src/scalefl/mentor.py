@@ -38,7 +38,10 @@ class Schedule(Protocol):
 
 
 class Linear(msgspec.Struct, frozen=True, tag_field="kind", tag="linear", forbid_unknown_fields=True):
-    """λ falls and γ rises linearly from the first block to the last."""
+    """λ falls and γ rises linearly from the first block to the last.
+
+    Deviation: the paper (section 3) says that early blocks have λ high and γ low, and late ones the reverse, not how.
+    """
 
     def weights(self, position: float, progress: float) -> tuple[float, float]:
         """See `Schedule`."""
@@ -99,7 +102,11 @@ class Mentor:
         check_range("mentor.schedule_rounds", self.schedule_rounds, 0)
 
     def coefficients(self, end: int, num_blocks: int, round: int = 0) -> tuple[tuple[str, float], ...]:
-        """λ and γ in a round of a span that ends with block `end` (from 0) of `num_blocks`."""
+        """λ and γ in a round of a span that ends with block `end` (from 0) of `num_blocks`.
+
+        Paper: section 3 gives each stage its λ and γ. Deviation: a span of several blocks has those of its end, since
+        that is where Z is read; and one block alone is the last.
+        """
         position = end / (num_blocks - 1) if num_blocks > 1 else 1.0
         progress = min(round / self.schedule_rounds, 1.0) if self.schedule_rounds else 0.0
         down, up = self.schedule.weights(position, progress)

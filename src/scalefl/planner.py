@@ -120,6 +120,8 @@ def output_module(
     The closest stand-in whose stage costs no more, in FLOPs and in peak, than training the same block with the
     part that it stands in for: with the projection that is asked for if one can have it, else with a narrower one.
     Where nothing costs so little, the module with the lowest peak.
+
+    Deviation: the authors hold output modules to no limit, and do not say how they predict a peak; ours is traced.
     """
     cut = blocks.cut(block)
     if cut is None:

@@ -81,6 +81,32 @@ def test_the_config_page_names_every_key_and_every_name():
         assert f"`{name}`" in page, name
 
 
+def fidelity_rows() -> list[list[str]]:
+    """Claim, where, code, test, deviation: the first table of the page."""
+    table = (ROOT / "docs" / "fidelity.md").read_text().split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 15 and all(len(row) == 5 for row in rows)
+    return rows[1:]
+
+
+def code_files(cell: str) -> list[Path]:
+    """The source files that a cell names, as `models/output.py` or as `hsic.nhsic`."""
+    names = [
+        name.removesuffix(".py") if "/" in name else name.split(".")[0] for name in re.findall(r"`([\w/.]+)`", cell)
+    ]
+    paths = [ROOT / "src" / "scalefl" / f"{name}.py" for name in names]
+    return [path for path in paths if path.exists()]
+
+
+@pytest.mark.parametrize("row", fidelity_rows(), ids=lambda row: row[0][:40])
+def test_code_that_the_fidelity_page_names_is_tagged(row):
+    _, _, code, _, deviation = row
+    files = code_files(code)
+    assert files, f"{code} names no source file"
+    if deviation:
+        assert any(re.search(r"\b(Paper|Deviation):", path.read_text()) for path in files)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):

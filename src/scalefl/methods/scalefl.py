@@ -50,6 +50,7 @@ class ScaleFL:
     smallest_micro_batch: int | None = None
     mentor: Mentor | None = Mentor()
     growth: Growth = RoundRobin()
+    # Deviation: the authors co-adapt one convolution and its norm; 2 was better on validation data (docs/fidelity.md).
     coadapted_layers: int = 2
     server: ServerOptimizer = Average()
 

@@ -181,6 +181,8 @@ def _convolution(source: Shape, target: Shape, *, separable: bool) -> nn.Module:
 
 
 def _projection(kind: Projection, width: int) -> nn.Module:
+    # Paper: the authors' code has three linear layers, 512 → 2056 → 1024 → 512, with nothing between them.
+    # Deviation: ours go by the feature's width, d → 4d → 2d → d, or are left out.
     if kind == "none":
         return nn.Identity()
     if kind == "linear":
