@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, TypeVar, cast, get_args
 import msgspec
 
 from scalefl.data import Devices, Iid, Partitioner, Source
-from scalefl.errors import ConfigError, check_range
+from scalefl.errors import ConfigError, check_range, nearest
 from scalefl.harmonizer import GROWTHS, Growth
 from scalefl.mentor import SCHEDULES, Schedule
 from scalefl.methods import METHODS, PRESETS
@@ -219,7 +218,7 @@ def _own_method(path: str) -> Any:
     if ":" in path:
         return load_object(path)
     known = [*METHODS, *PRESETS]
-    raise ConfigError(f"no method {path!r}{_nearest(path, known)}; known: {', '.join(sorted(known))}, {OWN}")
+    raise ConfigError(f"no method {path!r}{nearest(path, known)}; known: {', '.join(sorted(known))}, {OWN}")
 
 
 def _override(raw: Any, text: str) -> None:
@@ -284,7 +283,7 @@ def _check_word(raw: str, members: Iterable[Any], where: str) -> None:
     known = [word for t in members for word in getattr(t, "values", ()) if isinstance(word, str)]
     free = any(isinstance(t, msgspec.inspect.StrType | msgspec.inspect.AnyType) for t in members)
     if known and not free and raw not in known:
-        raise ConfigError(f"{where} = {raw!r}{_nearest(raw, known)}; known: {', '.join(known)}")
+        raise ConfigError(f"{where} = {raw!r}{nearest(raw, known)}; known: {', '.join(known)}")
 
 
 def _checked_table(raw: Mapping[str, Any], table: Any, where: str) -> dict[str, Any]:
@@ -295,7 +294,7 @@ def _checked_table(raw: Mapping[str, Any], table: Any, where: str) -> dict[str, 
     for key, value in raw.items():
         place = f"{where}.{key}" if where else str(key)
         if key not in known:
-            raise ConfigError(f"unknown key {place!r}{_nearest(str(key), known)}; known: {', '.join(known)}")
+            raise ConfigError(f"unknown key {place!r}{nearest(str(key), known)}; known: {', '.join(known)}")
         checked[key] = _checked(value, fields[key], place) if key in fields else value
     return checked
 
@@ -310,11 +309,6 @@ def _table(members: Iterable[Any], raw: Mapping[str, Any], where: str) -> Any:
         if tag is not None and tag not in known:
             place = f"{where}.{field}" if where else field
             own = f", {OWN}" if any(t.cls in get_args(kinds) for t in tagged for kinds in OPEN.values()) else ""
-            raise ConfigError(f"{place} = {tag!r}{_nearest(str(tag), known)}; known: {', '.join(known)}{own}")
+            raise ConfigError(f"{place} = {tag!r}{nearest(str(tag), known)}; known: {', '.join(known)}{own}")
         return next((t for t in tagged if t.tag == tag), None)
     return tables[0] if tables else None
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f": did you mean {near[0]!r}?" if near else ""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scalefl.client import Residents
+from scalefl.data.partitioners import largest_remainder
 from scalefl.hsic import Form, centred_kernel, normalised
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params
@@ -117,19 +118,11 @@ def rows_by_distribution(labels: Tensor, shares: Tensor, seed: int, count: int |
     shares = shares / shares.sum().clamp(min=1e-12)
     possible = float((available[wanted] / shares[wanted]).min()) if bool(wanted.any()) else 0.0
     total = possible if count is None else min(possible, float(count))
-    take = _largest_remainders(shares * total, int(total + 1e-9))
+    count = int(total + 1e-9)
+    take = largest_remainder(shares.numpy(), count).tolist() if count else [0] * len(shares)
     draw = generator(seed, "rows")
     rows = []
-    for label, number in enumerate(take.tolist()):
+    for label, number in enumerate(take):
         own = (labels == label).nonzero().flatten()
         rows.append(own[torch.randperm(len(own), generator=draw)[:number]])
     return torch.cat(rows).sort().values
-
-
-def _largest_remainders(ideal: Tensor, total: int) -> Tensor:
-    """Whole numbers near `ideal` that sum to `total`."""
-    floor = ideal.floor()
-    missing = total - int(floor.sum())
-    order = (ideal - floor).argsort(descending=True, stable=True)
-    floor[order[:missing]] += 1
-    return floor.long()

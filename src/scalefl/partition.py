@@ -12,15 +12,14 @@ open how to find it; the search for dominators is ours.
 from __future__ import annotations
 
 import bisect
-import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import nn
 
-from scalefl.errors import UncuttableModel
-from scalefl.models.skeleton import aliases, tensors
+from scalefl.errors import UncuttableModel, nearest
+from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Problem
 from scalefl.tracing import Call, Graph, Node, Trace, parents, traced
@@ -56,7 +55,6 @@ class Partition:
         statistics: names of the buffers that each norm with running statistics updates in train mode.
         source: the module whose output is the input features (token models); None where the input is.
         feature: the last feature before the model's own head.
-        aliases: further names of tied tensors.
     """
 
     cuts: tuple[Cut, ...]
@@ -69,7 +67,6 @@ class Partition:
     statistics: Mapping[str, tuple[str, ...]]
     source: str | None
     feature: Cut | None
-    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_units(self) -> int:
@@ -238,9 +235,7 @@ def _by_hand(trace: Trace, graph: Graph, paths: tuple[str, ...]) -> list[_Place]
 def _named_place(trace: Trace, path: str) -> _Place:
     call = trace.calls.get(path)
     if call is None:
-        known = difflib.get_close_matches(path, trace.calls, n=3)
-        hint = f"; did you mean {' or '.join(known)}?" if known else ""
-        raise UncuttableModel(f"cut point {path!r} names no module that runs{hint}")
+        raise UncuttableModel(f"cut point {path!r} names no module that runs{nearest(path, trace.calls, 3)}")
     carried = call.carried()
     if carried is None:
         times = "once" if call.times == 1 else f"{call.times} times"
@@ -284,7 +279,6 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
         statistics=_statistics(module),
         source=graph.source_module,
         feature=features[-1].cut() if features else None,
-        aliases=aliases(module),
     )
 
 

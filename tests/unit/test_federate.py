@@ -24,7 +24,7 @@ from scalefl.errors import ConfigError, EmptyCohort, RoundFailed
 from scalefl.loop import federate
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.spec import ModelSpec
-from scalefl.params import Params, copied, identical
+from scalefl.params import Params
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientInfo, ClientLoss, ClientTask, ClientUpdate, Method, Population, ServerState
 from support import (
@@ -35,7 +35,9 @@ from support import (
     MadeData,
     children,
     comparable,
+    copied,
     full_bytes,
+    identical,
     make_method,
     resident_bytes,
     tiny,

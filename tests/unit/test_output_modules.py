@@ -19,12 +19,12 @@ from scalefl.models.output import LAYERS, PROJECTIONS, Layers, OutputSpec, Proje
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import identical
 from scalefl.partition import partition
 from scalefl.parts import Resident, Taps
 from scalefl.planner import output_module, span_step, step_cost
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.types import LocalWork, Step
+from support import identical
 
 
 def spec_of(shape: Shape, *later: Shape, layers: Layers = "full", projection: Projection = "none") -> OutputSpec:
