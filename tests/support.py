@@ -21,6 +21,7 @@ from scalefl.loop import federate
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models.spec import ModelSpec, load_object
 from scalefl.objectives import TaskLoss
+from scalefl.params import Params
 from scalefl.planner import full_step, step_cost
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.record import RoundRecord
@@ -191,6 +192,26 @@ def play(
 def comparable(record: RoundRecord) -> RoundRecord:
     """Without what two equal runs do not share."""
     return replace(record, seconds=0.0)
+
+
+def copied(params: Params) -> dict[str, Tensor]:
+    """The same tensors in memory of their own."""
+    return {name: t.detach().clone() for name, t in params.items()}
+
+
+def identical(a: Params, b: Params) -> bool:
+    """Whether names, shapes, dtypes and every bit agree (NaN equals the same NaN)."""
+    return a.keys() == b.keys() and all(_same_bits(a[name], b[name]) for name in a)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def global_rng() -> tuple[Any, ...]:

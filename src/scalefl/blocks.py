@@ -179,6 +179,8 @@ def _passes(entry: Entry, feature: Cut | None) -> bool:
 def blocks_by_count(model: ModelSpec, problem: Problem, count: int) -> Blocks:
     """Cut into `count` blocks that hold weight layers as evenly as may be.
 
+    Deviation: the authors cut ResNets between their stages, which a count finds for ResNet-18, but not for ResNet-34.
+
     Raises:
         UncuttableModel: there are fewer units than blocks.
     """

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import msgspec
 
 from scalefl.data import Devices, Iid, Partitioner, Source
-from scalefl.errors import ConfigError, check_range
+from scalefl.errors import ConfigError, check_range, nearest
+from scalefl.harmonizer import GROWTHS, Growth
+from scalefl.mentor import SCHEDULES, Schedule
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models import resolve
 from scalefl.models.spec import ModelSpec, load_object
@@ -21,6 +22,11 @@ from scalefl.problem import Problem
 from scalefl.types import LocalWork, Method
 
 T = TypeVar("T")
+
+OPEN: Mapping[Any, Any] = {Schedule: SCHEDULES, Growth: GROWTHS}
+"""Kinds of setting that a user may write their own of, and the built-in ones."""
+
+OWN = "or your own as 'package.module:Class'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +194,9 @@ def convert(raw: Any, target: type[T], where: str) -> T:
     Raises:
         ConfigError: names an unknown key and the nearest known one, or a value of the wrong type.
     """
-    _check_keys(raw, msgspec.inspect.type_info(target), where)
+    checked = _checked(raw, msgspec.inspect.type_info(target), where)
     try:
-        return msgspec.convert(raw, target)
+        return msgspec.convert(checked, target)
     except msgspec.ValidationError as error:
         message = str(error).replace("`$.", f"`{where}." if where else "`").replace("`$`", f"`{where or 'config'}`")
         raise ConfigError(message) from error
@@ -233,10 +239,7 @@ def _own_method(path: str) -> Any:
     if ":" in path:
         return load_object(path)
     known = [*METHODS, *PRESETS]
-    raise ConfigError(
-        f"no method {path!r}{_nearest(path, known)}; known: {', '.join(sorted(known))}, or your own as "
-        "'package.module:Class'"
-    )
+    raise ConfigError(f"no method {path!r}{nearest(path, known)}; known: {', '.join(sorted(known))}, {OWN}")
 
 
 def _overridden(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -259,19 +262,43 @@ def _overridden(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
     return changed
 
 
-def _check_keys(raw: Any, target: Any, where: str) -> None:
-    """Refuse keys that no field has: msgspec passes over them in dataclasses, and never names the nearest."""
+def _checked(raw: Any, target: Any, where: str) -> Any:
+    """`raw` with the user's own objects made, and no key that no field has.
+
+    msgspec passes over such keys in dataclasses, and never names the nearest.
+    """
     members = getattr(target, "types", (target,))
+    kind = next((t.cls for t in members if getattr(t, "cls", None) in OPEN), None)
+    if kind is not None:
+        return raw if raw is None else _made(raw, kind, where)
     if isinstance(raw, str):
         _check_word(raw, members, where)
     elif isinstance(raw, list | tuple):
         items = [t.item_type for t in members if hasattr(t, "item_type")]
-        for i, item in enumerate(raw if items else ()):
-            _check_keys(item, items[0], f"{where}[{i}]")
+        return [_checked(item, items[0], f"{where}[{i}]") for i, item in enumerate(raw)] if items else raw
     elif isinstance(raw, Mapping):
         table = _table(members, raw, where)
-        if table is not None:
-            _check_table(raw, table, where)
+        return raw if table is None else _checked_table(raw, table, where)
+    return raw
+
+
+def _made(raw: Any, kind: Any, where: str) -> Any:
+    """An object of an open kind, from a table whose `kind` is a built-in name or "package.module:Class"."""
+    if isinstance(raw, kind):
+        return raw
+    path = raw.get("kind") if isinstance(raw, Mapping) else None
+    if not isinstance(path, str) or ":" not in path:
+        return convert(raw, OPEN[kind], where)
+    target = load_object(path)
+    if not (isinstance(target, type) and (is_dataclass(target) or issubclass(target, msgspec.Struct))):
+        raise ConfigError(f"{where}.kind = {path!r}: {target!r} is not a dataclass")
+    made = convert({key: value for key, value in raw.items() if key != "kind"}, target, where)
+    if not isinstance(made, kind) or target.__hash__ is None:
+        raise ConfigError(
+            f"{where}.kind = {path!r}: expected a frozen dataclass with the methods of "
+            f"{kind.__module__}.{kind.__name__}"
+        )
+    return made
 
 
 def _check_word(raw: str, members: Iterable[Any], where: str) -> None:
@@ -280,19 +307,20 @@ def _check_word(raw: str, members: Iterable[Any], where: str) -> None:
     known = [word for t in members for word in getattr(t, "values", ()) if isinstance(word, str)]
     free = any(isinstance(t, msgspec.inspect.StrType | msgspec.inspect.AnyType) for t in members)
     if known and not free and raw not in known:
-        raise ConfigError(f"{where} = {raw!r}{_nearest(raw, known)}; known: {', '.join(known)}")
+        raise ConfigError(f"{where} = {raw!r}{nearest(raw, known)}; known: {', '.join(known)}")
 
 
-def _check_table(raw: Mapping[str, Any], table: Any, where: str) -> None:
+def _checked_table(raw: Mapping[str, Any], table: Any, where: str) -> dict[str, Any]:
     fields = {field.encode_name: field.type for field in table.fields}
     tag_field = getattr(table, "tag_field", None)
     known = [*fields, *([tag_field] if tag_field else [])]
+    checked = {}
     for key, value in raw.items():
         place = f"{where}.{key}" if where else str(key)
         if key not in known:
-            raise ConfigError(f"unknown key {place!r}{_nearest(str(key), known)}; known: {', '.join(known)}")
-        if key in fields:
-            _check_keys(value, fields[key], place)
+            raise ConfigError(f"unknown key {place!r}{nearest(str(key), known)}; known: {', '.join(known)}")
+        checked[key] = _checked(value, fields[key], place) if key in fields else value
+    return checked
 
 
 def _table(members: Iterable[Any], raw: Mapping[str, Any], where: str) -> Any:
@@ -304,11 +332,7 @@ def _table(members: Iterable[Any], raw: Mapping[str, Any], where: str) -> Any:
         tag = raw.get(field)
         if tag is not None and tag not in known:
             place = f"{where}.{field}" if where else field
-            raise ConfigError(f"{place} = {tag!r}{_nearest(str(tag), known)}; known: {', '.join(known)}")
+            own = f", {OWN}" if any(t.cls in get_args(kinds) for t in tagged for kinds in OPEN.values()) else ""
+            raise ConfigError(f"{place} = {tag!r}{nearest(str(tag), known)}; known: {', '.join(known)}{own}")
         return next((t for t in tagged if t.tag == tag), None)
     return tables[0] if tables else None
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
-    return f": did you mean {near[0]!r}?" if near else ""

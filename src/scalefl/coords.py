@@ -1,4 +1,4 @@
-"""Take a submodel's tensors out of the global ones, and put them back."""
+"""Take a submodel's tensors out of the global ones, and add them up there."""
 
 from __future__ import annotations
 
@@ -24,11 +24,6 @@ def extract(params: Params, coords: Coords) -> dict[str, Tensor]:
 def take(tensor: Tensor, window: Window | None) -> Tensor:
     """The part of `tensor` under `window`."""
     return tensor if window is None else tensor[_mesh(tensor, window)]
-
-
-def put(tensor: Tensor, window: Window | None, value: Tensor) -> None:
-    """Write `value` into `tensor` under `window`."""
-    tensor[... if window is None else _mesh(tensor, window)] = value
 
 
 def add(tensor: Tensor, window: Window | None, value: Tensor | int) -> None:

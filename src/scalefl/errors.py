@@ -17,7 +17,9 @@ record, not an exception; only a round that loses all of its clients raises.
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 
 
 class ScaleFLError(Exception):
@@ -38,6 +40,12 @@ def check_range(name: str, value: float, least: float, most: float = math.inf) -
         finite = "" if math.isfinite(value) else "a finite number, "
         upper = "" if most == math.inf else f", at most {most:g}"
         raise ConfigError(f"{name} = {value}: expected {finite}at least {least:g}{upper}")
+
+
+def nearest(word: str, known: Iterable[str], count: int = 1) -> str:
+    """A hint for the end of a message, ": did you mean 'a' or 'b'?", at most `count` names; "" if none is near."""
+    names = difflib.get_close_matches(word, list(known), count)
+    return f": did you mean {' or '.join(map(repr, names))}?" if names else ""
 
 
 class DataError(ScaleFLError):

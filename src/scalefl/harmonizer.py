@@ -5,7 +5,7 @@ Its backward half, co-adaptation of the last layers of the block before, is `Blo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -29,6 +29,21 @@ class Progress(msgspec.Struct, frozen=True):
         return msgspec.structs.asdict(self)
 
 
+@runtime_checkable
+class Growth(Protocol):
+    """The order in which blocks have their turn; hashable, as a frozen dataclass is. `Progress` is all its memory."""
+
+    def advance(self, progress: Progress, num_blocks: int, movement: float) -> Progress:
+        """What comes after a round.
+
+        Args:
+            progress: where growth stood in that round; the first round's is `Progress()`.
+            num_blocks: T; stages count from 0 to T − 1.
+            movement: ‖Δθ‖ / ‖θ‖ of the block in turn.
+        """
+        ...
+
+
 class RoundRobin(msgspec.Struct, frozen=True, tag_field="kind", tag="round_robin", forbid_unknown_fields=True):
     """Dynamic model growth: the block changes every round, 1, 2, …, T, 1, 2, …
 
@@ -43,7 +58,10 @@ class RoundRobin(msgspec.Struct, frozen=True, tag_field="kind", tag="round_robin
 class Sequential(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="sequential", forbid_unknown_fields=True
 ):
-    """A fixed number of rounds for each block, first to last; the last block keeps its turn."""
+    """A fixed number of rounds for each block, first to last; the last block keeps its turn.
+
+    Deviation: not the paper's method but what it improves on (its section 3), with a number for "converged".
+    """
 
     rounds: int = 10
 
@@ -61,6 +79,8 @@ class Converged(
     msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="converged", forbid_unknown_fields=True
 ):
     """A block keeps its turn until it has hardly moved for a few rounds; the last block keeps it.
+
+    Deviation: not the paper's method but what it improves on (its section 3); when a block has converged is our rule.
 
     Args:
         threshold: a round is quiet if ‖Δθ‖ / ‖θ‖ of the block stays under it.
@@ -87,7 +107,8 @@ class Converged(
         return Progress(progress.stage, rounds, quiet)
 
 
-Growth = RoundRobin | Sequential | Converged
+GROWTHS = RoundRobin | Sequential | Converged
+"""The built-in ones, as a config names them."""
 
 
 def relative_movement(before: Params, after: Params, names: frozenset[str]) -> float:

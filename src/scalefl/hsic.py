@@ -17,6 +17,7 @@ from torch import Tensor
 
 Form = Literal["cka", "cca"]
 
+# Paper: the authors' code: a Gaussian kernel on flattened features, σ = 5 in units of √d.
 SIGMA = 5.0
 EPSILON = 1e-5
 
@@ -76,6 +77,7 @@ def _safe_norm(k_BB: Tensor, floor: float) -> Tensor:
     return torch.where(alive, torch.where(alive, total, torch.ones_like(total)).sqrt(), torch.inf)
 
 
+# Paper: Ma et al., eq. 3. Deviation: the authors of ScaleFL train with "cka" only.
 def _cca(ka_BB: Tensor, kb_BB: Tensor) -> Tensor:
     ra_BB, rb_BB = _regularised(ka_BB), _regularised(kb_BB)
     return (ra_BB * rb_BB.T).sum()

@@ -12,7 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,16 +26,7 @@ from scalefl.torch_private import (
     FakeTensorMode,
     TorchDispatchMode,
 )
-
-Term = Literal[
-    "weights", "gradients", "optimizer", "copies", "output_module", "mentor", "activations", "transients"
-]
-TERMS: tuple[Term, ...] = get_args(Term)
-"""What memory holds: the model's own weights, their gradients and optimizer state, copies that are kept of them; all
-of these for the output module, and its activations; the mentor's kernels; the batch and what backward needs of the
-forward pass; and what lives for a moment, scratch included."""
-
-MIB = 2**20
+from scalefl.units import TERMS, Term
 
 Array = npt.NDArray[np.int64]
 
@@ -67,9 +58,8 @@ class Symbols:
     """Numbers of examples by which a traced size tells what it grows with.
 
     Args:
-        first: examples in the first micro-batch; any even number, half of it prime.
-        later: in the later ones; prime.
-        batch: in the batch; prime, the sum of both. Without micro-batches all three are one prime.
+        first, later: examples in the first and in the second micro-batch.
+        batch: in the batch: their sum, or as many as either where there are no micro-batches.
     """
 
     first: int
@@ -77,23 +67,20 @@ class Symbols:
     batch: int
 
     def growth(self, size: int) -> tuple[int, ...]:
-        """`size` as (constant, for a micro-batch's example, for a batch's example, and for the squares of both)."""
-        halved = 2 if self.first != self.batch else 1
-        for count, prime, place in (
-            (self.batch, self.batch, 2),
-            (self.later, self.later, 1),
-            (self.first, self.first // halved, 1),
-        ):
-            if size and size % prime == 0:
-                square = size % (prime * prime) == 0
-                found = [0] * SHAPES
-                found[place + 2 * square] = size // (count * count if square else count)
+        """`size` as (constant, by a micro-batch's examples, by a batch's, and by the squares of both)."""
+        found = [0] * SHAPES
+        for count, place in ((self.batch, 2), (self.later, 1), (self.first, 1)):
+            if size and size % count == 0:
+                squared = size % count**2 == 0
+                found[place + 2 * squared] = size // (count**2 if squared else count)
                 return tuple(found)
-        return (size, *[0] * (SHAPES - 1))
+        found[0] = size
+        return tuple(found)
 
 
 SHAPES = 5
-SPLIT = Symbols(first=2 * 4159, later=8317, batch=16635 + 0)
+# Numbers that share no factor and have a prime factor in the thousands each, as no layer's width does.
+SPLIT = Symbols(first=8462, later=8461, batch=16923)
 WHOLE = Symbols(first=8191, later=8191, batch=8191)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 from torch import Tensor
@@ -18,24 +18,41 @@ from scalefl.errors import check_range
 from scalefl.hsic import SIGMA, Form, nhsic
 from scalefl.models.output import Projection
 from scalefl.parts import Taps
-from scalefl.problem import Batch, Problem, Weighted
+from scalefl.problem import Batch, Problem, Weighted, without_padding
 
 Tap = Literal["output", "cut"]
 
 
-class Linear(msgspec.Struct, frozen=True, tag_field="kind", tag="linear", forbid_unknown_fields=True):
-    """λ falls and γ rises linearly from the first block to the last."""
+@runtime_checkable
+class Schedule(Protocol):
+    """How λ and γ change from block to block, and over the run; hashable, as a frozen dataclass is."""
 
-    def weights(self, position: float) -> tuple[float, float]:
-        """Factors of λ_max and γ_max for a block at `position` in [0, 1]."""
+    def weights(self, position: float, progress: float) -> tuple[float, float]:
+        """Factors of λ_max and γ_max.
+
+        Args:
+            position: of the block, from 0 (the first) to 1 (the last).
+            progress: of the run, from 0 to 1 (see `Mentor.schedule_rounds`).
+        """
+        ...
+
+
+class Linear(msgspec.Struct, frozen=True, tag_field="kind", tag="linear", forbid_unknown_fields=True):
+    """λ falls and γ rises linearly from the first block to the last.
+
+    Deviation: the paper (section 3) says that early blocks have λ high and γ low, and late ones the reverse, not how.
+    """
+
+    def weights(self, position: float, progress: float) -> tuple[float, float]:
+        """See `Schedule`."""
         return 1 - position, position
 
 
 class Cosine(msgspec.Struct, frozen=True, tag_field="kind", tag="cosine", forbid_unknown_fields=True):
     """λ falls and γ rises along half a cosine: slowly at both ends."""
 
-    def weights(self, position: float) -> tuple[float, float]:
-        """Factors of λ_max and γ_max for a block at `position` in [0, 1]."""
+    def weights(self, position: float, progress: float) -> tuple[float, float]:
+        """See `Schedule`."""
         down = (1 + math.cos(math.pi * position)) / 2
         return down, 1 - down
 
@@ -43,9 +60,13 @@ class Cosine(msgspec.Struct, frozen=True, tag_field="kind", tag="cosine", forbid
 class Constant(msgspec.Struct, frozen=True, tag_field="kind", tag="constant", forbid_unknown_fields=True):
     """The same λ and γ for every block."""
 
-    def weights(self, position: float) -> tuple[float, float]:
-        """Factors of λ_max and γ_max: 1."""
+    def weights(self, position: float, progress: float) -> tuple[float, float]:
+        """See `Schedule`."""
         return 1.0, 1.0
+
+
+SCHEDULES = Linear | Cosine | Constant
+"""The built-in ones, as a config names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +75,8 @@ class Mentor:
 
     Args:
         lambda_max, gamma_max: largest weights of nHSIC(X; Z) and nHSIC(Y; Z).
-        schedule: how they change from block to block: "linear", "cosine" or "constant".
+        schedule: how they change from block to block, and over the run: `Linear`, `Cosine`, `Constant` or your own.
+        schedule_rounds: the length of the run, for schedules that move with its progress; 0: it stays at its start.
         form: the normalisation of HSIC.
         sigma: bandwidth of the Gaussian kernels, in units of √d.
         tap: Z is read after the output module's light layers and projection head ("output", the authors'
@@ -66,7 +88,8 @@ class Mentor:
     # validation data (docs/benchmarks); what "mlp" gained over "none" lies within the spread, and it takes memory.
     lambda_max: float = 3.0
     gamma_max: float = 3.0
-    schedule: Linear | Cosine | Constant = Linear()
+    schedule: Schedule = Linear()
+    schedule_rounds: int = 0
     form: Form = "cka"
     sigma: float = SIGMA
     tap: Tap = "output"
@@ -76,12 +99,23 @@ class Mentor:
         check_range("mentor.lambda_max", self.lambda_max, 0.0)
         check_range("mentor.gamma_max", self.gamma_max, 0.0)
         check_range("mentor.sigma", self.sigma, 1e-6)
+        check_range("mentor.schedule_rounds", self.schedule_rounds, 0)
 
-    def coefficients(self, end: int, num_blocks: int) -> tuple[tuple[str, float], ...]:
-        """λ and γ of a span that ends with block `end` (from 0) of `num_blocks`."""
+    def coefficients(self, end: int, num_blocks: int, round: int = 0) -> tuple[tuple[str, float], ...]:
+        """λ and γ in a round of a span that ends with block `end` (from 0) of `num_blocks`.
+
+        Paper: section 3 gives each stage its λ and γ. Deviation: a span of several blocks has those of its end, since
+        that is where Z is read; and one block alone is the last.
+        """
         position = end / (num_blocks - 1) if num_blocks > 1 else 1.0
-        down, up = self.schedule.weights(position)
+        progress = min(round / self.schedule_rounds, 1.0) if self.schedule_rounds else 0.0
+        down, up = self.schedule.weights(position, progress)
         return (("lambda", self.lambda_max * down), ("gamma", self.gamma_max * up))
+
+    def largest_coefficients(self, end: int, num_blocks: int) -> tuple[tuple[str, float], ...]:
+        """The λ and the γ of largest size that the span gets in any round: 0 only for a term that is never computed."""
+        rounds = [dict(self.coefficients(end, num_blocks, r)) for r in range(self.schedule_rounds + 1)]
+        return tuple((name, max((found[name] for found in rounds), key=abs)) for name in ("lambda", "gamma"))
 
 
 @dataclass(frozen=True)
@@ -108,10 +142,14 @@ class MentorLoss:
         mentor = self.mentor
         # Paper: the authors' code reads Z after φ's last convolution (X term) and after the projection (Y term).
         z_x, z_y = (taps.z, taps.z) if mentor.tap == "cut" else (taps.late, taps.projected)
+        # Deviation: the paper has no tokens. What stands where an example has ended says nothing of it.
+        mask = problem.mask(batch)
         terms = []
         if self.lambda_x:
-            terms.append(-self.lambda_x * nhsic(taps.x, z_x, mentor.form, mentor.sigma))
+            x, z = without_padding(taps.x, mask), without_padding(z_x, mask)
+            terms.append(-self.lambda_x * nhsic(x, z, mentor.form, mentor.sigma))
         if self.gamma_y:
-            y_features = problem.y_features(batch).to(z_y.dtype)
-            terms.append(-self.gamma_y * nhsic(y_features, z_y, mentor.form, mentor.sigma))
+            z = without_padding(z_y, mask)
+            y_features = problem.y_features(batch).to(z.dtype)
+            terms.append(-self.gamma_y * nhsic(y_features, z, mentor.form, mentor.sigma))
         return sum(terms[1:], terms[0]) if terms else None

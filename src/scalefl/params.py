@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 Params = Mapping[str, Tensor]
@@ -23,11 +22,6 @@ def select(params: Params, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: params[name] for name in names}
 
 
-def copied(params: Params) -> dict[str, Tensor]:
-    """The same tensors in memory of their own."""
-    return {name: t.detach().clone() for name, t in params.items()}
-
-
 def is_attachment(name: str) -> bool:
     """Whether `name` is an attachment of the model rather than part of it."""
     return name.startswith(ATTACHMENT)
@@ -36,18 +30,3 @@ def is_attachment(name: str) -> bool:
 def without_attachments(params: Params) -> dict[str, Tensor]:
     """The user's own model: what is deployed and exported."""
     return {name: t for name, t in params.items() if not is_attachment(name)}
-
-
-def identical(a: Params, b: Params) -> bool:
-    """Whether names, shapes, dtypes and every bit agree (NaN equals the same NaN)."""
-    return a.keys() == b.keys() and all(_same_bits(a[name], b[name]) for name in a)
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return torch.equal(_bits(a), _bits(b))
-
-
-def _bits(t: Tensor) -> Tensor:
-    return t.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -12,15 +12,14 @@ open how to find it; the search for dominators is ours.
 from __future__ import annotations
 
 import bisect
-import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import nn
 
-from scalefl.errors import UncuttableModel
-from scalefl.models.skeleton import aliases, tensors
+from scalefl.errors import UncuttableModel, nearest
+from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import Template
 from scalefl.problem import Problem
@@ -77,7 +76,6 @@ class Partition:
         feature: the last feature before the model's own head.
         entries: for each cut, how a run could start there; None where a module's output cannot be stood in for.
             Whether the run then gives the same numbers is `starting.entry`'s to say.
-        aliases: further names of tied tensors.
     """
 
     cuts: tuple[Cut, ...]
@@ -91,7 +89,6 @@ class Partition:
     source: str | None
     feature: Cut | None
     entries: tuple[Entry | None, ...]
-    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def num_units(self) -> int:
@@ -260,9 +257,7 @@ def _by_hand(trace: Trace, graph: Graph, paths: tuple[str, ...]) -> list[_Place]
 def _named_place(trace: Trace, path: str) -> _Place:
     call = trace.calls.get(path)
     if call is None:
-        known = difflib.get_close_matches(path, trace.calls, n=3)
-        hint = f"; did you mean {' or '.join(known)}?" if known else ""
-        raise UncuttableModel(f"cut point {path!r} names no module that runs{hint}")
+        raise UncuttableModel(f"cut point {path!r} names no module that runs{nearest(path, trace.calls, 3)}")
     carried = call.carried()
     if carried is None:
         times = "once" if call.times == 1 else f"{call.times} times"
@@ -307,7 +302,6 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
         source=graph.source_module,
         feature=features[-1].cut() if features else None,
         entries=tuple(_entry(trace, place) for place in places),
-        aliases=aliases(module),
     )
 
 

@@ -32,6 +32,18 @@ def take(batch: Batch, indices: Tensor) -> dict[str, Tensor]:
     return {name: column[indices] for name, column in batch.items()}
 
 
+def masks(mask_BL: Tensor | None, features: Tensor) -> bool:
+    """Whether a mask says which tokens of features [B, L, D] count; it does not for another number of tokens."""
+    return mask_BL is not None and features.ndim == 3 and mask_BL.shape == features.shape[:2]
+
+
+def without_padding(features: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """Token features [B, L, D], zero where `mask_BL` says that a token does not count; others as they are."""
+    if mask_BL is None or not masks(mask_BL, features):
+        return features
+    return features.masked_fill((mask_BL == 0).unsqueeze(-1), 0.0)
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of a batch: the shape of one example and its dtype (a torch name, as "uint8")."""

@@ -23,7 +23,10 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class UniformSampler:
-    """`count` clients at random, without replacement, among those that can take part (all of them if fewer)."""
+    """`count` clients at random, without replacement, among those that can take part (all of them if fewer).
+
+    Paper: ScaleFL, sections 3 and 4: 10 of 100 clients a round, of those whose budget holds the stage.
+    """
 
     count: int
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 MIB = 2**20
 
-Term = Literal["weights", "gradients", "optimizer", "activations"]
-TERMS: tuple[Term, ...] = ("weights", "gradients", "optimizer", "activations")
+Term = Literal["weights", "gradients", "optimizer", "copies", "output_module", "mentor", "activations", "transients"]
+TERMS: tuple[Term, ...] = get_args(Term)
+"""What memory holds in training: the model's own weights, their gradients and optimizer state, and copies kept of them;
+all of these for the output module, with its activations; the mentor's kernels; the batch and what backward needs of
+the forward pass; and what lives for a moment, scratch included."""
 
 
 def mib(num_bytes: float) -> str:

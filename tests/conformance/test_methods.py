@@ -16,7 +16,7 @@ from scalefl.checkpoint import load_deployed, load_state, save_state
 from scalefl.engines.local import LocalEngine
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models.skeleton import tensors
-from scalefl.params import identical, num_bytes
+from scalefl.params import num_bytes
 from scalefl.record import RoundRecord
 from scalefl.rng import derive, generator
 from scalefl.sampling import UniformSampler
@@ -29,6 +29,7 @@ from support import (
     comparable,
     full_bytes,
     global_rng,
+    identical,
     make_method,
     play,
     spec,

@@ -21,12 +21,24 @@ from scalefl.methods.fedavg import FedAvg
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import Params, copied, identical
+from scalefl.params import Params
 from scalefl.planner import full_step
 from scalefl.problem import Batch, Classification, Column, Problem, Weighted
 from scalefl.sgd import SGD
 from scalefl.types import Choice, ClientTask, ClientUpdate, LocalWork, Means, ServerState, Step
-from support import IMAGE, PROBLEM, WORK, all_finite, examples_of, global_rng, make_method, spec, tiny
+from support import (
+    IMAGE,
+    PROBLEM,
+    WORK,
+    all_finite,
+    copied,
+    examples_of,
+    global_rng,
+    identical,
+    make_method,
+    spec,
+    tiny,
+)
 
 WHOLE, PLAIN = Means(), FedAvg()
 PRECISE = Classification(3, (Column("x", IMAGE, "float64"),))

@@ -37,6 +37,16 @@ def test_the_method_in_the_guide_runs(tmp_path, monkeypatch):
     sys.modules.pop("head_first")
 
 
+def test_the_schedule_in_the_config_page_works(tmp_path, monkeypatch):
+    (code,), (text,) = blocks("docs/config.md", "python"), blocks("docs/config.md", "toml")
+    (tmp_path / "handover.py").write_text(f"from dataclasses import dataclass\n\n{code}")
+    monkeypatch.syspath_prepend(tmp_path)
+    method = tomllib.loads(text.replace("my_package.schedules", "handover"))["method"]
+    mentor = settings("200%", method={"name": "scalefl", **method}).make_method().mentor
+    assert mentor.coefficients(0, 4, round=40) == (("lambda", 3 * 0.75), ("gamma", 3 * 0.25))
+    sys.modules.pop("handover")
+
+
 def test_the_readme_config_is_valid(monkeypatch):
     (text,) = blocks("README.md", "toml")
     config = make_config(tomllib.loads(text))
@@ -69,6 +79,32 @@ def test_the_config_page_names_every_key_and_every_name():
         assert re.search(rf"[`.\[]{name}[`\].]", page), name
     for name in (*METHODS, *PRESETS, *BUILT_IN):
         assert f"`{name}`" in page, name
+
+
+def fidelity_rows() -> list[list[str]]:
+    """Claim, where, code, test, deviation: the first table of the page."""
+    table = (ROOT / "docs" / "fidelity.md").read_text().split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 15 and all(len(row) == 5 for row in rows)
+    return rows[1:]
+
+
+def code_files(cell: str) -> list[Path]:
+    """The source files that a cell names, as `models/output.py` or as `hsic.nhsic`."""
+    names = [
+        name.removesuffix(".py") if "/" in name else name.split(".")[0] for name in re.findall(r"`([\w/.]+)`", cell)
+    ]
+    paths = [ROOT / "src" / "scalefl" / f"{name}.py" for name in names]
+    return [path for path in paths if path.exists()]
+
+
+@pytest.mark.parametrize("row", fidelity_rows(), ids=lambda row: row[0][:40])
+def test_code_that_the_fidelity_page_names_is_tagged(row):
+    _, _, code, _, deviation = row
+    files = code_files(code)
+    assert files, f"{code} names no source file"
+    if deviation:
+        assert any(re.search(r"\b(Paper|Deviation):", path.read_text()) for path in files)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -56,6 +57,10 @@ def settings(*memory: str, **changes):
         "work": {"batch_size": 8},
     }
     return make_config({**plain, **changes})
+
+
+def schedule(**settings):
+    return {"method": {"name": "scalefl", "mentor": {"schedule": settings}}}
 
 
 def test_a_model_that_cannot_be_cut_is_trained_whole_and_has_no_plane(tmp_path):
@@ -133,6 +138,45 @@ def test_settings_that_a_factory_cannot_take_are_refused():
         Experiment(settings("200%", model_arguments={"depht": 3}))
 
 
+# Schedules of one's own
+
+
+@dataclass(frozen=True)
+class Warm:
+    floor: float = 0.5
+
+    def weights(self, position, progress):
+        return 1.0, max(self.floor, progress)
+
+
+@dataclass(frozen=True)
+class Backwards:
+    def advance(self, progress, num_blocks, movement):
+        return progress.next_stage((progress.stage - 1) % num_blocks)
+
+
+@dataclass
+class Melting:
+    def weights(self, position, progress):
+        return 1.0, 1.0
+
+
+def test_own_schedules_by_path(tmp_path):
+    mentor = {"schedule": {"kind": "test_experiment:Warm", "floor": 0.25}, "schedule_rounds": 2}
+    growth = {"kind": "test_experiment:Backwards"}
+    method = {"name": "scalefl-paper", "blocks": 2, "mentor": mentor, "growth": growth}
+    for workers in (0, 1):
+        config = settings("300%", method=method, rounds=3, engine={"workers": workers})
+        made = config.make_method()
+        assert (made.mentor.schedule, made.growth) == (Warm(0.25), Backwards())
+        run(config, tmp_path / str(workers))
+    lines = RunFolder(tmp_path / "1").read_journal()
+    assert [line["stage"] for line in lines if line["round"]] == ["block 1", "block 2", "block 1"]
+    assert make_config(RunFolder(tmp_path / "1").read_settings()).method == method
+    states = [(tmp_path / str(workers) / "state.safetensors").read_bytes() for workers in (0, 1)]
+    assert states[0] == states[1]
+
+
 # Bad values
 
 
@@ -160,6 +204,20 @@ def test_settings_that_a_factory_cannot_take_are_refused():
         ({"method": {"name": "scalefl", "spans": "elastc"}}, "spans = 'elastc': did you mean 'elastic'"),
         ({"method": {"name": "sbt", "growth": {"kind": "sequental"}}}, "did you mean 'sequential'"),
         ({"method": {"name": "scalefl", "mentor": {"tap": "cutt"}}}, "did you mean 'cut'"),
+        (schedule(kind="linaer"), "schedule.kind = 'linaer': did you mean 'linear'?; known: linear, cosine, constant"),
+        (schedule(kind="linaer"), "or your own as 'package.module:Class'"),
+        (schedule(kind="linear", floor=1), "unknown key 'method.mentor.schedule.floor'"),
+        (schedule(), "missing required field `kind`"),
+        (schedule(kind="test_experiment:Warm", flor=1), "'method.mentor.schedule.flor': did you mean 'floor'"),
+        (schedule(kind="test_experiment:Warm", floor="a"), "`method.mentor.schedule.floor`"),
+        (schedule(kind="test_experiment:Wram"), "has no attribute 'Wram'"),
+        (schedule(kind="test_experiment:make_data"), "is not a dataclass"),
+        (schedule(kind="test_experiment:Backwards"), "with the methods of scalefl.mentor.Schedule"),
+        (schedule(kind="test_experiment:Melting"), "expected a frozen dataclass"),
+        ({"method": {"name": "scalefl", "mentor": {"schedule": "linear"}}}, "Expected `object`, got `str`"),
+        ({"method": {"name": "scalefl", "mentor": {"schedule_rounds": -1}}}, "mentor.schedule_rounds = -1"),
+        ({"method": {"name": "scalefl", "growth": {"kind": "test_experiment:Backwards"}}}, "needs spans = 'single'"),
+        ({"method": {"name": "fedavg", "server": {"kind": "averag"}}}, "did you mean 'average'?; known: average, fed"),
         ({"method": {"name": "support:tiny"}}, "is not a dataclass"),
         ({"model_arguments": {"norm": {"a": 1}}}, "tables are not supported"),
         ({"model": "support:binary"}, "2 outputs, the data 3 classes"),

@@ -26,7 +26,7 @@ from scalefl.loop import federate
 from scalefl.measure import resident_bytes
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.spec import ModelSpec
-from scalefl.params import Params, copied, identical
+from scalefl.params import Params
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientInfo, ClientLoss, ClientTask, ClientUpdate, Method, Population, ServerState
 from support import (
@@ -37,7 +37,9 @@ from support import (
     MadeData,
     children,
     comparable,
+    copied,
     full_bytes,
+    identical,
     make_method,
     tiny,
 )

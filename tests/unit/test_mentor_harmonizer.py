@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from scalefl.harmonizer import Converged, Progress, RoundRobin, Sequential, rela
 from scalefl.hsic import nhsic
 from scalefl.mentor import Constant, Cosine, Linear, Mentor, MentorLoss
 from scalefl.parts import Taps
-from support import PROBLEM
+from scalefl.planner import step_cost
+from scalefl.types import ClientInfo
+from support import PROBLEM, make_method, spec
 
 X, Z, LATE, PROJECTED = (torch.randn(9, d, generator=torch.Generator().manual_seed(d)) for d in (8, 7, 6, 5))
 LABELS = torch.arange(9) % 3
@@ -54,6 +57,44 @@ def test_the_ends_are_exact_zeros(schedule):
 @pytest.mark.parametrize(("schedule", "pair"), [(Linear(), (0, 1)), (Cosine(), (0, 1)), (Constant(), (1, 1))])
 def test_a_single_block_is_the_last(schedule, pair):
     assert weights(Mentor(lambda_max=1.0, gamma_max=1.0, schedule=schedule), 0, 1) == pair
+
+
+@dataclass(frozen=True)
+class Late:
+    """A user's schedule: λ falls with the run's progress, γ waits for its second half."""
+
+    start: float = 0.5
+
+    def weights(self, position: float, progress: float) -> tuple[float, float]:
+        return 1 - progress, float(progress >= self.start) * position
+
+
+def test_a_schedule_that_moves_with_the_run():
+    mentor = Mentor(lambda_max=2.0, gamma_max=1.0, schedule=Late(), schedule_rounds=4)
+    found = [mentor.coefficients(1, 2, round) for round in range(6)]
+    assert [dict(c)["lambda"] for c in found] == [2, 1.5, 1, 0.5, 0, 0]
+    assert [dict(c)["gamma"] for c in found] == [0, 0, 1, 1, 1, 1]
+    assert mentor.largest_coefficients(1, 2) == (("lambda", 2.0), ("gamma", 1.0))
+    # A term that the block never gets stays uncounted; without the run's length a schedule stays at its start.
+    assert mentor.largest_coefficients(0, 2) == (("lambda", 2.0), ("gamma", 0.0))
+    assert replace(mentor, schedule_rounds=0).coefficients(1, 2, 3) == (("lambda", 2.0), ("gamma", 0.0))
+
+
+def test_moving_coefficients_reach_the_clients_and_are_predicted_once():
+    mentor = Mentor(lambda_max=2.0, gamma_max=1.0, schedule=Late(), schedule_rounds=4)
+    method = make_method("scalefl", blocks=2, mentor=mentor)
+    state = method.init(spec(), PROBLEM, seed=0, smallest_memory_bytes=0)
+    plans = []
+    for round in (0, 1, 3):
+        misses = step_cost.cache_info().misses
+        plans.append(method.plan(replace(state, round=round), [ClientInfo(1, 9, memory_bytes=2**40)]))
+        assert round == 0 or step_cost.cache_info().misses == misses
+    steps = [plan.tasks[0].steps[0] for plan in plans]
+    assert [step.coefficients for step in steps] == [mentor.coefficients(1, 2, round) for round in (0, 1, 3)]
+    # The label term has no weight in the first round, but is counted from the start: one prediction for all rounds.
+    costs = [step_cost(step, PROBLEM, method.objective(step)) for step in steps]
+    assert {plan.costs[1] for plan in plans} == {costs[2]}
+    assert costs[0].flops < costs[2].flops
 
 
 @pytest.mark.parametrize("form", ["cka", "cca"])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import pytest
@@ -10,17 +10,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from models import BUILT_IN_CASES, NUM_CLASSES, Case, built_in, case, vectors
-from scalefl.blocks import Blocks, Span, blocks_by_count
+from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.client import Residents
+from scalefl.evaluate import nhsic_plane
 from scalefl.memory import Cost
-from scalefl.models.output import LAYERS, Layers, OutputSpec, Projection, Shape, light_targets
+from scalefl.mentor import Mentor, MentorLoss
+from scalefl.models.output import LAYERS, PROJECTIONS, Layers, OutputSpec, Projection, Shape, light_targets
+from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import identical
 from scalefl.partition import partition
-from scalefl.parts import Resident
-from scalefl.planner import full_step, output_module, span_step, step_cost
-from scalefl.problem import Classification, Column
+from scalefl.parts import Resident, Taps
+from scalefl.planner import output_module, span_step, step_cost
+from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.types import LocalWork, Step
+from support import identical
 
 
 def spec_of(shape: Shape, *later: Shape, layers: Layers = "full", projection: Projection = "none") -> OutputSpec:
@@ -175,6 +179,81 @@ def test_a_part_passes_the_mask_to_its_output_module() -> None:
     torch.testing.assert_close(taps.projected, (taps.z * mask).sum(1) / mask.sum(1))
 
 
+def test_pooled_tokens_count_if_any_of_theirs_does() -> None:
+    module = spec_of((6, 4), (3, 2)).build()
+    (layer,) = module.layers
+    z = torch.randn(3, 6, 4)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
+    taps = module(z, mask)
+    y = layer.linear(z)
+    wanted = torch.zeros(3, 3, 2)
+    wanted[0, :2] = torch.stack([y[0, :2].mean(0), y[0, 2]])
+    wanted[1] = y[1].view(3, 2, 2).mean(1)
+    torch.testing.assert_close(taps.features, wanted)
+    torch.testing.assert_close(taps.projected, torch.stack([wanted[0, :2].mean(0), wanted[1].mean(0), torch.zeros(2)]))
+    torch.testing.assert_close(module(z, mask.bool()).logits, taps.logits)
+
+
+@pytest.mark.parametrize(
+    ("length", "later"), [(6, [(6, 5)]), (6, [(3, 5)]), (7, [(3, 5)]), (9, [(6, 5), (4, 5), (4, 7)])]
+)
+def test_what_padded_tokens_hold_does_not_matter(length: int, later: list[Shape]) -> None:
+    """With uneven neighbourhoods, and through layers whose bias would fill empty places."""
+    module = spec_of((length, 4), *later).build()
+    mask = torch.arange(length) < torch.tensor([[2], [5], [length], [0]])
+    z = torch.randn(4, length, 4)
+    taps = module(z, mask)
+    changed = module(torch.where(mask.unsqueeze(-1), z, torch.full_like(z, torch.nan)), mask)
+    assert all(torch.equal(getattr(changed, f), getattr(taps, f)) for f in ("logits", "features", "projected"))
+    assert bool(taps.logits.isfinite().all()) and bool((taps.features[3] == 0).all())
+
+
+def test_a_mask_for_other_tokens_is_passed_over() -> None:
+    module, z = spec_of((6, 4), (3, 2)).build(), torch.randn(2, 6, 4)
+    for mask in (torch.zeros(2, 5), torch.zeros(2, 3), torch.zeros(2, 6, 6)):
+        assert torch.equal(module(z, mask).logits, module(z).logits)
+    images = spec_of((6, 4, 4)).build()
+    assert torch.equal(images(x := torch.randn(2, 6, 4, 4), torch.zeros(2, 6)).logits, images(x).logits)
+
+
+def padded_twice() -> tuple[Case, dict[str, Tensor], dict[str, Tensor]]:
+    """Two batches that differ in nothing but what their padded tokens hold."""
+    c = case("hf_bert")
+    batch = c.batch(6)
+    padded, ids = batch["attention_mask"] == 0, batch["input_ids"]
+    assert padded.any()
+    return c, batch, {**batch, "input_ids": torch.where(padded, (ids + 7) % c.vocabulary, ids)}
+
+
+@pytest.mark.parametrize("tap", ["output", "cut"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_padding_does_not_enter_nhsic(tap: str, block: int) -> None:
+    c, batch, other = padded_twice()
+    blocks = blocks_by_count(c.model, c.problem, 2)
+    output = output_module(blocks, block, c.problem, LocalWork(), "none")
+    step = span_step(blocks, Span(block, block), output, LocalWork())
+    own = tensors(c.model.build(0))
+    params = {n: own[n].detach() for n in step.part.held} | (output.initial(0) if output else {})
+    loss = MentorLoss(Mentor(tap=tap), 1.0, 1.0)
+    with Resident(c.model).holding(replace(step.part, active=()), params) as (runner, _), torch.no_grad():
+        found = [(runner(rows, c.problem), rows) for rows in (batch, other)]
+        values = [loss.batch_terms(taps, rows, c.problem) for taps, rows in found]
+        unmasked = [loss.batch_terms(taps, {**rows, "attention_mask": None}, c.problem) for taps, rows in found]
+    torch.testing.assert_close(values[0], values[1])
+    assert not torch.isclose(unmasked[0], unmasked[1])
+
+
+def test_padding_does_not_enter_the_plane() -> None:
+    c, batch, other = padded_twice()
+    found = partition(c.model, c.problem)
+    planes = [
+        nhsic_plane(Residents(), c.model, tensors(c.model.build(0)), c.problem, rows, found.cuts, found.source, seed=0)
+        for rows in (batch, other)
+    ]
+    for one, two in zip(*planes, strict=True):
+        assert [one[axis] for axis in "xy"] == pytest.approx([two[axis] for axis in "xy"], rel=1e-5)
+
+
 # Costs
 
 
@@ -190,32 +269,64 @@ def four_blocks(name: str) -> tuple[Case, Blocks]:
     return c, blocks_by_count(c.model, c.problem, 4)
 
 
+@dataclass(frozen=True)
+class Everything(TaskLoss):
+    """A gradient for the projection head too, as the mentor's label term gives it."""
+
+    def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor:
+        return taps.projected.mean()
+
+
+def fits(c: Case, blocks: Blocks, block: int, output: OutputSpec) -> bool:
+    """Whether a stage costs no more than training through the part that its output module stands in for."""
+    steps = (
+        span_step(blocks, Span(block, block), output, WORK),
+        span_step(blocks, Span(block, len(blocks) - 1), None, WORK),
+    )
+    stage, through = (step_cost(step, c.problem, Everything()) for step in steps)
+    return stage.flops <= through.flops and stage.peak_bytes <= through.peak_bytes
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("name", BUILT_IN_CASES)
-def test_a_stage_costs_no_more_than_what_it_stands_in_for(name: str) -> None:
+def test_a_stage_costs_no_more_than_what_it_stands_in_for(name: str, projection: Projection) -> None:
     c, blocks = four_blocks(name)
-    full = cost_of(c, full_step(c.model, c.problem, WORK))
+    order = [(p, layers) for p in PROJECTIONS for layers in LAYERS]
+    assert output_module(blocks, 3, c.problem, WORK, projection) is None
     for block in range(3):
-        output = output_module(blocks, block, c.problem, WORK, "none")
+        output = output_module(blocks, block, c.problem, WORK, projection)
         assert output is not None
-        stage = cost_of(c, span_step(blocks, Span(block, block), output, WORK))
-        through = cost_of(c, span_step(blocks, Span(block, 3), None, WORK))
-        assert stage.flops <= full.flops
-        assert stage.peak_bytes <= full.peak_bytes
-        assert output.layers == "bare" or stage.flops <= through.flops
-        assert output.layers == "bare" or stage.peak_bytes <= through.peak_bytes
-        # And the closest stand-in that does: the one before it in the list would cost more.
-        if output.layers != "full":
-            closer = replace(output, layers=LAYERS[LAYERS.index(output.layers) - 1])
-            dearer = cost_of(c, span_step(blocks, Span(block, block), closer, WORK))
-            assert dearer.flops > through.flops or dearer.peak_bytes > through.peak_bytes
-    assert output_module(blocks, 3, c.problem, WORK, "none") is None
+        assert fits(c, blocks, block, output)
+        # And the closest stand-in that does: those before it, from the projection that was asked for, cost more.
+        place = order.index((output.projection, output.layers))
+        closer = order[order.index((projection, "full")) : place]
+        assert not any(fits(c, blocks, block, replace(output, projection=p, layers=ls)) for p, ls in closer)
 
 
-def test_a_compact_model_gets_light_layers() -> None:
-    """Full 3×3 convolutions would cost more than the rest of SqueezeNet."""
+def test_compact_models_get_lighter_layers_and_narrower_projections() -> None:
     c, blocks = four_blocks("squeezenet")
-    kinds = [output_module(blocks, b, c.problem, WORK, "none").layers for b in range(3)]
-    assert kinds[-1] != "full"
+    found = [output_module(blocks, b, c.problem, WORK, "none") for b in range(3)]
+    assert found[-1].layers != "full"
+    found = [output_module(blocks, b, c.problem, WORK, "mlp") for b in range(3)]
+    assert (found[0].projection, found[-1].projection) == ("mlp", "linear")
+
+
+class First(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1]
+
+
+def funnel() -> nn.Module:
+    """Nothing can stand in for the end: a classifier on one feature."""
+    return nn.Sequential(nn.Linear(6, 64), nn.ReLU(), First(), nn.Linear(1, NUM_CLASSES))
+
+
+def test_where_nothing_is_as_cheap_as_the_part_the_cheapest_stands_in_for_it() -> None:
+    c = Case(ModelSpec.of(funnel), vectors(6))
+    blocks = blocks_by_hand(c.model, c.problem, ("1",))
+    output = output_module(blocks, 0, c.problem, WORK, "mlp")
+    assert (output.layers, output.projection) == ("full", "none")  # 64 → 1 → K, not 64 → K
+    assert not fits(c, blocks, 0, output)
 
 
 def test_the_projection_head_counts() -> None:

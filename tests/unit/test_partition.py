@@ -415,7 +415,6 @@ def test_tied_weights_are_refused_by_name() -> None:
     # By hand it is the user's word: the weight belongs to the block that needs it first.
     by_hand = partition(ModelSpec.of(Tied), IDS, ("first",))
     assert by_hand.unit_of["embedding.weight"] == 0
-    assert by_hand.aliases == {"head.weight": "embedding.weight"}
 
 
 def test_a_model_that_does_not_take_the_data(capfd: pytest.CaptureFixture[str]) -> None:

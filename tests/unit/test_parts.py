@@ -15,11 +15,11 @@ from scalefl.client import Residents, run_task
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.params import copied, identical
 from scalefl.parts import PartRunner, Resident
 from scalefl.planner import output_module, span_step
 from scalefl.rng import seeded
 from scalefl.types import ClientTask, ClientUpdate, LocalWork, Step
+from support import copied, identical
 
 WORK = LocalWork(batch_size=4, lr=0.1)
 

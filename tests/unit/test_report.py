@@ -65,7 +65,7 @@ SUMMARY = {
 
 
 def point(cut: str, x: float, y: float) -> dict[str, Any]:
-    return {"cut": cut, "x": x, "y": y, "x_permuted": 0.1, "y_permuted": 0.1}
+    return {"cut": cut, "num_samples": 64, "x": x, "y": y, "x_permuted": 0.1, "y_permuted": 0.1}
 
 
 def line(number: int, accuracy: float, plane: bool = True) -> dict[str, Any]:
@@ -247,6 +247,15 @@ def test_plane_has_a_path_for_each_cut(finished: Run) -> None:
     assert list(paths) == ["a", "b"]
     assert list(paths["a"].get_xdata()) == [0.5, 0.7]
     assert whole.get_xlim() == (0, 1.02)
+    assert near.get_title(loc="left") == "a: nHSIC plane of 64 samples"
+
+
+def test_plane_of_a_journal_that_does_not_name_its_samples(finished: Run) -> None:
+    for entry in finished.journal:
+        for drawn in entry.get("plane", ()):
+            del drawn["num_samples"]
+    figure = plane_picture(finished)
+    assert figure.axes[0].get_title(loc="left") == "a: nHSIC plane"
 
 
 def test_comparison_files(finished: Run, unfinished: Run, tmp_path: Path) -> None:

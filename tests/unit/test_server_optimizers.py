@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from scalefl.engines.local import LocalEngine
-from scalefl.params import identical
 from scalefl.server_optimizers import Average, FedAdam, FedAvgM, apply_mean
 from scalefl.types import Aux, ClientTask, LocalWork, RoundPlan, ServerState, Step
-from support import PROBLEM, Clients, MadeData, full_bytes, make_method, play, spec
+from support import PROBLEM, Clients, MadeData, full_bytes, identical, make_method, play, spec
 
 W0 = torch.tensor([1.0, -2.0, 0.0])
 MEANS = [torch.tensor(m) for m in ([1.5, -2.0, 0.1], [1.4, -1.0, 0.1], [2.0, -1.5, -0.3], [2.0, -1.5, 5.0])]

@@ -6,7 +6,6 @@ from scalefl.data.devices import (
     Devices,
     MemoryClass,
     ResolvedClass,
-    format_bytes,
     parse_bytes,
 )
 from scalefl.data.partitioners import (
@@ -37,7 +36,6 @@ __all__ = [
     "ResolvedClass",
     "Shards",
     "Source",
-    "format_bytes",
     "load",
     "parse_bytes",
     "partition",

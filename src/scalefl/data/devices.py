@@ -5,14 +5,13 @@ A budget is the bytes that training may add to a warmed-up worker, not the size 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import dataclass
 
 import msgspec
 
-from scalefl.errors import ConfigError
+from scalefl.errors import ConfigError, nearest
 from scalefl.rng import derive
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -34,12 +33,6 @@ def parse_bytes(text: str) -> int:
     if num_bytes < 1:
         raise ConfigError(f"{text!r} is not a number of bytes: write {_BYTES_EXAMPLES}")
     return num_bytes
-
-
-def format_bytes(num_bytes: float) -> str:
-    """Bytes for people, in the largest fitting power-of-2 unit: "300 MiB", "1.5 GiB"."""
-    unit = next((u for u in ("GiB", "MiB", "KiB") if abs(num_bytes) >= _UNITS[u]), "B")
-    return f"{num_bytes / _UNITS[unit]:.1f}".removesuffix(".0") + f" {unit}"
 
 
 class MemoryClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,9 +121,8 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         if not isinstance(self.classes, str):
             return self.classes
         if self.classes not in PROFILES:
-            near = difflib.get_close_matches(self.classes, PROFILES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"no device profile {self.classes!r}; known: {', '.join(PROFILES)}{hint}")
+            hint = nearest(self.classes, PROFILES)
+            raise ConfigError(f"no device profile {self.classes!r}{hint}; known: {', '.join(PROFILES)}")
         return PROFILES[self.classes]
 
     def resolve(self, full_training_bytes: int) -> tuple[ResolvedClass, ...]:

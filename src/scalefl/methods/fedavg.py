@@ -33,6 +33,8 @@ WIDTH_STEPS = 32
 class FedAvg:
     """FedAvg and its populations.
 
+    Paper: McMahan et al., algorithm 1. Deviation: the gate, and "all_small", are for clients with little memory.
+
     Args:
         work: what each client does.
         population: "exclusive": clients whose memory holds training of the whole model; "all": every client,

@@ -39,7 +39,7 @@ class ScaleFL:
             trains the longest span that fits its memory, around a block that moves on with the rounds.
         smallest_micro_batch: how far clients may split a batch to fit (gradient accumulation); None: not at all.
         mentor: the Curriculum Mentor; None trains on the task loss alone.
-        growth: the order in which blocks have their turn.
+        growth: the order in which blocks have their turn: `RoundRobin`, `Sequential`, `Converged` or your own.
         coadapted_layers: weight layers before the block that train with it; with elastic spans, as many as fit.
         server: what the server does with the mean.
     """
@@ -50,6 +50,7 @@ class ScaleFL:
     smallest_micro_batch: int | None = None
     mentor: Mentor | None = Mentor()
     growth: Growth = RoundRobin()
+    # Deviation: the authors co-adapt one convolution and its norm; 2 was better on validation data (docs/fidelity.md).
     coadapted_layers: int = 2
     server: ServerOptimizer = Average()
 
@@ -125,31 +126,37 @@ class ScaleFL:
         return blocks_from_ends(state.model, state.problem, tuple(state.aux.values["ends"]))
 
     def stage_step(self, blocks: Blocks, span: Span, problem: Problem, coadapted_layers: int | None = None) -> Step:
-        """The step that trains a span, before means are chosen for it; by default with all co-adapted layers."""
+        """The step that trains a span, before means are chosen for it; by default with all co-adapted layers.
+
+        Its coefficients are the largest of the run, so that its cost holds for every round and is predicted once.
+        """
         layers = self.coadapted_layers if coadapted_layers is None else coadapted_layers
         return _span_step(self, blocks, span, problem, layers)
 
     def _choice(self, state: ServerState, stage: int, turn: int, budget: int) -> Choice | None:
         blocks = self.blocks_of(state)
         if self.spans == "single":
-            return self._fit(blocks, _single(stage), state.problem, budget)
+            return self._fit(state, _single(stage), budget)
         # Deviation: the paper gives everybody the same block. Here the longest span that fits comes first, around
         # the block in turn before elsewhere; equals take turns.
         spans = _spans(blocks)
         for distance, length in sorted({(_distance(s, stage), -len(s)) for s in spans}):
             equals = [s for s in spans if (_distance(s, stage), -len(s)) == (distance, length)]
-            fits = [fit for s in equals if (fit := self._fit(blocks, s, state.problem, budget)) is not None]
+            fits = [fit for s in equals if (fit := self._fit(state, s, budget)) is not None]
             if fits:
                 return fits[turn % len(fits)]
         return None
 
-    def _fit(self, blocks: Blocks, span: Span, problem: Problem, budget: int) -> Choice | None:
+    def _fit(self, state: ServerState, span: Span, budget: int) -> Choice | None:
+        blocks, problem = self.blocks_of(state), state.problem
         for layers in self._coadapted(span):
             step = self.stage_step(blocks, span, problem, layers)
             fit = fitting_means(step, problem, self.objective(step), budget, self.smallest_micro_batch)
             if fit:
+                step, cost = fit
+                now = self.mentor.coefficients(span.last, len(blocks), state.round) if self.mentor else ()
                 fewer = f", {layers} co-adapted" if span.first and layers < self.coadapted_layers else ""
-                return Choice(*fit, _label(blocks, span) + fewer)
+                return Choice(replace(step, coefficients=now), cost, _label(blocks, span) + fewer)
         return None
 
     def _least(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
@@ -229,6 +236,6 @@ def _span_step(method: ScaleFL, blocks: Blocks, span: Span, problem: Problem, co
         span,
         method._output(blocks, span.last, problem),
         method.work.at_round(0),
-        coefficients=mentor.coefficients(span.last, len(blocks)) if mentor else (),
+        coefficients=mentor.largest_coefficients(span.last, len(blocks)) if mentor else (),
         coadapted_layers=coadapted_layers,
     )

@@ -7,9 +7,7 @@ such as a residual block, is one module that is called once, so that a model can
 
 from __future__ import annotations
 
-import difflib
-
-from scalefl.errors import ConfigError
+from scalefl.errors import ConfigError, nearest
 
 BUILT_IN: dict[str, str] = {
     "cnn": "scalefl.models.cnn:cnn",
@@ -31,9 +29,8 @@ def resolve(name: str) -> str:
     if ":" in name:
         return name
     if name not in BUILT_IN:
-        nearest = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0)[0]
         raise ConfigError(
-            f"no built-in model {name!r}; the nearest is {nearest!r}, of {', '.join(BUILT_IN)}. "
-            "Give a model of your own as 'package.module:factory'"
+            f"no built-in model {name!r}{nearest(name, BUILT_IN)}; known: {', '.join(BUILT_IN)}, or your own as "
+            "'package.module:factory'"
         )
     return BUILT_IN[name]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalefl.params import ATTACHMENT, Params
+from scalefl.problem import masks, without_padding
 from scalefl.rng import derive, seeded
 
 Shape = tuple[int, ...]
@@ -26,6 +27,8 @@ Layers = Literal["full", "separable", "bare"]
 # Deviation: the authors always use full 3×3 convolutions, which cost more than a compact model itself.
 # From the closest stand-in to the cheapest; the first whose cost stays within that of the missing part is taken.
 LAYERS: tuple[Layers, ...] = ("full", "separable", "bare")
+PROJECTIONS: tuple[Projection, ...] = ("mlp", "linear", "none")
+"""From the widest to the narrowest."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class OutputTaps:
-    """What an output module shows: logits [B, K], its last light layer's features, and the projected vector [B, d]."""
+    """What an output module shows: logits [B, K], its last light layer's features, and the projected vector [B, d].
+
+    Features of tokens that do not count are 0.
+    """
 
     logits: Tensor
     features: Tensor
@@ -93,9 +99,14 @@ class OutputModule(nn.Module):
         self.classifier = nn.Linear(width, spec.num_classes)
 
     def forward(self, z: Tensor, mask_BL: Tensor | None = None) -> OutputTaps:
-        """Logits and taps for a feature `z` of the shape that the spec names; `mask_BL` marks the tokens that count."""
+        """Logits and taps for a feature `z` of the shape that the spec names; `mask_BL` marks the tokens that count.
+
+        A mask for another number of tokens than `z` has is passed over.
+        """
+        mask_BL = mask_BL if masks(mask_BL, z) else None
         for layer in self.layers:
-            z = layer(z)
+            z, mask_BL = layer(z, mask_BL) if isinstance(layer, TokenLayer) else (layer(z), mask_BL)
+        z = without_padding(z, mask_BL)
         pooled_BD = _pool(z, mask_BL)
         return OutputTaps(self.classifier(pooled_BD), z, self.projection(pooled_BD))
 
@@ -125,12 +136,26 @@ class TokenLayer(nn.Module):
         self.linear = nn.Linear(source[-1], target[-1])
         self.num_tokens = target[0] if target[0] < source[0] else None
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """Project each token, then average neighbours down to the later number of tokens."""
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Project each token, then average neighbours down to the later number of tokens; and the mask of what is left.
+
+        Only tokens that count enter a mean; a mean counts where any of its tokens does.
+        """
         y_BLD: Tensor = self.linear(x_BLD)
         if self.num_tokens is None:
-            return y_BLD
-        return F.adaptive_avg_pool1d(y_BLD.transpose(1, 2), self.num_tokens).transpose(1, 2)
+            return y_BLD, mask_BL
+        if mask_BL is None:
+            return _neighbours(y_BLD, self.num_tokens), None
+        counting_BL1 = (mask_BL != 0).to(y_BLD.dtype).unsqueeze(-1)
+        share_BL1 = _neighbours(counting_BL1, self.num_tokens)
+        mean_BLD = _neighbours(without_padding(y_BLD, mask_BL), self.num_tokens)
+        # Where no token counts the mean is 0 already.
+        return mean_BLD / share_BL1.masked_fill(share_BL1 == 0, 1.0), (share_BL1 > 0).squeeze(-1)
+
+
+def _neighbours(x_BLD: Tensor, num_tokens: int) -> Tensor:
+    """Means of neighbouring tokens."""
+    return F.adaptive_avg_pool1d(x_BLD.transpose(1, 2), num_tokens).transpose(1, 2)
 
 
 def _layer(source: Shape, target: Shape, *, separable: bool) -> nn.Module:
@@ -156,6 +181,8 @@ def _convolution(source: Shape, target: Shape, *, separable: bool) -> nn.Module:
 
 
 def _projection(kind: Projection, width: int) -> nn.Module:
+    # Paper: the authors' code has three linear layers, 512 → 2056 → 1024 → 512, with nothing between them.
+    # Deviation: ours go by the feature's width, d → 4d → 2d → d, or are left out.
     if kind == "none":
         return nn.Identity()
     if kind == "linear":
@@ -164,13 +191,11 @@ def _projection(kind: Projection, width: int) -> nn.Module:
 
 
 def _pool(z: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """One vector for each example; features of tokens that do not count are 0."""
     if z.ndim == 2:
         return z
     if z.ndim == 3:
-        if mask_BL is None or mask_BL.shape[1] != z.shape[1]:
-            return z.mean(1)
-        weight_BL1 = mask_BL.to(z.dtype).unsqueeze(-1)
-        return (z * weight_BL1).sum(1) / weight_BL1.sum(1).clamp(min=1)
+        return z.mean(1) if mask_BL is None else z.sum(1) / (mask_BL != 0).sum(1, keepdim=True).clamp(min=1)
     return z.flatten(2).mean(2)
 
 

@@ -1,7 +1,7 @@
 """Vision transformer: Dosovitskiy et al., An Image is Worth 16x16 Words, ICLR 2021.
 
-The mean over patches feeds the classifier, where the paper has a class token (its appendix D.3 finds
-them equal). Shapes: B images, L patches, D channels.
+Deviation: the mean over patches feeds the classifier, where the paper has a class token (its appendix D.3
+finds them equal). Shapes: B images, L patches, D channels.
 """
 
 from __future__ import annotations

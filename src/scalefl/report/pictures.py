@@ -109,7 +109,8 @@ def memory_picture(plan: Mapping[str, Any], name: str) -> Figure:
 def plane_picture(run: Run) -> Figure | None:
     """The nHSIC plane: the path of each cut from the start of the run to its end; None if none was measured.
 
-    Twice: near by, and whole, with what the estimator gives where nothing is shared.
+    Twice: near by, and whole, with what the estimator gives where nothing is shared. The title names the number of
+    samples: planes of different numbers do not compare.
     """
     paths = _paths(run)
     if not paths:
@@ -126,7 +127,7 @@ def plane_picture(run: Run) -> Figure | None:
             values = [p[axis] for points in paths.values() for p in points]
             set_near(*_around(values))
             set_whole(0, 1.02)
-        near.set_title(f"{run.name}: nHSIC plane")
+        near.set_title(f"{run.name}: nHSIC plane{_samples(paths)}")
         whole.set_title("The whole plane")
         handles = [*near.get_legend_handles_labels()[0], *_plane_key(run)]
         figure.legend(handles=handles, loc="outside right upper", title="Z = output of", alignment="left")
@@ -142,6 +143,12 @@ def _draw_path(axes: Axes, cut: str, points: Sequence[Mapping[str, float]], line
     ends = (points[0], points[-1])  # a cross for each point would be a blot
     permuted = [[p[key] for p in ends] for key in ("x_permuted", "y_permuted")]
     axes.plot(*permuted, "x", color=colour, alpha=0.35, markersize=6, markeredgewidth=1.3)
+
+
+def _samples(paths: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """How many samples the points are of; journals of older versions do not say."""
+    counts = {p["num_samples"] for points in paths.values() for p in points if "num_samples" in p}
+    return f" of {', '.join(str(count) for count in sorted(counts))} samples" if counts else ""
 
 
 def _plane_key(run: Run) -> list[Line2D]:
