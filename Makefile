@@ -25,7 +25,7 @@ demo: $(STAMP)
 	$(BIN)/scalefl run examples/demo.toml --overwrite
 	$(BIN)/scalefl run examples/demo.toml --overwrite --set name=demo-fedavg --set 'method={name="fedavg"}'
 	$(BIN)/scalefl run examples/demo.toml --overwrite --set name=demo-fedavg-micro \
-		--set 'method={name="fedavg", smallest_micro_batch=4}'
+		--set 'method={name="fedavg", means="micro-batches"}'
 	$(BIN)/scalefl report runs/demo-scalefl runs/demo-fedavg runs/demo-fedavg-micro
 
 test: $(STAMP)

@@ -2,7 +2,7 @@
 
     import scalefl
 
-    print(scalefl.plan("resnet18", torch.zeros(2, 3, 32, 32), budget="64MiB", smallest_micro_batch=4))
+    print(scalefl.plan("resnet18", torch.zeros(2, 3, 32, 32), budget="64MiB"))
     summary = scalefl.run(scalefl.load_config("examples/demo.toml"), "runs/demo")
 
 Names are loaded when they are first used, so that importing the package is quick.

@@ -100,6 +100,7 @@ class Blocks:
             output=output,
             feature=feature,
             source=self.partition.source,
+            source_blank=self.partition.source_blank,
             active=self.active(span, coadapted_layers),
             held=tuple(self.held(span)),
             start=self.cut(span.first - 1) if span.first else None,

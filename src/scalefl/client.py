@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, num_bytes, select
 from scalefl.parts import PartRunner, Resident, Taps
-from scalefl.prefix import Prefix, prefix_of
+from scalefl.prefix import Prefix, from_input, prefix_of
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive, generator, seeded
 from scalefl.sgd import SGD
@@ -78,7 +78,7 @@ def _train(
         for epoch in range(step.work.epochs):
             sums = {}
             for batch, rows in _batches(examples, step.work.batch_size, derive(seed, "epoch", epoch), problem):
-                found = train_batch(runner, optimizer, batch, rows, problem, objective, step.means, prefix)
+                found = train_batch(runner, optimizer, batch, problem, objective, step.means, prefix, rows)
                 for name, (value, weight) in found.items():
                     entry = sums.setdefault(name, [0, 0])
                     entry[0] = entry[0] + value
@@ -113,22 +113,24 @@ def train_batch(
     runner: PartRunner,
     optimizer: SGD,
     batch: Batch,
-    rows: Tensor,
     problem: Problem,
     objective: Objective,
     means: Means,
-    prefix: Prefix,
+    prefix: Prefix = from_input,
+    rows: Tensor | None = None,
 ) -> dict[str, tuple[Tensor, int]]:
     """One optimizer step on one batch, in micro-batches where `means` says so; returns summed metrics.
 
     Args:
         runner, optimizer: what runs and what moves.
-        batch, rows: B examples, and which of the client's they are, [B].
+        batch: B examples.
         problem, objective: what is learned, and what is minimised.
         means: how.
-        prefix: gives the frozen prefix's features.
+        prefix: gives the frozen prefix's features; by default everything runs from the input.
+        rows: which of the client's the examples are, [B]; only a cached prefix asks.
     """
     optimizer.zero_grad()
+    rows = torch.arange(num_rows(batch)) if rows is None else rows
     micros = _micro_batches(batch, rows, means.micro_batch_size or num_rows(batch))
     sums: dict[str, tuple[Tensor, int]] = {}
     pull = None

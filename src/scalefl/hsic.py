@@ -33,8 +33,8 @@ def centred_kernel(features: Tensor, sigma: float = SIGMA) -> Tensor:
     a_BD = a_BD.to(torch.promote_types(a_BD.dtype, torch.float32))
     # Shifting all samples changes no distance and keeps the cancellation in ‖a‖² + ‖b‖² − 2ab small.
     a_BD = a_BD - a_BD.detach().mean(0)
-    squares_B = a_BD.square().sum(1)
     gram_BB = a_BD @ a_BD.T
+    squares_B = gram_BB.diagonal()
     distances_BB = (squares_B[:, None] + squares_B[None, :] - 2 * gram_BB).clamp(min=0)
     off_diagonal_BB = 1 - torch.eye(len(a_BD), dtype=a_BD.dtype, device=a_BD.device)
     # K − 1: centring takes any constant away, and next to 1 a kernel of near samples would lose its digits.

@@ -176,6 +176,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A frozen prefix runs at this moment, elsewhere."""
         self._waiting.append(self._live.copy())
 
+    def forget(self) -> None:
+        """What lives now is not counted."""
+        for entry in self._known.values():
+            self._live[entry.term] -= entry.growth
+            entry.growth = np.zeros(SHAPES, dtype=np.int64)
+        self._moments.clear()
+        self._later.clear()
+
     def profile(self) -> Profile:
         """What was noted."""
         moments = np.stack(self._moments) if self._moments else self._live[None]

@@ -17,7 +17,7 @@ from scalefl.objectives import TaskLoss
 from scalefl.planner import budget_error, full_step, step_cost
 from scalefl.problem import Classification, Column, Problem
 from scalefl.tracing import num_outputs
-from scalefl.types import LocalWork, Method, ServerState, Step
+from scalefl.types import Ladder, LadderName, LocalWork, Method, ServerState, Step
 from scalefl.units import mib
 
 
@@ -95,7 +95,7 @@ def plan(
     *,
     batch_size: int = 32,
     blocks: int | tuple[str, ...] = 4,
-    smallest_micro_batch: int | None = None,
+    means: Ladder | LadderName = "auto",
     **model_arguments: Any,
 ) -> MemoryPlan:
     """What training a model block by block needs, and what fits a budget.
@@ -106,7 +106,7 @@ def plan(
         budget: bytes, as a number or as "64MiB".
         batch_size: examples in a step.
         blocks: how many, or the module paths after which to cut.
-        smallest_micro_batch: how far a batch may be split; None: not at all.
+        means: what a client may do to fit: a ladder, or the name of one ("none", "micro-batches", "auto").
         model_arguments: keyword arguments for the factory.
 
     Raises:
@@ -115,7 +115,7 @@ def plan(
     """
     spec = ModelSpec.of(resolve(model) if isinstance(model, str) else model, **model_arguments)
     problem = _problem_for(spec, example_input)
-    method = ScaleFL(work=LocalWork(batch_size=batch_size), blocks=blocks, smallest_micro_batch=smallest_micro_batch)
+    method = ScaleFL(work=LocalWork(batch_size=batch_size), blocks=blocks, means=means)
     state = method.init(spec, problem, seed=0, smallest_memory_bytes=0)
     budgets = {} if budget is None else {"budget": parse_bytes(budget) if isinstance(budget, str) else budget}
     found = memory_plan(method, state, budgets)

@@ -21,7 +21,7 @@ from torch import nn
 from scalefl.errors import UncuttableModel, nearest
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.models.stand_ins import Template
+from scalefl.models.stand_ins import Blank, Template, blanks
 from scalefl.problem import Problem
 from scalefl.tracing import Call, Graph, Node, Trace, parents, traced
 
@@ -54,6 +54,12 @@ class Entry:
     cut: Cut
     skipped: tuple[tuple[str, Template], ...]
 
+    @property
+    def blank(self) -> Blank:
+        """What the given tensor looks like."""
+        template = dict(self.skipped)[self.cut.module]
+        return [blank for blank in blanks(template) if blank.is_floating_point][self.cut.position]
+
     def covers(self, path: str) -> bool:
         """Whether a module does not run after this entry."""
         return any(path == skipped or path.startswith(skipped + ".") for skipped, _ in self.skipped)
@@ -73,6 +79,7 @@ class Partition:
         norms: those of `layers` that own vectors only (norms, scales): they go with the layer before them.
         statistics: names of the buffers that each norm with running statistics updates in train mode.
         source: the module whose output is the input features (token models); None where the input is.
+        source_blank: what that output looks like.
         feature: the last feature before the model's own head.
         entries: for each cut, how a run could start there; None where a module's output cannot be stood in for.
             Whether the run then gives the same numbers is `starting.entry`'s to say.
@@ -87,6 +94,7 @@ class Partition:
     norms: frozenset[str]
     statistics: Mapping[str, tuple[str, ...]]
     source: str | None
+    source_blank: Blank | None
     feature: Cut | None
     entries: tuple[Entry | None, ...]
 
@@ -300,6 +308,7 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
         norms=_norms(trace),
         statistics=_statistics(module),
         source=graph.source_module,
+        source_blank=_source_blank(trace, graph.source_module),
         feature=features[-1].cut() if features else None,
         entries=tuple(_entry(trace, place) for place in places),
     )
@@ -312,6 +321,11 @@ def _entry(trace: Trace, place: _Place) -> Entry | None:
     if not all(trace.calls[path].has_template for path in outermost):
         return None
     return Entry(place.cut(), tuple((path, trace.calls[path].template) for path in outermost))
+
+
+def _source_blank(trace: Trace, path: str | None) -> Blank | None:
+    found = [blank for blank in blanks(trace.calls[path].template) if blank.is_floating_point] if path else []
+    return found[0] if found else None
 
 
 def _ancestors(path: str) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scalefl.models.output import OutputModule, OutputSpec, empty_output
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
+from scalefl.models.stand_ins import Blank
 from scalefl.params import Params
 from scalefl.partition import Cut, Entry
 from scalefl.problem import Batch, Problem
@@ -44,7 +45,7 @@ class Part:
         stop: the cut where the run ends; None runs the whole model.
         output: the output module after the cut; None where the model's own head runs.
         feature: the cut whose tensor is z: `stop`, or the last feature before the model's head.
-        source: the module whose output stands for the input (token models).
+        source, source_blank: the module whose output stands for the input (token models), and what that looks like.
         active: paths of the modules that run in train mode; all others are in eval mode.
         start: the cut where the frozen prefix ends; None where there is none.
         straddling: modules that run on both sides of `start` (a shared dropout, the model itself): in eval mode
@@ -63,6 +64,7 @@ class Part:
     source: str | None
     active: tuple[str, ...]
     held: tuple[str, ...]
+    source_blank: Blank | None = None
     start: Cut | None = None
     straddling: tuple[str, ...] = ()
     prefix: tuple[Stretch, ...] = ()
@@ -199,6 +201,11 @@ class PartRunner:
         logits = problem.output(raw)
         z = self._seen.get("z", logits)
         return Taps(logits, x, z, z, z)
+
+    @property
+    def output(self) -> OutputModule | None:
+        """The output module, if there is one."""
+        return self._output
 
     def complete_backward(self) -> None:
         """Take the gradient through the units that kept nothing, last to first. Norms do not count them twice."""

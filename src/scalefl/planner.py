@@ -2,88 +2,361 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalefl.blocks import Blocks, Span, blocks_by_hand
-from scalefl.client import train_batch
+from scalefl.client import holding, make_optimizer, train_batch
 from scalefl.errors import BudgetError
-from scalefl.memory import MIB, Cost, Ledger, predict
+from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, cost_of, predict, profile
 from scalefl.models.output import LAYERS, PROJECTIONS, OutputSpec, Projection, light_targets
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.parts import Resident, Taps
-from scalefl.problem import Batch, Problem
-from scalefl.sgd import SGD
-from scalefl.types import LocalWork, Means, Objective, Step
+from scalefl.params import Params, is_attachment
+from scalefl.parts import Features, Part, Resident, Taps
+from scalefl.prefix import CHUNK
+from scalefl.problem import Batch, Problem, num_rows
+from scalefl.types import Ladder, LocalWork, Means, Objective, PrefixMode, Step
+from scalefl.units import MIB, TERMS, Term
+
+WITHOUT_PREFIX: tuple[PrefixMode, ...] = ("streamed", "cached")
+"""Ways to run a prefix in which training does not hold its tensors."""
+
+
+def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
+    """Predicted cost of one optimizer step on a full batch: peak bytes by term, and FLOPs.
+
+    The step and its frozen prefix are traced apart, once for all batch sizes, and put together here: while the
+    prefix runs, the step waits with what it holds.
+    """
+    rows = step.work.batch_size
+    micro = min(step.means.micro_batch_size or rows, rows)
+    # Nearly equal slices: the largest has as many examples as an equal share, rounded up.
+    micro = -(-rows // -(-rows // micro))
+    found = _profile(_canonical(step), problem, objective, step.splits)
+    if found is None:
+        return _cost_for_real(step, problem, objective, micro)
+    terms, flops = found.peak(micro, rows), found.total_flops(micro, rows)
+    if step.part.entry is not None:
+        before, of_prefix = _while_prefix_runs(step, problem, found, micro)
+        terms = terms + _term("weights", _prefix_bytes(step))
+        terms = before if before.sum() > terms.sum() else terms
+        passes = 2 if step.splits and objective.coupled else 1
+        flops += round(of_prefix * rows * (1 / step.work.epochs if step.means.prefix == "cached" else passes))
+    return cost_of(terms, flops, rows)
+
+
+def _while_prefix_runs(step: Step, problem: Problem, waiting: Profile, micro: int) -> tuple[Array, float]:
+    """Bytes by term while the frozen prefix runs, and its FLOPs for an example."""
+    mode, rows = step.means.prefix, step.work.batch_size
+    found = _prefix_profile(step.part, problem, streamed=mode in WITHOUT_PREFIX)
+    chunk = micro if mode == "resident" else min(CHUNK, micro)
+    terms = waiting.waiting_peak(micro, rows) + found.peak(chunk, chunk) + _term("weights", _prefix_bytes(step))
+    if mode in ("chunked", "streamed"):
+        terms = terms + _term("activations", micro * _feature_bytes(step.part))
+    return terms, found.total_flops(chunk, chunk) / chunk
+
+
+def _canonical(step: Step) -> Step:
+    """The step without what its profile does not depend on."""
+    work = LocalWork(
+        batch_size=1,
+        lr=1,
+        momentum=float(step.work.momentum > 0),
+        weight_decay=float(step.work.weight_decay > 0),
+        clip_norm=float(step.work.clip_norm > 0),
+        prox=float(step.work.prox > 0),
+    )
+    means = replace(step.means, micro_batch_size=None, prefix="resident")
+    return replace(step, work=work, means=means)
 
 
 @lru_cache(maxsize=4096)
-def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
-    """Predicted cost of one optimizer step on a full batch: peak bytes by term, and FLOPs."""
+def _profile(step: Step, problem: Problem, objective: Objective, splits: bool) -> Profile | None:
+    """What training from the prefix's features takes; None where it can't run on fake tensors."""
+    symbols = SPLIT if splits else WHOLE
+    work = replace(step.work, batch_size=symbols.batch)
+    means = replace(step.means, micro_batch_size=symbols.first, prefix="streamed")
+    run = _traced(replace(step, work=work, means=means), problem, objective)
+    return profile(run, symbols)
+
+
+def _cost_for_real(step: Step, problem: Problem, objective: Objective, micro: int) -> Cost:
+    """The cost of a model whose control flow depends on data: its step done for real, on zeros, from its input."""
     rows = step.work.batch_size
-    micro = min(step.means.micro_batch_size or rows, rows)
     # Two micro-batches show every peak: the first runs without gradients, all later ones beside them.
     traced = rows if micro == rows else min(rows, 2 * micro)
+    part = replace(step.part, entry=None, prefix=(), own=step.part.held)
+    work, means = replace(step.work, batch_size=traced), replace(step.means, micro_batch_size=micro)
+    cost = predict(_traced(replace(step, part=part, work=work, means=means), problem, objective), traced)
+    waiting = (rows - traced) * sum(c.numel() * c.element_size() for c in problem.example(1).values())
+    terms = np.array([size for _, size in cost.terms]) + _term("activations", waiting)
+    return cost_of(terms, round(cost.flops * rows / traced), rows)
+
+
+def _traced(step: Step, problem: Problem, objective: Objective) -> Callable[[Ledger], None]:
+    """The client's own loop over one batch, with the ledger told what is what."""
     resident = _resident(step.part.model)
-    held = resident.empty(step.part)
+    held = {*step.part.own, *(step.part.output.names() if step.part.output else ())}
+    empty = {name: t for name, t in resident.empty(step.part).items() if name in held}
 
     def run(ledger: Ledger) -> None:
-        with ledger.counting_as("weights"):
-            params = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in held.items()}
-        with resident.holding(step.part, params, step.trainable, step.moving) as (runner, trained):
-            for p in trained.values():
-                p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    lambda p: ledger.file([_grad(p)], "gradients")
-                )
-            with ledger.counting_as("optimizer"):
-                optimizer = SGD(trained, step.work)
-            batch = problem.example(traced)
-            train_batch(runner, optimizer, batch, problem, objective, replace(step.means, micro_batch_size=micro))
+        params = _zeros(empty, ledger)
+        with holding(resident, step, params) as (runner, trained), _counting_output(runner.output, ledger):
+            for name, p in trained.items():
+                p.register_post_accumulate_grad_hook(_filing(ledger, name))  # type: ignore[no-untyped-call]
+            optimizer = make_optimizer(trained, step)
+            for name, tensor in optimizer.momentum.items():
+                ledger.file([tensor], _term_of(name, "optimizer"))
+            for name, tensor in optimizer.copies.items():
+                ledger.file([tensor], _term_of(name, "copies"))
+            with ledger.counting_as("activations"):
+                batch = problem.example(step.work.batch_size)
+            watched = _Watched(objective, ledger)
+            train_batch(runner, optimizer, batch, problem, watched, step.means, _waiting(step.part, ledger))
 
-    cost = predict(run, traced)
-    waiting = (rows - traced) * _row_bytes(problem)
-    terms = tuple((term, size + (waiting if term == "activations" else 0)) for term, size in cost.terms)
-    return Cost(cost.peak_bytes + waiting, terms, round(cost.flops * rows / traced), rows)
+    return run
+
+
+def _waiting(part: Part, ledger: Ledger) -> Callable[[Batch, Tensor], Features | None]:
+    """A prefix whose run is traced elsewhere."""
+
+    def prefix(batch: Batch, rows: Tensor) -> Features | None:
+        if part.entry is None:
+            return None
+        ledger.wait()
+        source = part.source_blank if part.source is not None and part.entry.covers(part.source) else None
+        count = num_rows(batch)
+        return Features(part.entry.blank.zeros(count), source.zeros(count) if source else None)
+
+    return prefix
+
+
+@lru_cache(maxsize=1024)
+def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile:
+    """What running the frozen prefix takes beside what is held: its weights only where they are streamed."""
+    resident = _resident(part.model)
+    bare = replace(part, output=None)
+    empty = resident.empty(bare)
+    names = part.own if streamed else part.held
+
+    def run(ledger: Ledger) -> None:
+        held = _zeros({name: empty[name] for name in names}, ledger)
+        with resident.holding(bare, held, without_prefix=streamed) as (runner, _):
+            ledger.forget()
+            with ledger.counting_as("activations"):
+                batch = problem.example(WHOLE.batch)
+            ledger.forget()
+            if streamed:
+                runner.streamed_features(batch, problem, _Coming(empty, ledger))
+            else:
+                runner.prefix_features(batch, problem)
+
+    found = profile(run, WHOLE)
+    assert found is not None, "a model that cannot run on fake tensors has no entry"
+    return found
+
+
+class _Coming(dict[str, Tensor]):
+    """Tensors that come into being when they are asked for, as those of a streamed prefix do."""
+
+    def __init__(self, empty: dict[str, Tensor], ledger: Ledger) -> None:
+        super().__init__(empty)
+        self._ledger = ledger
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self._ledger.counting_as("weights"):
+            return torch.zeros(super().__getitem__(name).shape, dtype=super().__getitem__(name).dtype)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """An objective that tells the ledger when the forward pass is over, and what the mentor's terms take."""
+
+    objective: Objective
+    ledger: Ledger
+
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        return self.objective.coupled
+
+    def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> tuple[Tensor, int]:
+        found = self.objective.sample_terms(taps, batch, problem)
+        if torch.is_grad_enabled():
+            self.ledger.settle()
+        return found
+
+    def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
+        with self.ledger.counting_as("mentor"):
+            return self.objective.batch_terms(taps, batch, problem)
+
+
+def _zeros(empty: Params, ledger: Ledger) -> dict[str, Tensor]:
+    found = {}
+    for name, t in empty.items():
+        with ledger.counting_as(_term_of(name, "weights")):
+            found[name] = torch.zeros(t.shape, dtype=t.dtype)
+    return found
+
+
+@contextlib.contextmanager
+def _counting_output(module: nn.Module | None, ledger: Ledger) -> Iterator[None]:
+    """Inside the block, what the output module makes is filed as its own."""
+    if module is None:
+        yield
+        return
+    running = contextlib.ExitStack()
+    before = module.register_forward_pre_hook(lambda *_: running.enter_context(ledger.counting_as("output_module")))
+    after = module.register_forward_hook(lambda *_: running.close())
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _filing(ledger: Ledger, name: str) -> Callable[[Tensor], None]:
+    def file(p: Tensor) -> None:
+        assert p.grad is not None
+        ledger.file([p.grad], _term_of(name, "gradients"))
+
+    return file
+
+
+def _term_of(name: str, term: Term) -> Term:
+    return "output_module" if is_attachment(name) else term
+
+
+def _term(term: Term, size: int) -> Array:
+    found = np.zeros(len(TERMS), dtype=np.int64)
+    found[TERMS.index(term)] = size
+    return found
+
+
+def _prefix_bytes(step: Step) -> int:
+    """Weights of the prefix that are held while training runs."""
+    if step.means.prefix in WITHOUT_PREFIX:
+        return 0
+    empty = _resident(step.part.model).empty(replace(step.part, output=None))
+    own = set(step.part.own)
+    return sum(t.numel() * t.element_size() for name, t in empty.items() if name not in own)
+
+
+def _feature_bytes(part: Part) -> int:
+    """Of one example."""
+    assert part.entry is not None
+    kept = [part.entry.blank]
+    if part.source_blank is not None and part.source is not None and part.entry.covers(part.source):
+        kept.append(part.source_blank)
+    return sum(blank.zeros(1).nbytes for blank in kept)
 
 
 def fitting_means(
-    step: Step, problem: Problem, objective: Objective, budget_bytes: int, smallest_micro_batch: int | None
+    step: Step,
+    problem: Problem,
+    objective: Objective,
+    budget_bytes: int,
+    ladder: Ladder,
+    *,
+    round: int = 0,
+    num_examples: int = 0,
 ) -> tuple[Step, Cost] | None:
-    """The step with the largest micro-batch that fits the budget, and its cost; None if none fits.
+    """The step by the means that fit the budget and lose least, and its cost; None if none fits.
+
+    Exact means come before approximate ones, then fewer FLOPs, then less traffic with the disk.
 
     Args:
         step: what to do.
         problem: what is learned.
         objective: what the step minimises.
         budget_bytes: what the client may add to its worker.
-        smallest_micro_batch: how far a batch may be split; None: not at all.
+        ladder: the means that it may use.
+        round: rounds done, by which statistics may be frozen.
+        num_examples: the client's, by which features on disk are sized; 0: unknown, then nothing is cached.
     """
-    for size in _micro_sizes(step.work.batch_size, smallest_micro_batch):
-        tried = replace(step, means=Means(micro_batch_size=size))
-        cost = step_cost(tried, problem, objective)
-        if cost.peak_bytes <= budget_bytes:
-            return tried, cost
-    return None
+    fits = [
+        (_loss(tried, cost), tried, cost)
+        for tried in _variants(step, problem, ladder, round, num_examples)
+        if (cost := step_cost(tried, problem, objective)).peak_bytes <= budget_bytes
+    ]
+    if not fits:
+        return None
+    _, tried, cost = min(fits, key=lambda fit: fit[0])
+    return tried, cost
 
 
-def cheapest(step: Step, problem: Problem, objective: Objective, smallest_micro_batch: int | None) -> tuple[Step, Cost]:
-    """The step with the smallest allowed micro-batch, and its cost: the least memory that it can do with."""
-    size = _micro_sizes(step.work.batch_size, smallest_micro_batch)[-1]
-    tried = replace(step, means=Means(micro_batch_size=size))
-    return tried, step_cost(tried, problem, objective)
+def cheapest(step: Step, problem: Problem, objective: Objective, ladder: Ladder) -> tuple[Step, Cost]:
+    """The step by those of the allowed means that need least memory, and its cost."""
+    tried = [(s, step_cost(s, problem, objective)) for s in _variants(step, problem, ladder, 0, 0)]
+    return min(tried, key=lambda pair: (pair[1].peak_bytes, _loss(*pair)))
+
+
+def _variants(step: Step, problem: Problem, ladder: Ladder, round: int, num_examples: int) -> Iterator[Step]:
+    """The step by all means that a ladder allows and that make a difference to it."""
+    frozen = [False]
+    if ladder.frozen_statistics is not None and round >= ladder.frozen_statistics and step.statistics:
+        frozen.append(True)
+    for means in (
+        Means(size, recompute, prefix, free, bfloat16, frozen_statistics)
+        for size in ladder.micro_sizes(step.work.batch_size)
+        for recompute in (_either(ladder.recompute) if step.part.inner else [False])
+        for prefix in _prefixes(step, problem, ladder, num_examples)
+        for free in (_either(ladder.free_gradients) if not step.work.clip_norm else [False])
+        for bfloat16 in _either(ladder.bfloat16)
+        for frozen_statistics in frozen
+    ):
+        if means.free_gradients and (means.micro_batch_size or 0) < step.work.batch_size:
+            continue  # accumulated gradients are needed together
+        moving = step.moving - step.statistics if means.frozen_statistics else step.moving
+        yield replace(step, means=means, moving=moving)
+
+
+def _either(rung: bool | str) -> list[bool]:
+    return [False, True] if rung == "auto" else [bool(rung)]
+
+
+def _prefixes(step: Step, problem: Problem, ladder: Ladder, num_examples: int) -> list[PrefixMode]:
+    if step.part.entry is None:
+        return ["resident"]
+    if ladder.prefix != "auto":
+        return [ladder.prefix]
+    modes: list[PrefixMode] = ["resident", "chunked", "streamed"]
+    # Features are those of the examples as they are: augmentation would freeze one random draw of them.
+    on_disk = num_examples * _feature_bytes(step.part)
+    if not problem.augments and 0 < on_disk <= ladder.cache_bytes:
+        modes.append("cached")
+    return modes
+
+
+DISK = {"resident": 0, "chunked": 0, "cached": 1, "streamed": 2}
+
+
+def _loss(step: Step, cost: Cost) -> tuple[object, ...]:
+    """What a step loses by its means, worst first: a key to sort by."""
+    means = step.means
+    couples = step.splits and bool(step.statistics) and not means.frozen_statistics
+    return (
+        means.bfloat16 + means.frozen_statistics,
+        couples,
+        cost.flops,
+        DISK[means.prefix],
+        -(means.micro_batch_size or 0),
+        means.free_gradients,
+    )
 
 
 def budget_error(what: str, cost: Cost, largest_bytes: int) -> BudgetError:
     """An error that says what a step needs, by term, and what is on offer."""
-    terms = ", ".join(f"{term} {size / MIB:.1f}" for term, size in cost.terms)
+    terms = ", ".join(f"{term} {size / MIB:.1f}" for term, size in cost.terms if size)
     return BudgetError(
         f"{what} needs {cost.peak_bytes / MIB:.1f} MiB ({terms}); the largest budget on offer is "
-        f"{largest_bytes / MIB:.1f} MiB. More blocks, smaller micro-batches, a smaller batch or momentum = 0 "
-        "lower it"
+        f'{largest_bytes / MIB:.1f} MiB. More blocks, means = "auto", a smaller batch or momentum = 0 lower it'
     )
 
 
@@ -147,27 +420,14 @@ def output_module(
 class _WithProjection(TaskLoss):
     """The task loss, and a gradient through the projection head, which only the mentor's label term gives it."""
 
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        return ("projected",)
+
     def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
         return taps.projected.mean()
-
-
-def _micro_sizes(batch_size: int, smallest: int | None) -> list[int]:
-    """The batch size and its halves down to `smallest`; the batch size alone for None."""
-    sizes = [batch_size]
-    while smallest is not None and sizes[-1] > max(smallest, 1):
-        sizes.append(max(smallest, -(-sizes[-1] // 2)))
-    return sizes
 
 
 @lru_cache(maxsize=64)
 def _resident(model: ModelSpec) -> Resident:
     return Resident(model)
-
-
-def _row_bytes(problem: Problem) -> int:
-    return sum(column.numel() * column.element_size() for column in problem.example(1).values())
-
-
-def _grad(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad

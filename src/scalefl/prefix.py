@@ -23,6 +23,12 @@ Prefix = Callable[[Batch, Tensor], Features | None]
 """Gives the features of a micro-batch, whose rows in the client's examples are the second argument; None where the
 part runs from its input."""
 
+
+def from_input(batch: Batch, rows: Tensor) -> Features | None:
+    """The prefix of a part that runs from its input."""
+    return None
+
+
 _Run = Callable[[Batch], Features]
 
 
@@ -42,7 +48,7 @@ def prefix_of(step: Step, runner: PartRunner, params: Params, examples: Batch, p
 
     mode = step.means.prefix
     if step.part.entry is None:
-        yield lambda batch, rows: None
+        yield from_input
     elif mode == "resident":
         yield lambda batch, rows: resident(batch)
     elif mode == "cached":

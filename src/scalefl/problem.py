@@ -99,6 +99,11 @@ class Problem(Protocol):
         """Which tokens count, [B, L], for token models; None otherwise."""
         ...
 
+    @property
+    def augments(self) -> bool:
+        """Whether `augment` changes batches."""
+        ...
+
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         """A randomly changed copy of a training batch."""
         ...
@@ -175,6 +180,11 @@ class Classification:
     def mask(self, batch: Batch) -> Tensor | None:
         """`attention_mask` where the data has one."""
         return batch.get("attention_mask")
+
+    @property
+    def augments(self) -> bool:
+        """Whether there is any augmentation."""
+        return bool(self.augmentation)
 
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         """Randomly cropped and flipped images; the batch itself where nothing is asked for."""

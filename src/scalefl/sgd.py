@@ -30,12 +30,22 @@ class SGD:
     def __init__(self, parameters: Mapping[str, nn.Parameter], work: LocalWork, *, in_backward: bool = False) -> None:
         if in_backward and work.clip_norm:
             raise ConfigError("clip_norm needs all gradients at once: they cannot be applied during backward")
-        self._parameters = list(parameters.values())
+        self._names, self._parameters = list(parameters), list(parameters.values())
         self._work = work
         self._momentum = [torch.zeros_like(p) for p in self._parameters] if work.momentum else None
         self._start = [p.detach().clone() for p in self._parameters] if work.prox else None
         for i, p in enumerate(self._parameters if in_backward else ()):
             p.register_post_accumulate_grad_hook(self._applying(i))  # type: ignore[no-untyped-call]
+
+    @property
+    def momentum(self) -> dict[str, Tensor]:
+        """The momentum buffers, by parameter."""
+        return dict(zip(self._names, self._momentum or (), strict=False))
+
+    @property
+    def copies(self) -> dict[str, Tensor]:
+        """What the parameters were at the start, where FedProx needs it."""
+        return dict(zip(self._names, self._start or (), strict=False))
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

@@ -89,6 +89,60 @@ class Means:
     frozen_statistics: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ladder:
+    """Which means clients may use to fit their memory. "auto" leaves a rung to the planner; True takes it always.
+
+    Args:
+        micro_batch_size: examples in memory at once; "auto": the batch, or halves of it; None: the batch.
+        smallest_micro_batch: how far "auto" goes.
+        recompute, free_gradients: see `Means`.
+        prefix: see `Means`; "auto" tries them all.
+        cache_bytes: the most that a client may keep on disk for a cached prefix.
+        bfloat16: an approximation.
+        frozen_statistics: rounds after which norms that train may use their running statistics, an approximation;
+            None: never.
+    """
+
+    micro_batch_size: int | Literal["auto"] | None = None
+    smallest_micro_batch: int = 4
+    recompute: bool | Literal["auto"] = False
+    prefix: PrefixMode | Literal["auto"] = "resident"
+    cache_bytes: int = 2**30
+    free_gradients: bool | Literal["auto"] = False
+    bfloat16: bool | Literal["auto"] = False
+    frozen_statistics: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.micro_batch_size
+        if isinstance(size, int):
+            check_range("micro_batch_size", size, 1)
+        check_range("smallest_micro_batch", self.smallest_micro_batch, 1)
+        check_range("cache_bytes", self.cache_bytes, 0)
+        check_range("frozen_statistics", self.frozen_statistics or 0, 0)
+
+    def micro_sizes(self, batch_size: int) -> list[int]:
+        """The micro-batch sizes that may be tried, largest first."""
+        if self.micro_batch_size != "auto":
+            return [min(self.micro_batch_size or batch_size, batch_size)]
+        sizes = [batch_size]
+        while sizes[-1] > self.smallest_micro_batch:
+            sizes.append(max(self.smallest_micro_batch, -(-sizes[-1] // 2)))
+        return sizes
+
+
+NO_MEANS = Ladder()
+AUTO = Ladder(micro_batch_size="auto", recompute="auto", prefix="auto", free_gradients="auto")
+LADDERS: Mapping[str, Ladder] = {"none": NO_MEANS, "micro-batches": Ladder(micro_batch_size="auto"), "auto": AUTO}
+"""Ladders by name: no means but the whole batch; gradient accumulation alone; everything that does not approximate."""
+LadderName = Literal["none", "micro-batches", "auto"]
+
+
+def ladder_of(means: str | Ladder) -> Ladder:
+    """A ladder, or the one of that name."""
+    return LADDERS[means] if isinstance(means, str) else means
+
+
 @dataclass(frozen=True)
 class ClientInfo:
     """What the server knows of a client.
@@ -145,6 +199,11 @@ class Step:
     coefficients: tuple[tuple[str, float], ...]
     work: LocalWork
     means: Means = Means()
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """Statistics of norms in train mode: what moves without being trained."""
+        return self.moving - self.trainable
 
     @property
     def splits(self) -> bool:
@@ -289,8 +348,21 @@ class Choice(NamedTuple):
     @property
     def rung(self) -> str:
         """The label with the means."""
-        micro, batch = self.step.means.micro_batch_size, self.step.work.batch_size
-        return self.label if micro in (None, batch) else f"{self.label}, micro-batch {micro}"
+        return ", ".join([self.label, *_described(self.step)])
+
+
+def _described(step: Step) -> list[str]:
+    """The means of a step in words; nothing where it has the memory that it likes."""
+    means = step.means
+    words = {
+        f"micro-batch {means.micro_batch_size}": step.splits,
+        "recomputed": means.recompute,
+        f"{means.prefix} prefix": means.prefix != "resident" and step.part.entry is not None,
+        "freed gradients": means.free_gradients and not step.splits,
+        "bfloat16": means.bfloat16,
+        "frozen statistics": means.frozen_statistics,
+    }
+    return [word for word, holds in words.items() if holds]
 
 
 class Totals(Protocol):

@@ -46,14 +46,18 @@ ALL: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in [*METHODS, *PRESETS]},
     "fedavg all": {"name": "fedavg", "population": "all"},
     "fedavg all_small": {"name": "fedavg", "population": "all_small"},
-    "fedavg micro": {"name": "fedavg", "smallest_micro_batch": 2},
+    "fedavg micro": {"name": "fedavg", "means": {"micro_batch_size": "auto", "smallest_micro_batch": 2}},
     "fedavg adam": {"name": "fedavg", "server": {"kind": "fedadam"}},
-    "scalefl micro momentum": {"name": "scalefl", "smallest_micro_batch": 2, "server": {"kind": "fedavgm"}},
+    "scalefl micro momentum": {
+        "name": "scalefl",
+        "means": {"micro_batch_size": "auto", "smallest_micro_batch": 2},
+        "server": {"kind": "fedavgm"},
+    },
     "scalefl converged": {
         "name": "scalefl",
         "spans": "single",
         "coadapted_layers": 0,
-        "smallest_micro_batch": 4,
+        "means": {"micro_batch_size": "auto", "smallest_micro_batch": 4},
         "growth": {"kind": "converged", "threshold": 10.0, "patience": 1},
         "mentor": {
             "lambda_max": 0.1,
@@ -65,7 +69,12 @@ ALL: dict[str, dict[str, Any]] = {
         },
     },
     "scalefl counted": {"name": "scalefl", "blocks": 2},
-    "scalefl memory": {"name": "scalefl", "blocks": "memory", "smallest_micro_batch": 4, "coadapted_layers": 0},
+    "scalefl memory": {
+        "name": "scalefl",
+        "blocks": "memory",
+        "means": {"micro_batch_size": "auto", "smallest_micro_batch": 4},
+        "coadapted_layers": 0,
+    },
 }
 
 
@@ -331,7 +340,9 @@ def test_exclusive_fedavg_with_memory_for_everything_is_fedavg_for_all(fedavg):
 
 
 def test_micro_batches_that_nobody_needs_change_nothing(fedavg):
-    assert identical(params_of(make_method("fedavg", smallest_micro_batch=1)), fedavg)
+    assert identical(
+        params_of(make_method("fedavg", means={"micro_batch_size": "auto", "smallest_micro_batch": 1})), fedavg
+    )
 
 
 def test_blocks_by_memory_are_one_block_where_it_fits(fedavg):

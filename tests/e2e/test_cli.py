@@ -32,9 +32,9 @@ from scalefl.export import state_dict
 from scalefl.models.cnn import cnn
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.params import identical
 from scalefl.problem import Classification
 from scalefl.types import ServerState
+from support import identical
 
 # Three classes of 8×8 pictures on six clients. NAP makes clients slow enough to be stopped in their work.
 MODULE = """

@@ -49,7 +49,7 @@ def test_every_unit_and_parameter_is_in_exactly_one_block(channels, data):
 @MODEST
 @given(NETS, st.integers(0, 3), st.lists(st.floats(0.2, 1.5), min_size=2, max_size=3))
 def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels, turn, shares):
-    method = ScaleFL(work=support.WORK, blocks=len(channels) + 1, smallest_micro_batch=4, coadapted_layers=1)
+    method = ScaleFL(work=support.WORK, blocks=len(channels) + 1, means="micro-batches", coadapted_layers=1)
     state = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
     full = max(choice.cost.peak_bytes for choice in method.menu(state))
     trained = []

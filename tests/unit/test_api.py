@@ -54,7 +54,7 @@ def test_plan_of_an_impossible_budget_says_what_the_cheapest_part_needs():
 def test_a_smaller_micro_batch_lowers_the_plan():
     example = torch.zeros(2, 3, 16, 16)
     whole = scalefl.plan(small, example, blocks=2)
-    split = scalefl.plan(small, example, blocks=2, smallest_micro_batch=4)
+    split = scalefl.plan(small, example, blocks=2, means="micro-batches")
     assert all(b.cost.peak_bytes < a.cost.peak_bytes for a, b in zip(whole.rows, split.rows, strict=True))
     assert split.rows[0].label == "block 1, micro-batch 4"
 

@@ -8,21 +8,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from scalefl.coords import whole
-from scalefl.errors import ConfigError
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.rng import derive
 from scalefl.types import Choice, ClientInfo, ClientTask, LocalWork, RoundPlan, ServerState
-
-
-def check_micro_batch(smallest: int | None) -> None:
-    """Refuse a smallest micro-batch that holds nothing.
-
-    Raises:
-        ConfigError: it is not None and below 1.
-    """
-    if smallest is not None and smallest < 1:
-        raise ConfigError(f"smallest_micro_batch = {smallest}: expected at least 1")
 
 
 def initial_params(model: ModelSpec, seed: int) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from scalefl.methods.common import check_micro_batch, initial_params, make_plan
+from scalefl.methods.common import initial_params, make_plan
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
@@ -17,12 +17,15 @@ from scalefl.types import (
     Aux,
     Choice,
     ClientInfo,
+    Ladder,
+    LadderName,
     LocalWork,
     Objective,
     RoundPlan,
     ServerState,
     Step,
     Totals,
+    ladder_of,
 )
 
 WIDTH_STEPS = 32
@@ -40,17 +43,14 @@ class FedAvg:
         population: "exclusive": clients whose memory holds training of the whole model; "all": every client,
             as if memory were no matter (an upper reference that no real system reaches); "all_small": every
             client, with the widest model that the weakest one can train.
-        smallest_micro_batch: how far clients may split a batch to fit (gradient accumulation); None: not at all.
+        means: what clients may do to fit their memory: a ladder, or the name of one ("none", "micro-batches", "auto").
         server: what the server does with the mean.
     """
 
     work: LocalWork = LocalWork()
     population: Literal["exclusive", "all", "all_small"] = "exclusive"
-    smallest_micro_batch: int | None = None
+    means: Ladder | LadderName = "none"
     server: ServerOptimizer = Average()
-
-    def __post_init__(self) -> None:
-        check_micro_batch(self.smallest_micro_batch)
 
     def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
         """The model at its width, with its initial weights."""
@@ -70,9 +70,9 @@ class FedAvg:
         """The whole model for everybody."""
         step = self._step(state.model, state.problem)
         least = self._least(state.model, state.problem)
-        fits = {}
+        ladder, fits = ladder_of(self.means), {}
         for budget in {client.memory_bytes for client in cohort}:
-            fit = fitting_means(step, state.problem, TaskLoss(), budget, self.smallest_micro_batch)
+            fit = fitting_means(step, state.problem, TaskLoss(), budget, ladder, round=state.round)
             fits[budget] = Choice(*fit, "full") if fit else least
         chosen = {client.id: fits[client.memory_bytes] for client in cohort}
         return make_plan(state, "full", cohort, chosen, self.work)
@@ -95,7 +95,7 @@ class FedAvg:
 
     def _least(self, model: ModelSpec, problem: Problem) -> Choice:
         step = self._step(model, problem)
-        return Choice(*cheapest(step, problem, TaskLoss(), self.smallest_micro_batch), "full")
+        return Choice(*cheapest(step, problem, TaskLoss(), ladder_of(self.means)), "full")
 
     def _widest(self, model: ModelSpec, problem: Problem, budget_bytes: int) -> ModelSpec:
         """The widest model whose training fits, by bisection: more width never takes less memory."""

@@ -16,7 +16,7 @@ from scalefl.errors import ConfigError
 from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
 from scalefl.memory import Cost
 from scalefl.mentor import Mentor, MentorLoss
-from scalefl.methods.common import check_micro_batch, initial_params, make_plan
+from scalefl.methods.common import initial_params, make_plan
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
@@ -24,7 +24,20 @@ from scalefl.params import Params, without_attachments
 from scalefl.planner import budget_error, cheapest, fitting_means, output_module, span_step
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
-from scalefl.types import Aux, Choice, ClientInfo, LocalWork, Objective, RoundPlan, ServerState, Step, Totals
+from scalefl.types import (
+    Aux,
+    Choice,
+    ClientInfo,
+    Ladder,
+    LadderName,
+    LocalWork,
+    Objective,
+    RoundPlan,
+    ServerState,
+    Step,
+    Totals,
+    ladder_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +50,7 @@ class ScaleFL:
             client train each.
         spans: "single": all clients of a round train the block in turn (the paper); "elastic": each client
             trains the longest span that fits its memory, around a block that moves on with the rounds.
-        smallest_micro_batch: how far clients may split a batch to fit (gradient accumulation); None: not at all.
+        means: what clients may do to fit their memory: a ladder, or the name of one ("none", "micro-batches", "auto").
         mentor: the Curriculum Mentor; None trains on the task loss alone.
         growth: the order in which blocks have their turn: `RoundRobin`, `Sequential`, `Converged` or your own.
         coadapted_layers: weight layers before the block that train with it; with elastic spans, as many as fit.
@@ -47,7 +60,7 @@ class ScaleFL:
     work: LocalWork = LocalWork()
     blocks: int | tuple[str, ...] | Literal["memory"] = 4
     spans: Literal["single", "elastic"] = "elastic"
-    smallest_micro_batch: int | None = None
+    means: Ladder | LadderName = "auto"
     mentor: Mentor | None = Mentor()
     growth: Growth = RoundRobin()
     # Deviation: the authors co-adapt one convolution and its norm; 2 was better on validation data (docs/fidelity.md).
@@ -61,7 +74,6 @@ class ScaleFL:
             raise ConfigError(f"blocks = {self.blocks}: expected at least 1")
         if self.spans == "elastic" and not isinstance(self.growth, RoundRobin):
             raise ConfigError("growth other than round_robin needs spans = 'single': elastic clients are out of step")
-        check_micro_batch(self.smallest_micro_batch)
 
     def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
         """The model's weights, and an output module after each block but the last."""
@@ -92,9 +104,12 @@ class ScaleFL:
         # With elastic spans clients are out of step: so every block has its share of each round's clients, and the
         # head in particular does not spend whole rounds with the strongest clients alone.
         step = 0 if self.spans == "single" else 1
-        wanted = {c.id: ((stage + step * c.id) % num_blocks, c.memory_bytes) for c in cohort}
+        # Numbers of examples only decide whether a prefix's features fit on disk: their order of magnitude will do.
+        wanted = {
+            c.id: ((stage + step * c.id) % num_blocks, c.memory_bytes, 1 << c.num_examples.bit_length()) for c in cohort
+        }
         turn = state.round // num_blocks
-        fits = {want: self._choice(state, want[0], turn, want[1]) for want in sorted(set(wanted.values()))}
+        fits = {want: self._choice(state, turn, *want) for want in sorted(set(wanted.values()))}
         chosen = {c.id: fit for c in cohort if (fit := fits[wanted[c.id]]) is not None}
         label = f"block {stage + 1}" if self.spans == "single" else "spans"
         return make_plan(state, label, cohort, chosen, self.work)
@@ -133,25 +148,33 @@ class ScaleFL:
         layers = self.coadapted_layers if coadapted_layers is None else coadapted_layers
         return _span_step(self, blocks, span, problem, layers)
 
-    def _choice(self, state: ServerState, stage: int, turn: int, budget: int) -> Choice | None:
+    def _choice(self, state: ServerState, turn: int, stage: int, budget: int, num_examples: int) -> Choice | None:
         blocks = self.blocks_of(state)
         if self.spans == "single":
-            return self._fit(state, _single(stage), budget)
+            return self._fit(state, _single(stage), budget, num_examples)
         # Deviation: the paper gives everybody the same block. Here the longest span that fits comes first, around
         # the block in turn before elsewhere; equals take turns.
         spans = _spans(blocks)
         for distance, length in sorted({(_distance(s, stage), -len(s)) for s in spans}):
             equals = [s for s in spans if (_distance(s, stage), -len(s)) == (distance, length)]
-            fits = [fit for s in equals if (fit := self._fit(state, s, budget)) is not None]
+            fits = [fit for s in equals if (fit := self._fit(state, s, budget, num_examples)) is not None]
             if fits:
                 return fits[turn % len(fits)]
         return None
 
-    def _fit(self, state: ServerState, span: Span, budget: int) -> Choice | None:
+    def _fit(self, state: ServerState, span: Span, budget: int, num_examples: int) -> Choice | None:
         blocks, problem = self.blocks_of(state), state.problem
         for layers in self._coadapted(span):
             step = self.stage_step(blocks, span, problem, layers)
-            fit = fitting_means(step, problem, self.objective(step), budget, self.smallest_micro_batch)
+            fit = fitting_means(
+                step,
+                problem,
+                self.objective(step),
+                budget,
+                ladder_of(self.means),
+                round=state.round,
+                num_examples=num_examples,
+            )
             if fit:
                 step, cost = fit
                 now = self.mentor.coefficients(span.last, len(blocks), state.round) if self.mentor else ()
@@ -162,7 +185,7 @@ class ScaleFL:
     def _least(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
         layers = self._coadapted(span)[-1]
         step = self.stage_step(blocks, span, problem, layers)
-        found = cheapest(step, problem, self.objective(step), self.smallest_micro_batch)
+        found = cheapest(step, problem, self.objective(step), ladder_of(self.means))
         return Choice(*found, _label(blocks, span))
 
     def _coadapted(self, span: Span) -> list[int]:

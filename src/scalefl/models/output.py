@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -63,12 +64,17 @@ class OutputSpec:
 
     def names(self) -> list[str]:
         """Names of its parameters."""
-        return [self.prefix + name for name, _ in empty_output(self).named_parameters()]
+        return list(_names(self))
 
     def initial(self, seed: int) -> Params:
         """Its first weights: a function of the seed and the cut, whatever else the model holds."""
         with seeded(derive(seed, "output", self.cut)):
             return {self.prefix + name: t.detach() for name, t in self.build().state_dict().items()}
+
+
+@lru_cache(maxsize=1024)
+def _names(spec: OutputSpec) -> tuple[str, ...]:
+    return tuple(spec.prefix + name for name, _ in empty_output(spec).named_parameters())
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,16 @@ class Blank:
     dtype: str
     batched: bool
 
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether its values are."""
+        return bool(getattr(torch, self.dtype).is_floating_point)
+
+    def zeros(self, num_examples: int) -> Tensor:
+        """Zeros in memory of their own."""
+        shape = (num_examples, *self.shape) if self.batched else self.shape
+        return torch.zeros(shape, dtype=getattr(torch, self.dtype))
+
     def filled(self, num_examples: int) -> Tensor:
         """Zeros that take the memory of one."""
         shape = (num_examples, *self.shape) if self.batched else self.shape
@@ -70,6 +80,13 @@ def template_of(output: Any, num_examples: int) -> Template:
     raise NoTemplate(type(output).__name__)
 
 
+def blanks(template: Template) -> list[Blank]:
+    """The tensors of a template, in order."""
+    if isinstance(template, Group):
+        return [blank for item in template.items for blank in blanks(item)]
+    return [] if template is None else [template]
+
+
 def filled(template: Template, num_examples: int, position: int = -1, given: Tensor | None = None) -> Any:
     """The output that a template describes: zeros, and `given` as its floating-point tensor number `position`."""
     floating = iter(range(10**9))
@@ -78,7 +95,7 @@ def filled(template: Template, num_examples: int, position: int = -1, given: Ten
         if part is None:
             return None
         if isinstance(part, Blank):
-            is_given = getattr(torch, part.dtype).is_floating_point and next(floating) == position
+            is_given = part.is_floating_point and next(floating) == position
             return given if is_given else part.filled(num_examples)
         items = [fill(item) for item in part.items]
         return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)

@@ -18,7 +18,16 @@ from scalefl.units import MIB, TERMS, digits
 
 # Okabe and Ito's palette, without its yellow: told apart by colour-blind readers, and dark enough on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-TERM_COLOURS = dict(zip(TERMS, ("#0072B2", "#E69F00", "#009E73", "#A6CDE6"), strict=True))
+TERM_COLOURS: dict[str, str] = {
+    "weights": "#0072B2",
+    "gradients": "#E69F00",
+    "optimizer": "#009E73",
+    "copies": "#000000",
+    "output_module": "#CC79A7",
+    "mentor": "#D55E00",
+    "activations": "#56B4E9",
+    "transients": "#C9E4F5",
+}
 GRID, QUIET = "#DDDDDD", "#555555"
 DASHED = (0, (4, 2))
 STYLE = {
@@ -79,13 +88,15 @@ def memory_picture(plan: Mapping[str, Any], name: str) -> Figure:
     budgets = {label: num_bytes / MIB for label, num_bytes in plan["budgets_bytes"].items()}
     near = {label: budget for label, budget in budgets.items() if budget <= FAR_BUDGET * widest}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 1.9 + 0.34 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(8, 2.1 + 0.34 * len(rows)), layout="constrained")
         axes = figure.subplots()
         _grid(axes, "x")
         left = [0.0] * len(rows)
         for term in TERMS:
             sizes = [row[f"{term}_bytes"] / MIB for row in rows]
-            axes.barh(range(len(rows)), sizes, left=left, height=0.68, color=TERM_COLOURS[term], label=term)
+            if any(sizes):
+                name_of = term.replace("_", " ")
+                axes.barh(range(len(rows)), sizes, left=left, height=0.68, color=TERM_COLOURS[term], label=name_of)
             left = [before + size for before, size in zip(left, sizes, strict=True)]
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -99,7 +110,7 @@ def memory_picture(plan: Mapping[str, Any], name: str) -> Figure:
             handles.append(
                 Line2D([], [], color=QUIET, linewidth=1.2, linestyle=DASHED, label="budget of a memory class")
             )
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
         far = [f"{label} ({digits(budget)} MiB)" for label, budget in budgets.items() if label not in near]
         if far:
             axes.set_xlabel(f"predicted training peak (MiB)\nnot shown, as they hold all of it: {', '.join(far)}")

@@ -80,16 +80,29 @@ def to_markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+SHORT_TERMS = {
+    "weights": "weights",
+    "gradients": "grads",
+    "optimizer": "optim.",
+    "copies": "copies",
+    "output_module": "φ",
+    "mentor": "mentor",
+    "activations": "activ.",
+    "transients": "trans.",
+}
+
+
 def memory_table(plan: Mapping[str, Any]) -> Table:
     """What full training and each item of a plan need, and which memory classes hold it."""
     full, budgets = plan["full"], plan["budgets_bytes"]
+    terms = [term for term in TERMS if any(row[f"{term}_bytes"] for row in (full, *plan["rows"]))]
     return Table(
         f"Memory plan: {plan['model']}, batches of {plan['batch_size']}",
         (
             "trained",
             "peak\nMiB",
             "of\nfull",
-            *(f"{short}\nMiB" for short in ("weights", "grads", "optim.", "activ.")),
+            *(f"{SHORT_TERMS[term]}\nMiB" for term in terms),
             "FLOPs\nof full",
             "upload\nMiB",
             "fits",
@@ -99,7 +112,7 @@ def memory_table(plan: Mapping[str, Any]) -> Table:
                 row["label"],
                 _mib(row["peak_bytes"]),
                 _percent(row["peak_bytes"] / full["peak_bytes"]),
-                *(_mib(row[f"{term}_bytes"]) for term in TERMS),
+                *(_mib(row[f"{term}_bytes"]) for term in terms),
                 _percent(row["flops_per_example"] / full["flops_per_example"]),
                 _mib(row["bytes_up"]),
                 _fitting(row["peak_bytes"], budgets),
@@ -107,7 +120,8 @@ def memory_table(plan: Mapping[str, Any]) -> Table:
             for row in (full, *plan["rows"])
         ),
         (
-            "Peak = weights + gradients + optimizer state + activations (with the batch and scratch space), predicted; "
+            "Peak: predicted, the sum of the terms at the fullest moment. φ is the output module, with gradients and "
+            "momentum; activ. what backward needs, with the batch; trans. what lives for a moment, scratch included. "
             "FLOPs are for one example. Fits: the memory classes that can train it.",
         ),
         frozenset({"fits"}),
