@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 from scalefl.errors import UncuttableModel
@@ -13,6 +13,9 @@ from scalefl.partition import Cut, Entry, Partition, partition
 from scalefl.parts import Part, Stretch
 from scalefl.problem import Problem
 from scalefl.starting import proven
+
+Layer = tuple[str, tuple[str, ...]]
+"""A module that owns parameters, and their names."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,45 @@ class Blocks:
 
     def part(self, span: Span, output: OutputSpec | None, coadapted_layers: int = 0) -> Part:
         """What a step that trains the span runs."""
-        stop = self.cut(span.last)
+        first = self.units(span)[0]
+        near = [name for _, names in self._coadapted(span, coadapted_layers) for name in names]
+        part = self._part(span, output, min((self.partition.unit_of[name] for name in near), default=first))
+        return replace(
+            part,
+            active=self.active(span, coadapted_layers),
+            start=self.cut(span.first - 1) if span.first else None,
+            straddling=self.straddling(span),
+        )
+
+    def part_of_layers(self, span: Span, output: OutputSpec | None, layers: Sequence[Layer]) -> Part:
+        """What a step that trains only some layers of a span runs: the others, before and after them, are frozen."""
+        names = self.trainable_of(layers)
+        part = self._part(span, output, min(self.partition.unit_of[name] for name in names))
+        return replace(part, active=tuple(sorted(path for path, _ in layers)))
+
+    def trainable_of(self, layers: Sequence[Layer]) -> frozenset[str]:
+        """The parameters of some layers."""
+        return frozenset(name for _, names in layers for name in names) & self.partition.parameters
+
+    def layer_groups(self, span: Span) -> list[tuple[Layer, ...]]:
+        """The weight layers of a span in order of execution, each with the norms that follow it."""
+        units, groups = self.units(span), list[list[Layer]]()
+        for path, names in self.partition.layers:
+            own = tuple(name for name in names if self.partition.unit_of[name] in units)
+            if not own:
+                continue
+            has_weight = groups and any(layer not in self.partition.norms for layer, _ in groups[-1])
+            if groups and (path in self.partition.norms or not has_weight):
+                groups[-1].append((path, own))
+            else:
+                groups.append([(path, own)])
+        return [tuple(group) for group in groups]
+
+    def _part(self, span: Span, output: OutputSpec | None, first_trained_unit: int) -> Part:
+        stop, last, before = self.cut(span.last), self.ends[span.last], first_trained_unit - 1
+        feature = stop or self.partition.feature
         entries = proven(self.model, self.problem, self.partition.entries)
-        before = self._last_frozen_unit(span, coadapted_layers)
         entry = entries[before] if before >= 0 else None
-        last, feature = self.ends[span.last], stop or self.partition.feature
         return Part(
             model=self.model,
             stop=stop,
@@ -101,21 +138,13 @@ class Blocks:
             feature=feature,
             source=self.partition.source,
             source_blank=self.partition.source_blank,
-            active=self.active(span, coadapted_layers),
+            active=(),
             held=tuple(self.held(span)),
-            start=self.cut(span.first - 1) if span.first else None,
-            straddling=self.straddling(span),
             prefix=self._stretches(entries, before) if entry else (),
             entry=entry,
             own=self._needed(entry, last),
             inner=tuple(e for e in entries[before + 1 : last] if e and (e.cut == feature or not _passes(e, feature))),
         )
-
-    def _last_frozen_unit(self, span: Span, coadapted_layers: int) -> int:
-        """The last unit before anything that trains; -1 where training starts with the first."""
-        first = self.units(span)[0]
-        near = (name for _, names in self._coadapted(span, coadapted_layers) for name in names)
-        return min((self.partition.unit_of[name] for name in near), default=first) - 1
 
     def _stretches(self, entries: Sequence[Entry | None], last: int) -> tuple[Stretch, ...]:
         """The frozen units up to `last`, each on its own where the model can be started between them."""

@@ -155,6 +155,7 @@ def train_batch(
         runner.complete_backward()
         with torch.no_grad():
             _accumulate(sums, problem.metrics(logits, micro))
+        del logits
     if total_weight not in (divisor, 0):
         # Weights were known only when all micro-batches had run.
         optimizer.scale_grad(divisor / total_weight)

@@ -191,7 +191,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             moments[when, before] -= growth
             moments[when, after] += growth
         waiting = np.stack(self._waiting) if self._waiting else np.zeros_like(moments[:1])
-        return Profile(_undominated(moments), waiting, self._flops)
+        flops = self._flops.copy()
+        if self._symbols and self._symbols.first != self._symbols.batch:
+            flops[[1, 3]] //= 2  # two micro-batches were run, and each counted for an example
+        return Profile(_undominated(moments), waiting, flops)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

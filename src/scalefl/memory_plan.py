@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +14,31 @@ from scalefl.methods.scalefl import ScaleFL
 from scalefl.models import resolve
 from scalefl.models.spec import Factory, ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.planner import budget_error, full_step, step_cost
+from scalefl.planner import budget_error, fit, full_step, least, step_cost
 from scalefl.problem import Classification, Column, Problem
 from scalefl.tracing import num_outputs
-from scalefl.types import Ladder, LadderName, LocalWork, Method, ServerState, Step
-from scalefl.units import mib
+from scalefl.types import (
+    NO_MEANS,
+    Choice,
+    Ladder,
+    LadderName,
+    LocalWork,
+    Method,
+    Objective,
+    Offer,
+    ServerState,
+    Step,
+    described,
+)
+from scalefl.units import MIB
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a memory class does something: its peak, and the means in words, empty where it needs none."""
+
+    peak_bytes: int
+    means: str
 
 
 @dataclass(frozen=True)
@@ -27,13 +47,17 @@ class PlanRow:
 
     Args:
         label: what it is.
-        cost: of one step on a batch.
+        cost: of one step on a batch, by no means but the method's own.
+        least: how it is done with least memory.
+        fits: memory class -> how it does this; classes that cannot are not there.
         bytes_down, bytes_up: what a client downloads and uploads for it.
         cut: the module after which it ends; None for the model's end.
     """
 
     label: str
     cost: Cost
+    least: Fit
+    fits: Mapping[str, Fit]
     bytes_down: int
     bytes_up: int
     cut: str | None
@@ -58,8 +82,8 @@ class MemoryPlan:
     budgets: Mapping[str, int]
 
     def fitting(self, row: PlanRow) -> list[str]:
-        """The memory classes whose budget holds a row."""
-        return [name for name, budget in self.budgets.items() if row.cost.peak_bytes <= budget]
+        """The memory classes that can do a row."""
+        return list(row.fits)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -72,20 +96,31 @@ class MemoryPlan:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.model}, batches of {self.batch_size}"]
+        lines = [f"{self.model}, batches of {self.batch_size}: MiB as it is, and at the least"]
         for row in (self.full, *self.rows):
-            fits = f"   fits: {', '.join(self.fitting(row)) or 'none'}" if self.budgets else ""
-            lines.append(f"  {row.label:<28} {mib(row.cost.peak_bytes):>8} MiB{fits}")
+            sizes = f"{row.cost.peak_bytes / MIB:8.1f} {row.least.peak_bytes / MIB:8.1f}"
+            fits = "; ".join(f"{name} ({fit.means or 'as it is'})" for name, fit in row.fits.items())
+            lines.append(f"  {row.label:<24} {sizes}" + (f"   fits: {fits or 'none'}" if self.budgets else ""))
         return "\n".join(lines)
 
 
 def memory_plan(method: Method, state: ServerState, budgets: Mapping[str, int]) -> MemoryPlan:
-    """The plan of a method at its start: what each item of its menu needs, beside full training."""
+    """The plan of a method at its start: what each item of its menu needs, beside full training by no means."""
     model, problem, work = state.model, state.problem, method.work.at_round(0)
-    whole = full_step(model, problem, work)
-    full = _row(state, "full training", whole, step_cost(whole, problem, TaskLoss()))
-    rows = tuple(_row(state, choice.rung, choice.step, choice.cost) for choice in method.menu(state))
-    return MemoryPlan(model.name, work.batch_size, full, rows, dict(budgets))
+    whole = Offer("full training", (("", full_step(model, problem, work)),), NO_MEANS)
+    full = _row(state, whole, lambda step: TaskLoss(), budgets)
+    offers = method.menu(state)
+    rows = [(offer, _row(state, offer, method.objective, budgets)) for offer in offers if not offer.fallback]
+    for offer in offers:
+        if offer.fallback and not _held_by_more(offer, rows, budgets):
+            rows.append((offer, _row(state, offer, method.objective, budgets)))
+    return MemoryPlan(model.name, work.batch_size, full, tuple(row for _, row in rows), dict(budgets))
+
+
+def _held_by_more(offer: Offer, rows: Sequence[tuple[Offer, PlanRow]], budgets: Mapping[str, int]) -> bool:
+    """Whether every memory class holds something that trains all that a fallback does."""
+    more = [row for other, row in rows if offer.step.trainable <= other.step.trainable]
+    return all(any(name in row.fits for row in more) for name in budgets)
 
 
 def plan(
@@ -118,11 +153,14 @@ def plan(
     method = ScaleFL(work=LocalWork(batch_size=batch_size), blocks=blocks, means=means)
     state = method.init(spec, problem, seed=0, smallest_memory_bytes=0)
     budgets = {} if budget is None else {"budget": parse_bytes(budget) if isinstance(budget, str) else budget}
-    found = memory_plan(method, state, budgets)
-    least = min(found.rows, key=lambda row: row.cost.peak_bytes)
-    if budgets and not found.fitting(least):
-        raise budget_error(f"{least.label}, the cheapest part of {spec.name},", least.cost, budgets["budget"])
-    return found
+    if budgets:
+        floor = min(
+            (least(offer, problem, method.objective) for offer in method.menu(state)),
+            key=lambda choice: choice.cost.peak_bytes,
+        )
+        if floor.cost.peak_bytes > budgets["budget"]:
+            raise budget_error(f"{floor.rung}, the least of {spec.name},", floor.cost, budgets["budget"])
+    return memory_plan(method, state, budgets)
 
 
 def _problem_for(model: ModelSpec, example: Tensor | Mapping[str, Tensor]) -> Problem:
@@ -133,12 +171,29 @@ def _problem_for(model: ModelSpec, example: Tensor | Mapping[str, Tensor]) -> Pr
     return Classification(num_outputs(model, Classification(2, described)), described)
 
 
-def _row(state: ServerState, label: str, step: Step, cost: Cost) -> PlanRow:
+def _row(
+    state: ServerState, offer: Offer, objective: Callable[[Step], Objective], budgets: Mapping[str, int]
+) -> PlanRow:
     def size(names: Iterable[str]) -> int:
         return sum(state.params[name].numel() * state.params[name].element_size() for name in names)
 
+    step, problem = offer.step, state.problem
+    found = {name: fit(offer, problem, objective, budget) for name, budget in budgets.items()}
     stop = step.part.stop
-    return PlanRow(label, cost, size(step.part.names()), size(step.moving), stop.module if stop else None)
+    return PlanRow(
+        label=offer.label,
+        cost=step_cost(step, problem, objective(step)),
+        least=_fit_of(least(offer, problem, objective), offer),
+        fits={name: _fit_of(choice, offer) for name, choice in found.items() if choice},
+        bytes_down=size(step.part.names()),
+        bytes_up=size(step.moving),
+        cut=stop.module if stop else None,
+    )
+
+
+def _fit_of(choice: Choice, offer: Offer) -> Fit:
+    words = [*choice.label.removeprefix(offer.label).split(", ")[1:], *described(choice.step)]
+    return Fit(choice.cost.peak_bytes, ", ".join(words))
 
 
 def _row_to_json(row: PlanRow) -> dict[str, Any]:
@@ -150,4 +205,6 @@ def _row_to_json(row: PlanRow) -> dict[str, Any]:
         "flops_per_example": row.cost.flops_per_example,
         "bytes_down": row.bytes_down,
         "bytes_up": row.bytes_up,
+        "least": asdict(row.least),
+        "fits": {name: asdict(fit) for name, fit in row.fits.items()},
     }

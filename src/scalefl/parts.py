@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -175,25 +175,36 @@ class PartRunner:
         self._again: list[_Rerun] = []
 
     def __call__(
-        self, batch: Batch, problem: Problem, features: Features | None = None, *, recompute: bool = False
+        self,
+        batch: Batch,
+        problem: Problem,
+        features: Callable[[], Features] | None = None,
+        *,
+        recompute: bool = False,
     ) -> Taps:
         """Run the part on a batch.
 
         Args:
             batch: the examples.
             problem: gives the model's arguments.
-            features: what the frozen prefix left for them, where it has run; the run then starts at `part.entry`.
+            features: gives what the frozen prefix leaves for them; the run then starts at `part.entry`. Called here,
+                so that no caller holds the tensor for longer than the model does.
             recompute: keep no activations of the units before the last: once a loss has gone backward,
                 `complete_backward` runs them again, one by one.
         """
         args, kwargs = problem.inputs(batch)
         self._seen.clear()
         self._again.clear()
-        entry, given = (self._part.entry, features.z) if features else (None, None)
+        entry, given, x = None, list[Tensor](), None
+        if features is not None:
+            entry = self._part.entry
+            z, x = features()
+            given.append(z)
+            del z
         if recompute and torch.is_grad_enabled():
             entry, given = self._run_bare(args, kwargs, entry, given)
         raw = self._run(args, kwargs, entry, given, self._part.stop)
-        x = features.x if features and features.x is not None else self._x(args, kwargs)
+        x = self._x(args, kwargs) if x is None else x
         if self._output is not None:
             z = self._seen["z"]
             output = self._output(z, problem.mask(batch))
@@ -225,21 +236,23 @@ class PartRunner:
         """What the frozen prefix, laid out with the rest, gives for a batch."""
         assert self._part.entry is not None
         args, kwargs = problem.inputs(batch)
-        return self._frozen(args, kwargs, None, None, self._part.entry.cut)
+        return self._frozen(args, kwargs, None, [], self._part.entry.cut)
 
     def streamed_features(self, batch: Batch, problem: Problem, params: Params) -> Features:
         """The same, with the tensors of one stretch of the prefix held at a time."""
         args, kwargs = problem.inputs(batch)
-        found = Features(torch.empty(0), None)
+        given: list[Tensor] = []
+        x = None
         for stretch in self._part.prefix:
             extra = [name for name in stretch.held if name not in self._part.own]
             self._skeleton.lay({name: params[name] for name in extra})
             try:
-                here = self._frozen(args, kwargs, stretch.entry, found.z, stretch.stop)
+                found = self._frozen(args, kwargs, stretch.entry, given, stretch.stop)
             finally:
                 self._skeleton.clear(extra)
-            found = Features(here.z, found.x if here.x is None else here.x)
-        return found
+            given, x = [found.z], found.x if x is None else x
+            del found
+        return Features(given.pop(), x)
 
     def features(self, batch: Batch, problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Tensor, list[Tensor]]:
         """The input features and the tensor at each of `cuts`, in one run without a gradient."""
@@ -250,31 +263,34 @@ class PartRunner:
             taps = self(batch, problem)
         return taps.x, [found[cut] for cut in cuts]
 
-    def _frozen(self, args: Any, kwargs: Any, entry: Entry | None, given: Tensor | None, stop: Cut) -> Features:
+    def _frozen(self, args: Any, kwargs: Any, entry: Entry | None, given: list[Tensor], stop: Cut) -> Features:
         self._seen.clear()
         with torch.no_grad():
             self._run(args, kwargs, entry, given, stop)
         return Features(self._seen.pop("z"), self._seen.pop("x", None))
 
     def _run_bare(
-        self, args: Any, kwargs: Any, entry: Entry | None, given: Tensor | None
-    ) -> tuple[Entry | None, Tensor | None]:
+        self, args: Any, kwargs: Any, entry: Entry | None, given: list[Tensor]
+    ) -> tuple[Entry | None, list[Tensor]]:
         """Run all units but the last without a graph; note how to run each again, and where the last one starts."""
         for inner in self._part.inner:
             state = torch.get_rng_state()
             with torch.no_grad():
-                self._run(args, kwargs, entry, given, inner.cut)
+                self._run(args, kwargs, entry, list(given), inner.cut)
             following = self._seen.pop("z").requires_grad_()
             self._again.append(_Rerun(args, kwargs, entry, given, inner.cut, following, state, self._seen))
-            entry, given = inner, following
+            entry, given = inner, [following]
         return entry, given
 
-    def _run(self, args: Any, kwargs: Any, entry: Entry | None, given: Tensor | None, stop: Cut | None) -> Any:
-        """Run the model from an entry to a cut, noting taps; return what the model returns if it comes to its end."""
+    def _run(self, args: Any, kwargs: Any, entry: Entry | None, given: list[Tensor], stop: Cut | None) -> Any:
+        """Run the model from an entry to a cut, noting taps; return what the model returns if it comes to its end.
+
+        The tensor at the entry is taken out of `given`.
+        """
         part = self._part
         with contextlib.ExitStack() as undo:
             past_start = False
-            if entry is not None and given is not None:
+            if entry is not None:
                 undo.enter_context(skipping(self._module, entry, given))
                 past_start = part.start is not None and entry.covers(part.start.module)
             if part.source is not None and not (entry and entry.covers(part.source)):
@@ -324,7 +340,7 @@ class _Rerun(NamedTuple):
     args: Any
     kwargs: Any
     entry: Entry | None
-    given: Tensor | None
+    given: list[Tensor]
     stop: Cut
     end: Tensor
     rng_state: Tensor
@@ -335,8 +351,9 @@ class _Rerun(NamedTuple):
         torch.set_rng_state(self.rng_state)
         run(self.args, self.kwargs, self.entry, self.given, self.stop)
         gradient, self.end.grad = self.end.grad, None
-        if gradient is not None:
-            torch.autograd.backward(self.seen.pop("z"), gradient)
+        z = self.seen.pop("z")
+        if gradient is not None and z.requires_grad:  # nothing trains in a stretch before co-adapted layers
+            torch.autograd.backward(z, gradient)
 
 
 @contextlib.contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scalefl.blocks import Blocks, Span, blocks_by_hand
+from scalefl.blocks import Blocks, Layer, Span, blocks_by_hand
 from scalefl.client import holding, make_optimizer, train_batch
 from scalefl.errors import BudgetError
 from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, cost_of, predict, profile
@@ -20,9 +20,9 @@ from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, is_attachment
 from scalefl.parts import Features, Part, Resident, Taps
-from scalefl.prefix import CHUNK
+from scalefl.prefix import CHUNK, Prefix, from_input
 from scalefl.problem import Batch, Problem, num_rows
-from scalefl.types import Ladder, LocalWork, Means, Objective, PrefixMode, Step
+from scalefl.types import Choice, Ladder, LocalWork, Means, Objective, Offer, PrefixMode, Step
 from scalefl.units import MIB, TERMS, Term
 
 WITHOUT_PREFIX: tuple[PrefixMode, ...] = ("streamed", "cached")
@@ -40,11 +40,13 @@ def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
     # Nearly equal slices: the largest has as many examples as an equal share, rounded up.
     micro = -(-rows // -(-rows // micro))
     found = _profile(_canonical(step), problem, objective, step.splits)
-    if found is None:
+    streamed = step.means.prefix in WITHOUT_PREFIX
+    prefix = None if step.part.entry is None else _prefix_profile(step.part, problem, streamed=streamed)
+    if found is None or (step.part.entry is not None and prefix is None):
         return _cost_for_real(step, problem, objective, micro)
     terms, flops = found.peak(micro, rows), found.total_flops(micro, rows)
-    if step.part.entry is not None:
-        before, of_prefix = _while_prefix_runs(step, problem, found, micro)
+    if prefix is not None:
+        before, of_prefix = _while_prefix_runs(step, found, prefix, micro)
         terms = terms + _term("weights", _prefix_bytes(step))
         terms = before if before.sum() > terms.sum() else terms
         passes = 2 if step.splits and objective.coupled else 1
@@ -52,15 +54,14 @@ def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
     return cost_of(terms, flops, rows)
 
 
-def _while_prefix_runs(step: Step, problem: Problem, waiting: Profile, micro: int) -> tuple[Array, float]:
+def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int) -> tuple[Array, float]:
     """Bytes by term while the frozen prefix runs, and its FLOPs for an example."""
     mode, rows = step.means.prefix, step.work.batch_size
-    found = _prefix_profile(step.part, problem, streamed=mode in WITHOUT_PREFIX)
     chunk = micro if mode == "resident" else min(CHUNK, micro)
-    terms = waiting.waiting_peak(micro, rows) + found.peak(chunk, chunk) + _term("weights", _prefix_bytes(step))
-    if mode in ("chunked", "streamed"):
+    terms = waiting.waiting_peak(micro, rows) + prefix.peak(chunk, chunk) + _term("weights", _prefix_bytes(step))
+    if mode != "resident":
         terms = terms + _term("activations", micro * _feature_bytes(step.part))
-    return terms, found.total_flops(chunk, chunk) / chunk
+    return terms, prefix.total_flops(chunk, chunk) / chunk
 
 
 def _canonical(step: Step) -> Step:
@@ -124,22 +125,22 @@ def _traced(step: Step, problem: Problem, objective: Objective) -> Callable[[Led
     return run
 
 
-def _waiting(part: Part, ledger: Ledger) -> Callable[[Batch, Tensor], Features | None]:
+def _waiting(part: Part, ledger: Ledger) -> Prefix:
     """A prefix whose run is traced elsewhere."""
+    entry = part.entry
+    if entry is None:
+        return from_input
+    source = part.source_blank if part.source is not None and entry.covers(part.source) else None
 
-    def prefix(batch: Batch, rows: Tensor) -> Features | None:
-        if part.entry is None:
-            return None
+    def features(count: int) -> Features:
         ledger.wait()
-        source = part.source_blank if part.source is not None and part.entry.covers(part.source) else None
-        count = num_rows(batch)
-        return Features(part.entry.blank.zeros(count), source.zeros(count) if source else None)
+        return Features(entry.blank.zeros(count), source.zeros(count) if source else None)
 
-    return prefix
+    return lambda batch, rows: partial(features, num_rows(batch))
 
 
 @lru_cache(maxsize=1024)
-def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile:
+def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile | None:
     """What running the frozen prefix takes beside what is held: its weights only where they are streamed."""
     resident = _resident(part.model)
     bare = replace(part, output=None)
@@ -158,9 +159,7 @@ def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile:
             else:
                 runner.prefix_features(batch, problem)
 
-    found = profile(run, WHOLE)
-    assert found is not None, "a model that cannot run on fake tensors has no entry"
-    return found
+    return profile(run, WHOLE)
 
 
 class _Coming(dict[str, Tensor]):
@@ -257,6 +256,35 @@ def _feature_bytes(part: Part) -> int:
     return sum(blank.zeros(1).nbytes for blank in kept)
 
 
+def fit(
+    offer: Offer,
+    problem: Problem,
+    objective: Callable[[Step], Objective],
+    budget_bytes: int,
+    *,
+    round: int = 0,
+    num_examples: int = 0,
+) -> Choice | None:
+    """The best way to do what is offered within a budget; None if there is none. See `fitting_means`."""
+    for words, step in offer.ways:
+        found = fitting_means(
+            step, problem, objective(step), budget_bytes, offer.ladder, round=round, num_examples=num_examples
+        )
+        if found is not None:
+            return Choice(*found, offer.label + words)
+    return None
+
+
+def least(offer: Offer, problem: Problem, objective: Callable[[Step], Objective]) -> Choice:
+    """The way to do what is offered that needs least memory."""
+    tried = [
+        Choice(*cheapest(step, problem, objective(step), offer.ladder), offer.label + words)
+        for words, step in offer.ways
+    ]
+    return min(tried, key=lambda choice: choice.cost.peak_bytes)
+
+
+@lru_cache(maxsize=4096)
 def fitting_means(
     step: Step,
     problem: Problem,
@@ -291,6 +319,7 @@ def fitting_means(
     return tried, cost
 
 
+@lru_cache(maxsize=4096)
 def cheapest(step: Step, problem: Problem, objective: Objective, ladder: Ladder) -> tuple[Step, Cost]:
     """The step by those of the allowed means that need least memory, and its cost."""
     tried = [(s, step_cost(s, problem, objective)) for s in _variants(step, problem, ladder, 0, 0)]
@@ -374,10 +403,21 @@ def span_step(
     *,
     coefficients: tuple[tuple[str, float], ...] = (),
     coadapted_layers: int = 0,
+    layers: tuple[Layer, ...] | None = None,
 ) -> Step:
-    """A step that trains a span of blocks, with the output module after it unless it ends the model."""
-    part = blocks.part(span, output, coadapted_layers)
-    trainable = blocks.trainable(span, coadapted_layers)
+    """A step that trains a span of blocks, with the output module after it unless it ends the model.
+
+    Args:
+        blocks, span: what runs.
+        output: the output module; None where the span ends the model.
+        work, coefficients: of the step.
+        coadapted_layers: weight layers before the span that train with it.
+        layers: those of the span that train; None: all.
+    """
+    if layers is None:
+        part, trainable = blocks.part(span, output, coadapted_layers), blocks.trainable(span, coadapted_layers)
+    else:
+        part, trainable = blocks.part_of_layers(span, output, layers), blocks.trainable_of(layers)
     if output is not None:
         trainable |= frozenset(output.names())
     moving = trainable | blocks.statistics((*part.active, *part.straddling))

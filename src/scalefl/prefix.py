@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,14 +20,13 @@ from scalefl.types import Step
 CHUNK = 16
 """Examples that a frozen prefix takes at a time, where it does not take the whole micro-batch."""
 
-Prefix = Callable[[Batch, Tensor], Features | None]
-"""Gives the features of a micro-batch, whose rows in the client's examples are the second argument; None where the
-part runs from its input."""
+Prefix = Callable[[Batch, Tensor], Callable[[], Features] | None]
+"""Gives what gives the features of a micro-batch, whose rows in the client's examples are the second argument; None
+where the part runs from its input."""
 
 
-def from_input(batch: Batch, rows: Tensor) -> Features | None:
+def from_input(batch: Batch, rows: Tensor) -> None:
     """The prefix of a part that runs from its input."""
-    return None
 
 
 _Run = Callable[[Batch], Features]
@@ -50,13 +50,13 @@ def prefix_of(step: Step, runner: PartRunner, params: Params, examples: Batch, p
     if step.part.entry is None:
         yield from_input
     elif mode == "resident":
-        yield lambda batch, rows: resident(batch)
+        yield lambda batch, rows: partial(resident, batch)
     elif mode == "cached":
         with _Cache(streamed, examples) as cache:
-            yield lambda batch, rows: cache.read(rows)
+            yield lambda batch, rows: partial(cache.read, rows)
     else:
         run = resident if mode == "chunked" else streamed
-        yield lambda batch, rows: _in_chunks(run, batch)
+        yield lambda batch, rows: partial(_in_chunks, run, batch)
 
 
 def _in_chunks(run: _Run, batch: Batch) -> Features:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.models.spec import ModelSpec
-from scalefl.models.stand_ins import filled
+from scalefl.models.stand_ins import Template, filled
 from scalefl.partition import Entry
 from scalefl.problem import Batch, Problem
 from scalefl.rng import generator
@@ -22,13 +22,17 @@ NUM_EXAMPLES = PROBE_EXAMPLES + 1
 
 
 @contextlib.contextmanager
-def skipping(module: nn.Module, entry: Entry, given: Tensor) -> Iterator[None]:
-    """Inside the block, modules before `entry` return stand-ins, and the one at the cut returns `given`."""
+def skipping(module: nn.Module, entry: Entry, given: list[Tensor]) -> Iterator[None]:
+    """Inside the block, modules before `entry` return stand-ins, and the one at the cut the tensor in `given`.
+
+    The tensor is taken out of the list: nothing here keeps it longer than the model itself does.
+    """
+    num_examples = len(given[0])
     changed = [(module.get_submodule(path), template) for path, template in entry.skipped]
     before = [vars(child).get("forward") for child, _ in changed]
     for (path, template), (child, _) in zip(entry.skipped, changed, strict=True):
-        position = entry.cut.position if path == entry.cut.module else -1
-        vars(child)["forward"] = _returning(template, len(given), position, given)
+        at_cut = path == entry.cut.module
+        vars(child)["forward"] = _giving(entry, given) if at_cut else _returning(template, num_examples)
     try:
         yield
     finally:
@@ -39,9 +43,18 @@ def skipping(module: nn.Module, entry: Entry, given: Tensor) -> Iterator[None]:
                 vars(child)["forward"] = forward
 
 
-def _returning(template: Any, num_examples: int, position: int, given: Tensor) -> Any:
+def _returning(template: Template, num_examples: int) -> Any:
     def forward(*_args: Any, **_kwargs: Any) -> Any:
-        return filled(template, num_examples, position, given)
+        return filled(template, num_examples)
+
+    return forward
+
+
+def _giving(entry: Entry, given: list[Tensor]) -> Any:
+    template = dict(entry.skipped)[entry.cut.module]
+
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        return filled(template, len(given[0]), entry.cut.position, given.pop())
 
     return forward
 
@@ -70,7 +83,7 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
 def _alike(module: nn.Module, batch: Batch, problem: Problem, entry: Entry, given: Tensor, expected: Tensor) -> bool:
     version = given._version
     try:
-        with torch.no_grad(), skipping(module, entry, given):
+        with torch.no_grad(), skipping(module, entry, [given]):
             logits = _logits(module, batch, problem)
     except Exception:  # whatever a user's forward makes of stand-ins
         return False

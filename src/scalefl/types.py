@@ -338,8 +338,30 @@ class Objective(Protocol):
         ...
 
 
+class Offer(NamedTuple):
+    """Something that clients may be asked to do, before means are chosen for it.
+
+    Args:
+        label: its name for people ("block 2").
+        ways: the steps that do it, best first, as with fewer and fewer co-adapted layers; with words that tell them
+            apart from the first.
+        ladder: the means that it may be done by.
+        fallback: whether it is for clients alone that cannot do what trains more.
+    """
+
+    label: str
+    ways: tuple[tuple[str, Step], ...]
+    ladder: Ladder
+    fallback: bool = False
+
+    @property
+    def step(self) -> Step:
+        """The best way."""
+        return self.ways[0][1]
+
+
 class Choice(NamedTuple):
-    """Something that a client may be asked to do: the step, its cost, and its name for people ("block 2")."""
+    """What a client is asked to do: the step, its cost, and its name for people ("block 2")."""
 
     step: Step
     cost: Cost
@@ -348,10 +370,10 @@ class Choice(NamedTuple):
     @property
     def rung(self) -> str:
         """The label with the means."""
-        return ", ".join([self.label, *_described(self.step)])
+        return ", ".join([self.label, *described(self.step)])
 
 
-def _described(step: Step) -> list[str]:
+def described(step: Step) -> list[str]:
     """The means of a step in words; nothing where it has the memory that it likes."""
     means = step.means
     words = {
@@ -388,8 +410,8 @@ class Method(Protocol):
         """The state before the first round."""
         ...
 
-    def menu(self, state: ServerState) -> list[Choice]:
-        """Everything that clients may be asked to do over the run, each by the means that need least memory."""
+    def menu(self, state: ServerState) -> list[Offer]:
+        """Everything that clients may be asked to do over the run."""
         ...
 
     def floor_bytes(self, state: ServerState) -> int:

@@ -17,6 +17,7 @@ from scalefl.engines.local import LocalEngine
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models.skeleton import tensors
 from scalefl.params import num_bytes
+from scalefl.planner import least
 from scalefl.record import RoundRecord
 from scalefl.rng import derive, generator
 from scalefl.sampling import UniformSampler
@@ -182,7 +183,7 @@ def test_gate_menu_and_plan_agree(case, engines):
         assert {task.client_id for task in plan.tasks} == {client.id for client in cohort}
         assert len(plan.tasks) == len(cohort)
         work = run.method.work.at_round(state.round)
-        offered = {choice.label.partition(",")[0]: choice for choice in menu}
+        offered = {offer.label: least(offer, PROBLEM, run.method.objective) for offer in menu}
         assert len(offered) == len(menu)
         for task in plan.tasks:
             client, cost = plan.clients[task.client_id], plan.costs[task.client_id]

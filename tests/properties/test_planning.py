@@ -14,6 +14,7 @@ from scalefl.loop import federate
 from scalefl.methods.scalefl import ScaleFL
 from scalefl.models.spec import ModelSpec
 from scalefl.partition import partition
+from scalefl.planner import least
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientInfo
 
@@ -51,7 +52,7 @@ def test_every_unit_and_parameter_is_in_exactly_one_block(channels, data):
 def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels, turn, shares):
     method = ScaleFL(work=support.WORK, blocks=len(channels) + 1, means="micro-batches", coadapted_layers=1)
     state = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
-    full = max(choice.cost.peak_bytes for choice in method.menu(state))
+    full = max(peaks_of(method, state).values())
     trained = []
     for share in sorted(shares):
         budget = int(share * full)
@@ -62,6 +63,11 @@ def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels,
         own = blocks_by_count(spec_of(channels), support.PROBLEM, len(channels) + 1)
         trained.append(max((_blocks_trained(own, step.trainable) for step in steps), default=0))
     assert trained == sorted(trained)
+
+
+def peaks_of(method, state) -> dict[str, int]:
+    """What each item of the menu needs at the least."""
+    return {offer.label: least(offer, state.problem, method.objective).cost.peak_bytes for offer in method.menu(state)}
 
 
 def _blocks_trained(blocks, names) -> int:
@@ -75,10 +81,10 @@ def test_blocks_by_memory_fit_and_are_as_few_as_greed_finds(channels, seed):
     method = ScaleFL(work=support.WORK, blocks="memory", coadapted_layers=0)
     fine = ScaleFL(work=support.WORK, blocks=len(channels) + 1, coadapted_layers=0)
     state = fine.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
-    singles = [choice.cost.peak_bytes for choice in fine.menu(state) if choice.label.startswith("block ")]
+    singles = [peak for label, peak in peaks_of(fine, state).items() if label.startswith("block ")]
     budget = max(singles) + seed % 10_000
     found = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=budget)
-    menu = {choice.label: choice.cost.peak_bytes for choice in method.menu(found)}
+    menu = peaks_of(method, found)
     blocks = [peak for label, peak in menu.items() if label.startswith("block ")] or [menu["full"]]
     assert max(blocks) <= budget
 

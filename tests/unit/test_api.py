@@ -39,6 +39,7 @@ def small() -> nn.Module:
 @pytest.mark.parametrize("model", ["resnet10", small, "test_api:small", small()])
 def test_plan_takes_names_factories_paths_and_modules(model):
     found = scalefl.plan(model, torch.zeros(2, 3, 16, 16), budget="1GiB", blocks=2, batch_size=8)
+    assert all(row.fits["budget"].means == "" for row in found.rows)
     assert [row.label for row in found.rows] == ["block 1", "block 2", "full"]
     assert all(found.fitting(row) == ["budget"] for row in found.rows)
     assert found.rows[-1].cost.peak_bytes >= max(row.cost.peak_bytes for row in found.rows[:-1])
@@ -47,16 +48,18 @@ def test_plan_takes_names_factories_paths_and_modules(model):
 
 
 def test_plan_of_an_impossible_budget_says_what_the_cheapest_part_needs():
-    with pytest.raises(BudgetError, match=r"block \d.*MiB \(weights .*activations .*on offer is 0\.0 MiB"):
+    with pytest.raises(BudgetError, match=r"of block \d.*MiB \(weights .*activations .*on offer is 0\.0 MiB"):
         scalefl.plan(small, torch.zeros(2, 3, 16, 16), budget="1KiB", blocks=2)
 
 
 def test_a_smaller_micro_batch_lowers_the_plan():
     example = torch.zeros(2, 3, 16, 16)
-    whole = scalefl.plan(small, example, blocks=2)
+    whole = scalefl.plan(small, example, blocks=2, means="none")
     split = scalefl.plan(small, example, blocks=2, means="micro-batches")
-    assert all(b.cost.peak_bytes < a.cost.peak_bytes for a, b in zip(whole.rows, split.rows, strict=True))
-    assert split.rows[0].label == "block 1, micro-batch 4"
+    for a, b in zip(whole.rows, split.rows, strict=True):
+        assert a.cost == b.cost
+        assert b.least.peak_bytes < a.least.peak_bytes <= a.cost.peak_bytes
+    assert split.rows[0].least.means == "micro-batch 4" and split.rows[1].least.means.endswith("micro-batch 4")
 
 
 def test_all_errors_are_of_one_tree():

@@ -25,7 +25,7 @@ from scalefl.params import Params
 from scalefl.planner import full_step
 from scalefl.problem import Batch, Classification, Column, Problem, Weighted
 from scalefl.sgd import SGD
-from scalefl.types import Choice, ClientTask, ClientUpdate, LocalWork, Means, ServerState, Step
+from scalefl.types import ClientTask, ClientUpdate, LocalWork, Means, Offer, ServerState, Step
 from support import (
     IMAGE,
     PROBLEM,
@@ -345,7 +345,7 @@ def test_a_resident_survives_a_failed_task():
 # What a task changes.
 
 
-def choices(name: str, **settings: Any) -> tuple[Any, ServerState, list[Choice]]:
+def choices(name: str, **settings: Any) -> tuple[Any, ServerState, list[Offer]]:
     method = make_method(name, **settings)
     state = method.init(spec(), PROBLEM, seed=0, smallest_memory_bytes=0)
     return method, state, method.menu(state)

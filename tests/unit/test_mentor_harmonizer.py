@@ -13,7 +13,7 @@ from scalefl.harmonizer import Converged, Progress, RoundRobin, Sequential, rela
 from scalefl.hsic import nhsic
 from scalefl.mentor import Constant, Cosine, Linear, Mentor, MentorLoss
 from scalefl.parts import Taps
-from scalefl.planner import step_cost
+from scalefl.planner import _profile, step_cost
 from scalefl.types import ClientInfo
 from support import PROBLEM, make_method, spec
 
@@ -86,9 +86,9 @@ def test_moving_coefficients_reach_the_clients_and_are_predicted_once():
     state = method.init(spec(), PROBLEM, seed=0, smallest_memory_bytes=0)
     plans = []
     for round in (0, 1, 3):
-        misses = step_cost.cache_info().misses
+        misses = _profile.cache_info().misses
         plans.append(method.plan(replace(state, round=round), [ClientInfo(1, 9, memory_bytes=2**40)]))
-        assert round == 0 or step_cost.cache_info().misses == misses
+        assert round == 0 or _profile.cache_info().misses == misses
     steps = [plan.tasks[0].steps[0] for plan in plans]
     assert [step.coefficients for step in steps] == [mentor.coefficients(1, 2, round) for round in (0, 1, 3)]
     # The label term has no weight in the first round, but is counted from the start: one prediction for all rounds.

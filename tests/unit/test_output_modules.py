@@ -334,7 +334,7 @@ def test_the_projection_head_counts() -> None:
     heads = [output_module(blocks, 0, c.problem, WORK, p) for p in get_args(Projection)]
     assert [h.projection for h in heads] == list(get_args(Projection))
     costs = [cost_of(c, span_step(blocks, Span(0, 0), replace(h, layers="full"), WORK)) for h in heads]
-    weights = [dict(cost.terms)["weights"] for cost in costs]
+    weights = [dict(cost.terms)["output_module"] for cost in costs]
     assert weights == sorted(set(weights))
 
 

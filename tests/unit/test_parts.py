@@ -420,7 +420,7 @@ def test_the_skeleton_is_empty_after_errors() -> None:
         runner(batch, c.problem)
     assert is_empty(resident)
     assert hooks_of(resident._module) == 0
-    with pytest.raises(KeyError), resident.holding(step.part, {**params, "nothing": torch.zeros(1)}):
+    with pytest.raises(KeyError), resident.holding(step.part, dict(list(params.items())[1:])):
         pass
     assert is_empty(resident)
     # And it serves the next task as if nothing had been.

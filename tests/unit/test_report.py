@@ -25,7 +25,7 @@ from scalefl.report.tables import (
     summary_table,
     to_markdown,
 )
-from scalefl.units import MIB
+from scalefl.units import MIB, TERMS
 
 BASE = 300 * MIB
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -33,9 +33,13 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def row(label: str, mib: float) -> dict[str, Any]:
     terms = {"weights": 0.1, "gradients": 0.1, "optimizer": 0.1, "activations": 0.7}
-    sizes = {f"{term}_bytes": int(share * mib * MIB) for term, share in terms.items()}
+    sizes = {f"{term}_bytes": int(terms.get(term, 0) * mib * MIB) for term in TERMS}
+    peak = int(mib * MIB)
+    budgets = {"small": 5 * MIB, "large": 12 * MIB}
+    fits = {name: {"peak_bytes": peak, "means": ""} for name, budget in budgets.items() if peak <= budget}
     common = {"cut": None, "flops_per_example": mib * 1e6, "bytes_down": MIB, "bytes_up": MIB // 2}
-    return {"label": label, "peak_bytes": int(mib * MIB), **sizes, **common}
+    least = {"peak_bytes": peak // 2, "means": "micro-batch 4"}
+    return {"label": label, "peak_bytes": peak, **sizes, **common, "least": least, "fits": fits}
 
 
 PLAN = {

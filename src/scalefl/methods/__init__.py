@@ -17,11 +17,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "name": "scalefl",
         "spans": "single",
         "means": "none",
+        "parts": False,
         "mentor": None,
         "coadapted_layers": 0,
         "growth": {"kind": "sequential"},
     },
     # The paper's mode: one block a round for everybody, and the authors' depth of co-adaptation (docs/fidelity.md).
-    "scalefl-paper": {"name": "scalefl", "spans": "single", "means": "none", "coadapted_layers": 1},
+    "scalefl-paper": {"name": "scalefl", "spans": "single", "means": "none", "parts": False, "coadapted_layers": 1},
 }
 """Settings that go by a name of their own; what a config sets beside the name overrides them."""

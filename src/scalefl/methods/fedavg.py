@@ -10,7 +10,7 @@ from scalefl.methods.common import initial_params, make_plan
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import budget_error, cheapest, fitting_means, full_step
+from scalefl.planner import budget_error, fit, full_step, least
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.types import (
@@ -21,6 +21,7 @@ from scalefl.types import (
     LadderName,
     LocalWork,
     Objective,
+    Offer,
     RoundPlan,
     ServerState,
     Step,
@@ -58,9 +59,9 @@ class FedAvg:
             model = self._widest(model, problem, smallest_memory_bytes)
         return ServerState(model, problem, initial_params(model, seed), round=0, seed=seed)
 
-    def menu(self, state: ServerState) -> list[Choice]:
+    def menu(self, state: ServerState) -> list[Offer]:
         """The whole model."""
-        return [self._least(state.model, state.problem)]
+        return [self._offer(state.model, state.problem)]
 
     def floor_bytes(self, state: ServerState) -> int:
         """What training the whole model takes at the least; 0 for "all"."""
@@ -68,12 +69,13 @@ class FedAvg:
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The whole model for everybody."""
-        step = self._step(state.model, state.problem)
-        least = self._least(state.model, state.problem)
-        ladder, fits = ladder_of(self.means), {}
-        for budget in {client.memory_bytes for client in cohort}:
-            fit = fitting_means(step, state.problem, TaskLoss(), budget, ladder, round=state.round)
-            fits[budget] = Choice(*fit, "full") if fit else least
+        offer, problem = self._offer(state.model, state.problem), state.problem
+        budgets = {client.memory_bytes for client in cohort}
+        fits = {
+            budget: fit(offer, problem, self.objective, budget, round=state.round)
+            or least(offer, problem, self.objective)
+            for budget in budgets
+        }
         chosen = {client.id: fits[client.memory_bytes] for client in cohort}
         return make_plan(state, "full", cohort, chosen, self.work)
 
@@ -90,12 +92,12 @@ class FedAvg:
         """The model as it is."""
         return state.model, without_attachments(state.params)
 
-    def _step(self, model: ModelSpec, problem: Problem) -> Step:
-        return full_step(model, problem, self.work.at_round(0))
+    def _offer(self, model: ModelSpec, problem: Problem) -> Offer:
+        step = full_step(model, problem, self.work.at_round(0))
+        return Offer("full", (("", step),), ladder_of(self.means))
 
     def _least(self, model: ModelSpec, problem: Problem) -> Choice:
-        step = self._step(model, problem)
-        return Choice(*cheapest(step, problem, TaskLoss(), ladder_of(self.means)), "full")
+        return least(self._offer(model, problem), problem, self.objective)
 
     def _widest(self, model: ModelSpec, problem: Problem, budget_bytes: int) -> ModelSpec:
         """The widest model whose training fits, by bisection: more width never takes less memory."""

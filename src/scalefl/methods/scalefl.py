@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand, blocks_from_ends
+from scalefl.blocks import Blocks, Layer, Span, blocks_by_count, blocks_by_hand, blocks_from_ends
 from scalefl.errors import ConfigError
 from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
 from scalefl.memory import Cost
@@ -21,7 +21,7 @@ from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import budget_error, cheapest, fitting_means, output_module, span_step
+from scalefl.planner import budget_error, cheapest, fit, least, output_module, span_step
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.types import (
@@ -32,6 +32,7 @@ from scalefl.types import (
     LadderName,
     LocalWork,
     Objective,
+    Offer,
     RoundPlan,
     ServerState,
     Step,
@@ -54,6 +55,7 @@ class ScaleFL:
         mentor: the Curriculum Mentor; None trains on the task loss alone.
         growth: the order in which blocks have their turn: `RoundRobin`, `Sequential`, `Converged` or your own.
         coadapted_layers: weight layers before the block that train with it; with elastic spans, as many as fit.
+        parts: whether a client whose memory does not hold a block may train some of its layers, in turn.
         server: what the server does with the mean.
     """
 
@@ -65,6 +67,7 @@ class ScaleFL:
     growth: Growth = RoundRobin()
     # Deviation: the authors co-adapt one convolution and its norm; 2 was better on validation data (docs/fidelity.md).
     coadapted_layers: int = 2
+    parts: bool = True
     server: ServerOptimizer = Average()
 
     def __post_init__(self) -> None:
@@ -84,19 +87,21 @@ class ScaleFL:
         values = {"growth": Progress().to_json(), "ends": list(blocks.ends)}
         return ServerState(model, problem, params, round=0, seed=seed, aux=Aux(values=values))
 
-    def menu(self, state: ServerState) -> list[Choice]:
-        """Each block; with elastic spans each longer span too."""
+    def menu(self, state: ServerState) -> list[Offer]:
+        """Each block, and parts of it; with elastic spans each longer span too."""
         blocks = self.blocks_of(state)
         longest = 1 if self.spans == "single" else len(blocks)
         spans = [s for s in _spans(blocks) if len(s) <= longest]
-        return [self._least(blocks, span, state.problem) for span in spans]
+        offers = [self._offer(state, span) for span in spans]
+        if self.parts:
+            offers += [o for b in range(len(blocks)) for tiles in self._parts(state, b) for o in tiles]
+        return offers
 
     def floor_bytes(self, state: ServerState) -> int:
         """What the block in turn takes at the least; with elastic spans, what the cheapest block takes."""
         blocks = self.blocks_of(state)
-        if self.spans == "single":
-            return self._least(blocks, _single(self._progress(state).stage), state.problem).cost.peak_bytes
-        return min(self._least(blocks, _single(b), state.problem).cost.peak_bytes for b in range(len(blocks)))
+        stages = [self._progress(state).stage] if self.spans == "single" else range(len(blocks))
+        return min(self._floor(state, block) for block in stages)
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The block in turn for everybody; or for each client the longest span that fits around a block of its own."""
@@ -149,49 +154,94 @@ class ScaleFL:
         return _span_step(self, blocks, span, problem, layers)
 
     def _choice(self, state: ServerState, turn: int, stage: int, budget: int, num_examples: int) -> Choice | None:
+        """The longest span that fits around the block in turn, or parts of that block; else of its neighbours.
+
+        Deviation: the paper gives everybody the same block, and does not split blocks.
+        """
         blocks = self.blocks_of(state)
-        if self.spans == "single":
-            return self._fit(state, _single(stage), budget, num_examples)
-        # Deviation: the paper gives everybody the same block. Here the longest span that fits comes first, around
-        # the block in turn before elsewhere; equals take turns.
-        spans = _spans(blocks)
-        for distance, length in sorted({(_distance(s, stage), -len(s)) for s in spans}):
-            equals = [s for s in spans if (_distance(s, stage), -len(s)) == (distance, length)]
-            fits = [fit for s in equals if (fit := self._fit(state, s, budget, num_examples)) is not None]
-            if fits:
-                return fits[turn % len(fits)]
+        spans = [_single(stage)] if self.spans == "single" else _spans(blocks)
+        for distance in sorted({_distance(span, stage) for span in spans}):
+            near = [span for span in spans if _distance(span, stage) == distance]
+            for length in sorted({len(span) for span in near}, reverse=True):
+                offers = [self._offer(state, span) for span in near if len(span) == length]
+                if found := self._fit(state, offers, turn, budget, num_examples):
+                    return found
+            for block in sorted({min(max(stage, span.first), span.last) for span in near}):
+                if found := self._fit_part(state, turn, block, budget, num_examples):
+                    return found
         return None
 
-    def _fit(self, state: ServerState, span: Span, budget: int, num_examples: int) -> Choice | None:
-        blocks, problem = self.blocks_of(state), state.problem
-        for layers in self._coadapted(span):
-            step = self.stage_step(blocks, span, problem, layers)
-            fit = fitting_means(
-                step,
-                problem,
-                self.objective(step),
-                budget,
-                ladder_of(self.means),
-                round=state.round,
-                num_examples=num_examples,
+    def _fit_part(self, state: ServerState, turn: int, stage: int, budget: int, num_examples: int) -> Choice | None:
+        """The largest part of a block that fits; parts take turns."""
+        for tiles in self._parts(state, stage) if self.parts else ():
+            if found := self._fit(state, tiles, turn, budget, num_examples):
+                return found
+        return None
+
+    def _fit(
+        self, state: ServerState, offers: Sequence[Offer], turn: int, budget: int, num_examples: int
+    ) -> Choice | None:
+        """That of equal offers whose turn it is among those that fit, with the round's coefficients."""
+        fits = [
+            found
+            for offer in offers
+            if (
+                found := fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=num_examples)
             )
-            if fit:
-                step, cost = fit
-                now = self.mentor.coefficients(span.last, len(blocks), state.round) if self.mentor else ()
-                fewer = f", {layers} co-adapted" if span.first and layers < self.coadapted_layers else ""
-                return Choice(replace(step, coefficients=now), cost, _label(blocks, span) + fewer)
-        return None
+        ]
+        if not fits:
+            return None
+        step, cost, label = fits[turn % len(fits)]
+        if self.mentor is None:
+            return Choice(step, cost, label)
+        blocks = self.blocks_of(state)
+        end = next(b for b in range(len(blocks)) if blocks.cut(b) == step.part.stop)
+        now = self.mentor.coefficients(end, len(blocks), state.round)
+        return Choice(replace(step, coefficients=now), cost, label)
 
-    def _least(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
-        layers = self._coadapted(span)[-1]
-        step = self.stage_step(blocks, span, problem, layers)
-        found = cheapest(step, problem, self.objective(step), ladder_of(self.means))
-        return Choice(*found, _label(blocks, span))
+    def _offer(self, state: ServerState, span: Span) -> Offer:
+        blocks, most = self.blocks_of(state), self.coadapted_layers if span.first else 0
+        # Elastic clients give co-adapted layers up before they give up a block.
+        counts = [most] if self.spans == "single" else range(most, -1, -1)
+        ways = [
+            ("" if n == most else f", {n} co-adapted", self.stage_step(blocks, span, state.problem, n)) for n in counts
+        ]
+        return Offer(_label(blocks, span), tuple(ways), ladder_of(self.means))
 
-    def _coadapted(self, span: Span) -> list[int]:
-        """Co-adapted layers to try, most first: elastic clients give them up before they give up a block."""
-        layers = self.coadapted_layers if span.first else 0
-        return [layers] if self.spans == "single" else list(range(layers, -1, -1))
+    def _parts(self, state: ServerState, block: int) -> list[list[Offer]]:
+        """A block in halves of its layers, in quarters, …, each tiling the block; largest parts first."""
+        blocks = self.blocks_of(state)
+        groups = blocks.layer_groups(_single(block))
+        found = []
+        length = len(groups)
+        while length > 1:
+            length = -(-length // 2)
+            starts = range(0, len(groups), length)
+            found.append(
+                [
+                    Offer(
+                        f"part {number + 1}/{len(starts)} of block {block + 1}",
+                        (
+                            (
+                                "",
+                                _span_step(
+                                    self, blocks, _single(block), state.problem, 0, _flat(groups, start, length)
+                                ),
+                            ),
+                        ),
+                        ladder_of(self.means),
+                        fallback=True,
+                    )
+                    for number, start in enumerate(starts)
+                ]
+            )
+        return found
+
+    def _floor(self, state: ServerState, block: int) -> int:
+        """The least that training a block, or one of its smallest parts, takes."""
+        tilings = self._parts(state, block) if self.parts else []
+        offers = [self._offer(state, _single(block)), *(tilings[-1] if tilings else ())]
+        return min(least(offer, state.problem, self.objective).cost.peak_bytes for offer in offers)
 
     def _output(self, blocks: Blocks, block: int, problem: Problem) -> OutputSpec | None:
         projection = self.mentor.projection if self.mentor else "none"
@@ -225,10 +275,15 @@ class ScaleFL:
             ends.append(fitting)
         return blocks_from_ends(model, problem, tuple(ends))
 
+    def _cheapest(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
+        layers = 0 if self.spans == "elastic" or not span.first else self.coadapted_layers
+        step = self.stage_step(blocks, span, problem, layers)
+        return Choice(*cheapest(step, problem, self.objective(step), ladder_of(self.means)), _label(blocks, span))
+
     def _unit_cost(self, model: ModelSpec, problem: Problem, start: int, end: int, last: int) -> Cost:
         ends = sorted({*([start - 1] if start else []), end, last})
         blocks = blocks_from_ends(model, problem, tuple(ends))
-        return self._least(blocks, _single(ends.index(end)), problem).cost
+        return self._cheapest(blocks, _single(ends.index(end)), problem).cost
 
 
 def _single(block: int) -> Span:
@@ -251,8 +306,19 @@ def _distance(span: Span, block: int) -> int:
     return max(span.first - block, block - span.last, 0)
 
 
+def _flat(groups: Sequence[tuple[Layer, ...]], start: int, length: int) -> tuple[Layer, ...]:
+    return tuple(layer for group in groups[start : start + length] for layer in group)
+
+
 @lru_cache(maxsize=1024)
-def _span_step(method: ScaleFL, blocks: Blocks, span: Span, problem: Problem, coadapted_layers: int) -> Step:
+def _span_step(
+    method: ScaleFL,
+    blocks: Blocks,
+    span: Span,
+    problem: Problem,
+    coadapted_layers: int,
+    layers: tuple[Layer, ...] | None = None,
+) -> Step:
     mentor = method.mentor
     return span_step(
         blocks,
@@ -261,4 +327,5 @@ def _span_step(method: ScaleFL, blocks: Blocks, span: Span, problem: Problem, co
         method.work.at_round(0),
         coefficients=mentor.largest_coefficients(span.last, len(blocks)) if mentor else (),
         coadapted_layers=coadapted_layers,
+        layers=layers,
     )

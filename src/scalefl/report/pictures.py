@@ -98,6 +98,10 @@ def memory_picture(plan: Mapping[str, Any], name: str) -> Figure:
                 name_of = term.replace("_", " ")
                 axes.barh(range(len(rows)), sizes, left=left, height=0.68, color=TERM_COLOURS[term], label=name_of)
             left = [before + size for before, size in zip(left, sizes, strict=True)]
+        least = [row["least"]["peak_bytes"] / MIB for row in rows]
+        if any(low < row["peak_bytes"] / MIB for low, row in zip(least, rows, strict=True)):
+            style = {"linestyle": "none", "marker": "D", "markersize": 5, "color": "white", "markeredgecolor": "black"}
+            axes.plot(least, range(len(rows)), label="least, by all allowed means", **style)
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.tick_params(axis="y", length=0)

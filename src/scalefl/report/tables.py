@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from scalefl.report import Run
-from scalefl.units import TERMS, digits, mib
+from scalefl.units import digits, mib
 
 NOTHING = "–"
 
@@ -80,29 +80,30 @@ def to_markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-SHORT_TERMS = {
-    "weights": "weights",
-    "gradients": "grads",
-    "optimizer": "optim.",
-    "copies": "copies",
-    "output_module": "φ",
-    "mentor": "mentor",
-    "activations": "activ.",
-    "transients": "trans.",
+COLUMNS = {
+    "weights": ("weights",),
+    "grads": ("gradients",),
+    "optim.": ("optimizer",),
+    "copies": ("copies",),
+    "φ": ("output_module",),
+    "mentor": ("mentor",),
+    "activ.": ("activations", "transients"),
 }
+"""Columns of a memory table, and the terms that each adds up; those that are 0 everywhere are left out."""
 
 
 def memory_table(plan: Mapping[str, Any]) -> Table:
     """What full training and each item of a plan need, and which memory classes hold it."""
     full, budgets = plan["full"], plan["budgets_bytes"]
-    terms = [term for term in TERMS if any(row[f"{term}_bytes"] for row in (full, *plan["rows"]))]
+    columns = [name for name in COLUMNS if any(_sum_of(row, name) for row in (full, *plan["rows"]))]
     return Table(
         f"Memory plan: {plan['model']}, batches of {plan['batch_size']}",
         (
             "trained",
             "peak\nMiB",
             "of\nfull",
-            *(f"{SHORT_TERMS[term]}\nMiB" for term in terms),
+            *(f"{name}\nMiB" for name in columns),
+            "least\nMiB",
             "FLOPs\nof full",
             "upload\nMiB",
             "fits",
@@ -112,17 +113,19 @@ def memory_table(plan: Mapping[str, Any]) -> Table:
                 row["label"],
                 _mib(row["peak_bytes"]),
                 _percent(row["peak_bytes"] / full["peak_bytes"]),
-                *(_mib(row[f"{term}_bytes"]) for term in terms),
+                *(_mib(_sum_of(row, name)) for name in columns),
+                _mib(row["least"]["peak_bytes"]),
                 _percent(row["flops_per_example"] / full["flops_per_example"]),
                 _mib(row["bytes_up"]),
-                _fitting(row["peak_bytes"], budgets),
+                _fitting(row["fits"], budgets),
             )
             for row in (full, *plan["rows"])
         ),
         (
             "Peak: predicted, the sum of the terms at the fullest moment. φ is the output module, with gradients and "
-            "momentum; activ. what backward needs, with the batch; trans. what lives for a moment, scratch included. "
-            "FLOPs are for one example. Fits: the memory classes that can train it.",
+            "momentum; activ. the batch, what backward needs, and what lives for a moment, scratch included. "
+            "Least: by all means that the method allows (micro-batches, recomputation, a streamed prefix); the other "
+            "figures are by none. FLOPs are for one example. Fits: the memory classes that can train it, and how.",
         ),
         frozenset({"fits"}),
     )
@@ -242,11 +245,20 @@ def _figures(run: Run) -> tuple[str, ...]:
     )
 
 
-def _fitting(peak_bytes: int, budgets: Mapping[str, int]) -> str:
-    names = [name for name, budget in budgets.items() if peak_bytes <= budget]
-    if not names:
-        return "none"
-    return "all" if len(names) == len(budgets) > 1 else ", ".join(names)
+def _sum_of(row: Mapping[str, Any], column: str) -> int:
+    return sum(int(row[f"{term}_bytes"]) for term in COLUMNS[column])
+
+
+def _fitting(fits: Mapping[str, Mapping[str, Any]], budgets: Mapping[str, int]) -> str:
+    """The memory classes, by the means that they need."""
+    by_means: dict[str, list[str]] = {}
+    for name, fit in fits.items():
+        by_means.setdefault(fit["means"], []).append(name)
+    texts = []
+    for means, names in by_means.items():
+        who = "all" if len(names) == len(budgets) > 1 else ", ".join(names)
+        texts.append(f"{who} ({means})" if means else who)
+    return "; ".join(texts) or "none"
 
 
 def _accuracy(metrics: Mapping[str, float] | None) -> str:
