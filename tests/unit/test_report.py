@@ -32,7 +32,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def row(label: str, mib: float) -> dict[str, Any]:
-    terms = {"weights": 0.1, "gradients": 0.1, "optimizer": 0.1, "activations": 0.7}
+    terms = {"weights": 0.1, "gradients": 0.1, "optimizer": 0.1, "activations": 0.5, "transients": 0.2}
     sizes = {f"{term}_bytes": int(terms.get(term, 0) * mib * MIB) for term in TERMS}
     peak = int(mib * MIB)
     budgets = {"small": 5 * MIB, "large": 12 * MIB}
@@ -142,8 +142,8 @@ def test_memory_table() -> None:
     full, first, second = memory_table(PLAN).rows
     assert full[:3] == ("full training", "10.0", "100 %") and full[-1] == "large"
     assert first[:3] == ("block 1", "4.00", "40 %") and first[-1] == "all"
-    assert second[-4:] == ("4.20", "60 %", "0.50", "large")
-    assert memory_table({**PLAN, "budgets_bytes": {"small": MIB}}).rows[0][-1] == "none"
+    assert second[-5:] == ("4.20", "3.00", "60 %", "0.50", "large")
+    assert memory_table({**PLAN, "full": {**PLAN["full"], "fits": {}}}).rows[0][-1] == "none"
 
 
 def test_class_table_tells_the_base_where_it_is_known() -> None:

@@ -42,6 +42,7 @@ STYLE = {
     "legend.fontsize": 9,
 }
 DPI = 150
+LEAST = "least, by all allowed means"
 MANY_POINTS = 40
 FAR_BUDGET = 1.35
 """Budgets above so many times the largest bar are named in words: drawn, they would flatten the bars."""
@@ -100,8 +101,8 @@ def memory_picture(plan: Mapping[str, Any], name: str) -> Figure:
             left = [before + size for before, size in zip(left, sizes, strict=True)]
         least = [row["least"]["peak_bytes"] / MIB for row in rows]
         if any(low < row["peak_bytes"] / MIB for low, row in zip(least, rows, strict=True)):
-            style = {"linestyle": "none", "marker": "D", "markersize": 5, "color": "white", "markeredgecolor": "black"}
-            axes.plot(least, range(len(rows)), label="least, by all allowed means", **style)
+            look: dict[str, Any] = {"marker": "D", "c": "white", "edgecolors": "black", "s": 24, "zorder": 3}
+            axes.scatter(least, range(len(rows)), label=LEAST, **look)
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.tick_params(axis="y", length=0)

@@ -104,7 +104,7 @@ def memory_table(plan: Mapping[str, Any]) -> Table:
             "of\nfull",
             *(f"{name}\nMiB" for name in columns),
             "least\nMiB",
-            "FLOPs\nof full",
+            "FLOPs\nof f.",
             "upload\nMiB",
             "fits",
         ),
