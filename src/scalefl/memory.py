@@ -122,6 +122,28 @@ def _largest(bytes_by_moment: Array) -> Array:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """What the units of a model take while it trains whole, each beside what lives when it is reached.
+
+    Args:
+        before: what lives where each unit begins, [SHAPES] each.
+        during: the moments of its forward and of its backward pass that can be the peak, [moments, SHAPES] each.
+    """
+
+    before: tuple[Array, ...]
+    during: tuple[Array, ...]
+
+    def peak(self, first: int, last: int, num_examples: int, *, recompute: bool) -> int:
+        """About what the activations of units `first` to `last` come to, without what they leave to later ones."""
+        sizes = _sizes(num_examples, num_examples)
+        peaks = [int((self.during[u] @ sizes).max(initial=0)) for u in range(first, last + 1)]
+        begun = [int(self.before[u] @ sizes) for u in range(first, last + 1)]
+        if recompute:
+            return max(peak - before for peak, before in zip(peaks, begun, strict=True))
+        return max(peaks) - begun[0]
+
+
 @dataclass
 class _Entry:
     """A followed storage: its term, how it grows, since when it is there, and since when under this term."""
@@ -141,6 +163,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live = np.zeros((len(TERMS), SHAPES), dtype=np.int64)
         self._moments: list[Array] = []
         self._waiting: list[Array] = []
+        self._marks: dict[tuple[str, int], tuple[int, Array]] = {}
         self._later: list[tuple[slice, int, int, Array]] = []
         self._flops = np.zeros(SHAPES, dtype=np.int64)
         self._counter = FlopCounterMode(display=False)
@@ -171,6 +194,26 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for entry in list(self._known.values()):
             if entry.term == transient:
                 self._move(entry, saved)
+
+    def mark(self, place: tuple[str, int]) -> None:
+        """Name this moment."""
+        self._marks[place] = (len(self._moments), self._live.copy())
+
+    def slices(self, num_units: int) -> Slices:
+        """The units, between marks ("forward", u) where unit u ends and ("backward", u) where its gradient comes."""
+        passing = [TERMS.index("activations"), TERMS.index("transients")]
+        moments = np.stack(self._moments)[:, passing].sum(1)
+        nothing, last = (0, np.zeros_like(self._live)), (len(moments), self._live)
+        before, during = [], []
+        for unit in range(num_units):
+            start, live = self._marks.get(("forward", unit - 1), nothing)
+            end, _ = self._marks.get(("forward", unit), last)
+            turn, _ = self._marks.get(("backward", unit), (end, live))
+            done, _ = self._marks.get(("backward", unit - 1), last)
+            before.append(live[passing].sum(0))
+            both = np.concatenate([moments[start:end], moments[turn:done]])
+            during.append(np.unique(both, axis=0))
+        return Slices(tuple(before), tuple(during))
 
     def wait(self) -> None:
         """A frozen prefix runs at this moment, elsewhere."""
@@ -254,6 +297,16 @@ def profile(step: Callable[[Ledger], None], symbols: Symbols) -> Profile | None:
         return _watched(step, Ledger(symbols), FakeTensorMode(allow_non_fake_inputs=True))
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
+
+
+def slices(step: Callable[[Ledger], None], symbols: Symbols, num_units: int) -> Slices | None:
+    """What the units of a model take in `step`, which marks them; None where it can't run on fake tensors."""
+    ledger = Ledger(symbols)
+    try:
+        _watched(step, ledger, FakeTensorMode(allow_non_fake_inputs=True))
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return None
+    return ledger.slices(num_units)
 
 
 def predict(step: Callable[[Ledger], None], num_examples: int) -> Cost:

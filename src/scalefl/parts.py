@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,6 +155,25 @@ class Resident:
                 trained |= {prefix + name: p for name, p in laid.items()}
             _set_modes(self._module, part.active, frozen_statistics=frozen_statistics)
             yield PartRunner(self._module, self._skeleton, part, output, moving), trained
+
+    @contextlib.contextmanager
+    def marking(self, cuts: Sequence[Cut], mark: Callable[[tuple[str, int]], None]) -> Iterator[None]:
+        """Inside the block, call `mark` where a run passes each cut, and where its gradient comes back to it."""
+
+        def passing(number: int, cut: Cut) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                mark(("forward", number))
+                z = floating(output)[cut.position]
+                if z.requires_grad:
+                    z.register_hook(lambda _: mark(("backward", number)))  # type: ignore[no-untyped-call]
+
+            return hook
+
+        with contextlib.ExitStack() as hooks:
+            for number, cut in enumerate(cuts):
+                module = self._module.get_submodule(cut.module)
+                hooks.callback(module.register_forward_hook(passing(number, cut)).remove)
+            yield
 
     def _output(self, spec: OutputSpec) -> tuple[OutputModule, Skeleton]:
         if spec not in self._outputs:

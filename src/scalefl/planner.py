@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from scalefl.blocks import Blocks, Layer, Span, blocks_by_hand
 from scalefl.client import holding, make_optimizer, train_batch
 from scalefl.errors import BudgetError
-from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, cost_of, predict, profile
+from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, Slices, cost_of, predict, profile, slices
 from scalefl.models.output import LAYERS, PROJECTIONS, OutputSpec, Projection, light_targets
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, is_attachment
 from scalefl.parts import Features, Part, Resident, Taps
+from scalefl.partition import partition
 from scalefl.prefix import CHUNK, Prefix, from_input
 from scalefl.problem import Batch, Problem, num_rows
 from scalefl.types import Choice, Ladder, LocalWork, Means, Objective, Offer, PrefixMode, Step
@@ -242,9 +243,14 @@ def _prefix_bytes(step: Step) -> int:
     """Weights of the prefix that are held while training runs."""
     if step.means.prefix in WITHOUT_PREFIX:
         return 0
-    empty = _resident(step.part.model).empty(replace(step.part, output=None))
-    own = set(step.part.own)
-    return sum(t.numel() * t.element_size() for name, t in empty.items() if name not in own)
+    sizes = _sizes_of(step.part)
+    return sum(sizes[name] for name in set(step.part.held) - set(step.part.own))
+
+
+@lru_cache(maxsize=1024)
+def _sizes_of(part: Part) -> dict[str, int]:
+    """Bytes of each tensor that a part needs."""
+    return {name: t.numel() * t.element_size() for name, t in _resident(part.model).empty(part).items()}
 
 
 def _feature_bytes(part: Part) -> int:
@@ -311,7 +317,8 @@ def fitting_means(
     fits = [
         (_loss(tried, cost), tried, cost)
         for tried in _variants(step, problem, ladder, round, num_examples)
-        if (cost := step_cost(tried, problem, objective)).peak_bytes <= budget_bytes
+        if _may_fit(tried, problem, budget_bytes)
+        and (cost := step_cost(tried, problem, objective)).peak_bytes <= budget_bytes
     ]
     if not fits:
         return None
@@ -344,6 +351,55 @@ def _variants(step: Step, problem: Problem, ladder: Ladder, round: int, num_exam
             continue  # accumulated gradients are needed together
         moving = step.moving - step.statistics if means.frozen_statistics else step.moving
         yield replace(step, means=means, moving=moving)
+
+
+NEAR = 1.2
+"""Means whose estimate is above so many times the budget are not traced: estimates stay within that of the truth."""
+
+
+def _may_fit(step: Step, problem: Problem, budget_bytes: int) -> bool:
+    """Whether a step could fit a budget: by what it must hold, and by what its units take where all train."""
+    rows = step.work.batch_size
+    sizes = _sizes_of(step.part)
+    own = sum(sizes[name] for name in (*step.part.own, *(step.part.output.names() if step.part.output else ())))
+    trained = sum(sizes[name] for name in step.trainable)
+    held = own + _prefix_bytes(step) + trained * (bool(step.work.momentum) + step.splits)
+    if held > budget_bytes:
+        return False
+    units = _units_of(step, problem)
+    found = _slices(step.part.model, problem) if units else None
+    if units is None or found is None or step.means.bfloat16:
+        return True
+    micro = min(step.means.micro_batch_size or rows, rows)
+    passing = found.peak(*units, micro, recompute=step.means.recompute)
+    return held + passing <= NEAR * budget_bytes
+
+
+def _units_of(step: Step, problem: Problem) -> tuple[int, int] | None:
+    """The first and last unit of what a step trains; None where it does not train all of whole units."""
+    part = step.part
+    found = partition(part.model, problem)
+    if (part.entry and part.entry.cut not in found.cuts) or (part.stop and part.stop not in found.cuts):
+        return None
+    first = found.cuts.index(part.entry.cut) + 1 if part.entry else 0
+    last = found.cuts.index(part.stop) if part.stop else found.num_units - 1
+    whole = {name for name in found.parameters if first <= found.unit_of[name] <= last}
+    return (first, last) if whole <= step.trainable else None
+
+
+@lru_cache(maxsize=64)
+def _slices(model: ModelSpec, problem: Problem) -> Slices | None:
+    """What each unit of a model takes while it trains whole."""
+    cuts = partition(model, problem).cuts
+    step = full_step(model, problem, LocalWork(batch_size=WHOLE.batch, momentum=0))
+    step = replace(step, part=replace(step.part, inner=()))
+    run = _traced(step, problem, TaskLoss())
+
+    def marked(ledger: Ledger) -> None:
+        with _resident(model).marking(cuts, ledger.mark):
+            run(ledger)
+
+    return slices(marked, WHOLE, len(cuts) + 1)
 
 
 def _either(rung: bool | str) -> list[bool]:
