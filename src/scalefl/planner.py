@@ -19,8 +19,8 @@ from scalefl.models.output import LAYERS, PROJECTIONS, OutputSpec, Projection, l
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, is_attachment
-from scalefl.parts import Features, Part, Resident, Taps
 from scalefl.partition import partition
+from scalefl.parts import Features, Part, Resident, Taps
 from scalefl.prefix import CHUNK, Prefix, from_input
 from scalefl.problem import Batch, Problem, num_rows
 from scalefl.types import Choice, Ladder, LocalWork, Means, Objective, Offer, PrefixMode, Step
