@@ -1,0 +1,366 @@
+"""Memory: predicted against measured, what each model needs by each means, and a tenth of full training for real.
+
+    python benchmarks/memory.py prediction|models|tenth --out docs/benchmarks
+
+Each command writes its section and a CSV file to OUT/memory/, and puts the sections together as OUT/memory.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.data import Devices, MemoryClass
+from scalefl.data.population import SimulatedPopulation
+from scalefl.engines.local import LocalEngine
+from scalefl.experiment import environment
+from scalefl.memory import Cost
+from scalefl.methods.fedavg import FedAvg
+from scalefl.methods.scalefl import ScaleFL
+from scalefl.models import resolve
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
+from scalefl.planner import cheapest, fit, full_step, step_cost
+from scalefl.problem import Batch, Classification, Column, Problem
+from scalefl.types import AUTO, ClientLoss, ClientTask, ClientUpdate, LocalWork, Means, Offer, Step, described
+from scalefl.units import MIB
+
+ORDER = ("prediction", "models", "tenth", "federation")
+STAGES = {
+    "resnet18": ("layer1.1", "layer2.1", "layer3.1"),
+    "resnet34": ("layer1.2", "layer2.3", "layer3.5"),
+}
+"""The paper's blocks: the stages of a ResNet. Other models are cut by a count."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on images of a size."""
+
+    name: str
+    image_size: int = 32
+
+    @cached_property
+    def model(self) -> ModelSpec:
+        facts = {"num_classes": 10, "image_size": self.image_size, "in_channels": 3}
+        extra = {"stem": "imagenet"} if self.image_size > 64 and self.name.startswith("resnet") else {}
+        return ModelSpec.of(resolve(self.name), **extra).completed(facts)
+
+    @cached_property
+    def problem(self) -> Classification:
+        return Classification(10, (Column("image", (3, self.image_size, self.image_size), "uint8"),))
+
+    @property
+    def title(self) -> str:
+        return self.name if self.image_size == 32 else f"{self.name} at {self.image_size}"
+
+    def blocks(self, count: int) -> Blocks:
+        if count == 4 and self.name in STAGES:
+            return blocks_by_hand(self.model, self.problem, STAGES[self.name])
+        return blocks_by_count(self.model, self.problem, count)
+
+
+SMALL = [Subject(name) for name in ("resnet18", "resnet34", "vgg11_bn", "squeezenet", "vit")]
+LARGE = Subject("resnet34", 224)
+
+
+class NoiseClient:
+    """One client with random images: two batches, so that a step runs beside what the first has left."""
+
+    num_clients = 1
+
+    def __init__(self, problem: Classification, num_examples: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = problem.columns[0].shape
+        self.problem = problem
+        self._images = torch.randint(0, 256, (num_examples, *shape), dtype=torch.uint8, generator=generator)
+        self._labels = torch.randint(0, problem.num_classes, (num_examples,), generator=generator)
+
+    def num_examples(self, client: int) -> int:
+        return len(self._labels)
+
+    def label_counts(self, client: int) -> torch.Tensor:
+        return torch.bincount(self._labels, minlength=self.problem.num_classes)
+
+    def examples(self, client: int) -> Batch:
+        return {"image": self._images, "label": self._labels}
+
+    validation = test = property(lambda self: self.examples(0))
+
+
+def done_in_a_worker(
+    subject: Subject, method: ScaleFL | FedAvg, step: Step, budget_bytes: int | None = None
+) -> ClientUpdate | ClientLoss:
+    """The answer to one task in a fresh worker, under a hard cap where there is a budget."""
+    data = NoiseClient(subject.problem, 2 * step.work.batch_size)
+    everything = MemoryClass(
+        name="all", share=1.0, memory=f"{budget_bytes or 2**40}B", flops_per_second=1e9, bandwidth_bytes_per_second=1e6
+    )
+    clients = SimulatedPopulation(data, Devices(classes=(everything,)), 2**40, seed=0)
+    state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=2**40)
+    cap = "none" if budget_bytes is None else "hard"
+    with LocalEngine(data, clients, workers=1, threads=1, cap=cap) as engine:
+        params = {name: state.params[name] for name in step.part.names()}
+        (answer,) = engine.fit(method, [(ClientTask(0, 0, (step,), seed=1), params)])
+    return answer
+
+
+# Predicted against measured.
+
+VARIANTS = {
+    "plain": Means(),
+    "micro-batch 8": Means(micro_batch_size=8),
+    "recomputed": Means(recompute=True),
+    "cached prefix": Means(prefix="cached"),
+    "streamed, micro-batch 8, recomputed": Means(micro_batch_size=8, recompute=True, prefix="streamed"),
+}
+
+
+def settings() -> Iterator[tuple[Subject, int, int, str]]:
+    """Model, batch size, blocks (1: the full model) and means of each measurement."""
+    for subject in SMALL:
+        for batch in (32, 64):
+            for blocks in (1, 4, 8):
+                for variant in VARIANTS:
+                    # Full training has no prefix; variants are tried at one batch size and number of blocks.
+                    if variant == "plain" or (batch == 32 and blocks < 8 and (blocks > 1 or "prefix" not in variant)):
+                        yield subject, batch, blocks, variant
+    for blocks in (1, 4):
+        for variant in ("plain", "recomputed"):
+            yield LARGE, 8, blocks, variant
+
+
+def prediction(folder: Path) -> None:
+    rows = []
+    for subject, batch, count, variant in settings():
+        work = LocalWork(batch_size=batch)
+        if count == 1:
+            method: ScaleFL | FedAvg = FedAvg(work=work)
+            steps = {"full": full_step(subject.model, subject.problem, work)}
+        else:
+            blocks = subject.blocks(count)
+            method = ScaleFL(work=work, blocks=tuple(cut.module for cut in map(blocks.cut, range(count - 1)) if cut))
+            spans = [Span(b, b) for b in range(count)]
+            steps = {f"{s} of {count}": method.stage_step(blocks, s, subject.problem, 1) for s in spans}
+        for label, step in steps.items():
+            step = replace(step, means=VARIANTS[variant])
+            predicted = step_cost(step, subject.problem, method.objective(step)).peak_bytes
+            answer = done_in_a_worker(subject, method, step)
+            measured = answer.receipt.peak_bytes
+            if isinstance(answer, ClientLoss) or measured is None:
+                raise SystemExit(f"{subject.title} {label} {variant}: {answer}")
+            rows.append([subject.title, batch, label, variant, predicted, measured])
+            print(f"{subject.title:16} {batch:3} {label:8} {variant:36}", _mib(predicted), _mib(measured), flush=True)
+    _write_csv(
+        folder / "prediction.csv", ["model", "batch", "trained", "means", "predicted_bytes", "measured_bytes"], rows
+    )
+    errors = [(row[4] / row[5] - 1, row) for row in rows]
+    what = f"{len(rows)} tasks, each in a fresh worker (two steps). Error: predicted / measured − 1."
+    lines = ["## Predicted against measured", "", what, ""]
+    lines += ["| | tasks | median of errors' sizes | lowest | highest | most under, MiB |", "|---|---|---|---|---|---|"]
+    for name, chosen in [
+        ("all", errors),
+        *((variant, [e for e in errors if e[1][3] == variant]) for variant in VARIANTS),
+        *((s.title, [e for e in errors if e[1][0] == s.title]) for s in (*SMALL, LARGE)),
+    ]:
+        under = max(row[5] - row[4] for _, row in chosen) / MIB
+        values = [error for error, _ in chosen]
+        lines.append(
+            f"| {name} | {len(chosen)} | {_percent(statistics.median(map(abs, values)))} | {_percent(min(values))} "
+            f"| {_percent(max(values))} | {max(under, 0):.1f} |"
+        )
+    bad = [row for error, row in errors if row[5] - row[4] > max(0.03 * row[4], 4 * MIB) or error > 0.10]
+    lines += ["", f"Under by more than max(3 %, 4 MiB), or over by more than 10 %: {len(bad)} of {len(rows)}."]
+    lines += [f"- {r[0]}, batch {r[1]}, {r[2]}, {r[3]}: {_mib(r[4])} predicted, {_mib(r[5])} measured" for r in bad]
+    _write_section(folder, "prediction", lines)
+
+
+# What each model needs.
+
+
+def models(folder: Path) -> None:
+    batch = 128
+    lines = [
+        "## What each model needs",
+        "",
+        f"Predicted peaks in MiB at batch {batch} (ResNet-34 at 224: 32), SGD with momentum, mentor on. Paper: four blocks, one "
+        " co-adapted layer, no other means. Ladder: the least by all exact means, blocks as in the paper, and at eight "
+        "blocks with parts of a block. Full, least: the same means for the full model, which is the honest comparison.",
+        "",
+        "| model | full | paper's stages 1-4 | saved | full, least | four blocks, least | eight blocks and parts, least | dearest stage's FLOPs of full |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = []
+    for subject in (*SMALL, LARGE):
+        work = LocalWork(batch_size=batch if subject is not LARGE else 32)
+        whole = full_step(subject.model, subject.problem, work)
+        full = step_cost(whole, subject.problem, TaskLoss())
+        full_least = cheapest(whole, subject.problem, TaskLoss(), AUTO)[1]
+        stages = _stage_costs(subject, work, 4, least=False)
+        four, eight = (max(c.peak_bytes for c in _stage_costs(subject, work, n, least=True)) for n in (4, 8))
+        worst = max(c.peak_bytes for c in stages)
+        dearest = max(c.flops for c in stages) / full.flops
+        peaks = " ".join(_mib(c.peak_bytes) for c in stages)
+        lines.append(
+            f"| {subject.title} | {_mib(full.peak_bytes)} | {peaks} | {_percent(1 - worst / full.peak_bytes, 0)} "
+            f"| {_mib(full_least.peak_bytes)} | {_mib(four)} | {_mib(eight)} | {_percent(dearest, 0)} |"
+        )
+        rows.append(
+            [
+                subject.title,
+                full.peak_bytes,
+                *(c.peak_bytes for c in stages),
+                full_least.peak_bytes,
+                four,
+                eight,
+                dearest,
+            ]
+        )
+        print(lines[-1], flush=True)
+    stage_names = [f"stage{i}_bytes" for i in range(1, 5)]
+    head = ["model", "full_bytes", *stage_names, "full_least_bytes", "four_least_bytes", "eight_least_bytes", "flops"]
+    _write_csv(folder / "models.csv", head, rows)
+    _write_section(folder, "models", lines)
+
+
+def _stage_costs(subject: Subject, work: LocalWork, count: int, *, least: bool) -> list[Cost]:
+    """The cost of each block, or of its dearest smallest part by the cheapest exact means."""
+    method = ScaleFL(work=work, blocks=count, coadapted_layers=0 if least else 1)
+    blocks = subject.blocks(count)
+    method = replace(method, blocks=tuple(cut.module for cut in map(blocks.cut, range(count - 1)) if cut))
+    state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
+    found = []
+    for block in range(count):
+        step = method.stage_step(blocks, Span(block, block), subject.problem)
+        if not least:
+            found.append(step_cost(step, subject.problem, method.objective(step)))
+            continue
+        costs = [_least(step, subject, method)]
+        tilings = method._parts(state, block) if count > 4 else []
+        if tilings:  # all parts have their turn, so the dearest counts
+            costs.append(max((_least(o.step, subject, method) for o in tilings[-1]), key=lambda c: c.peak_bytes))
+        found.append(min(costs, key=lambda c: c.peak_bytes))
+    return found
+
+
+def _least(step: Step, subject: Subject, method: ScaleFL) -> Cost:
+    return cheapest(step, subject.problem, method.objective(step), AUTO)[1]
+
+
+# A tenth.
+
+TENTHS = {"resnet18": 68, "resnet34": 116, "vit": 123}
+"""MiB that training may add to the worker: a tenth of full training."""
+
+
+def tenth(folder: Path) -> None:
+    lines = [
+        "## A tenth of full training, enforced",
+        "",
+        "Batch 128, 32×32, SGD with momentum, mentor on; each task in a fresh worker whose data segment is limited to its "
+        "base plus the budget. Full training is tried under the same cap.",
+    ]
+    rows = []
+    for name, mib in TENTHS.items():
+        subject, work, budget = Subject(name), LocalWork(batch_size=128), mib * MIB
+        whole = full_step(subject.model, subject.problem, work)
+        full = step_cost(whole, subject.problem, TaskLoss())
+        answer = done_in_a_worker(subject, FedAvg(work=work), whole, budget)
+        fate = f"dies ({answer.cause})" if isinstance(answer, ClientLoss) else "LIVES"
+        lines += [
+            "",
+            f"### {name}: full training {_mib(full.peak_bytes)} MiB, cap: base + {mib} MiB",
+            "",
+            f"Full training {fate}.",
+            "",
+            "| trained | by | predicted MiB | measured MiB | seconds a step | |",
+            "|---|---|---|---|---|---|",
+        ]
+        print(lines[-5:], flush=True)
+        for label, words, step, cost in tenth_steps(subject, work, budget):
+            method = tenth_method(work)
+            answer = done_in_a_worker(subject, method, step, budget)
+            measured = answer.receipt.peak_bytes
+            ok = "trained" if isinstance(answer, ClientUpdate) else f"lost: {answer.cause}"
+            rows.append([name, label, words, cost.peak_bytes, measured, answer.receipt.seconds / 2, ok])
+            lines.append(
+                f"| {label} | {words or 'as it is'} | {_mib(cost.peak_bytes)} | {_mib(measured)} "
+                f"| {answer.receipt.seconds / 2:.1f} | {ok} |"
+            )
+            print(lines[-1], flush=True)
+    head = ["model", "trained", "means", "predicted_bytes", "measured_bytes", "seconds_a_step", "outcome"]
+    _write_csv(folder / "tenth.csv", head, rows)
+    _write_section(folder, "tenth", lines)
+
+
+def tenth_method(work: LocalWork) -> ScaleFL:
+    return ScaleFL(work=work, blocks=4, coadapted_layers=1)
+
+
+def tenth_steps(subject: Subject, work: LocalWork, budget: int) -> Iterator[tuple[str, str, Step, Cost]]:
+    """For each of four blocks how it is trained within the budget, in parts where it must be."""
+    method = tenth_method(work)
+    state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
+    usable = budget - max(round(0.03 * budget), 4 * MIB)
+    for block in range(4):
+        for offers in ([method._offer(state, Span(block, block))], *method._parts(state, block)):
+            found = [_fitting(o, subject.problem, method, usable) for o in offers]
+            if all(found):
+                for offer, (words, step, cost) in zip(offers, found, strict=True):
+                    yield offer.label, words, step, cost
+                break
+        else:
+            raise SystemExit(f"{subject.title}: block {block + 1} does not fit {budget / MIB} MiB")
+
+
+def _fitting(offer: Offer, problem: Problem, method: ScaleFL, usable: int) -> tuple[str, Step, Cost] | None:
+    choice = fit(offer, problem, method.objective, usable, num_examples=256)
+    if choice is None:
+        return None
+    words = [*choice.label.removeprefix(offer.label).split(", ")[1:], *described(choice.step)]
+    return ", ".join(words), choice.step, choice.cost
+
+
+def _mib(num_bytes: float | None) -> str:
+    return "–" if num_bytes is None else f"{num_bytes / MIB:.1f}"
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f} %"
+
+
+def _write_csv(path: Path, head: list[str], rows: list[list]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+
+
+def _write_section(folder: Path, name: str, lines: list[str]) -> None:
+    about = environment()
+    where = f"torch {about['packages']['torch']}, {about['platform']}, one thread."
+    (folder / f"{name}.md").write_text("\n".join([*lines, "", where, ""]))
+    sections = [(folder / f"{part}.md").read_text() for part in ORDER if (folder / f"{part}.md").exists()]
+    head = "# Memory: measured\n\nWritten by `make bench-memory`; figures behind it in [memory/](memory).\n"
+    (folder.parent / "memory.md").write_text("\n".join([head, *sections]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["prediction", "models", "tenth"])
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = options.out / "memory"
+    folder.mkdir(parents=True, exist_ok=True)
+    {"prediction": prediction, "models": models, "tenth": tenth}[options.what](folder)
+
+
+if __name__ == "__main__":
+    main()
