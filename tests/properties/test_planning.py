@@ -48,9 +48,14 @@ def test_every_unit_and_parameter_is_in_exactly_one_block(channels, data):
 
 
 @MODEST
-@given(NETS, st.integers(0, 3), st.lists(st.floats(0.2, 1.5), min_size=2, max_size=3))
-def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels, turn, shares):
-    method = ScaleFL(work=support.WORK, blocks=len(channels) + 1, means="micro-batches", coadapted_layers=1)
+@given(
+    NETS,
+    st.integers(0, 3),
+    st.lists(st.floats(0.2, 1.5), min_size=2, max_size=3),
+    st.sampled_from(["micro-batches", "auto"]),
+)
+def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels, turn, shares, means):
+    method = ScaleFL(work=support.WORK, blocks=len(channels) + 1, means=means, coadapted_layers=1)
     state = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
     full = max(peaks_of(method, state).values())
     trained = []
@@ -74,19 +79,31 @@ def _blocks_trained(blocks, names) -> int:
     return sum(blocks.trainable(Span(block, block)) <= names for block in range(len(blocks)))
 
 
-@MODEST
-@given(NETS, st.integers(1, 10**6))
-def test_blocks_by_memory_fit_and_are_as_few_as_greed_finds(channels, seed):
-    """Each block fits the budget, and no block could have taken its successor's first unit as well."""
-    method = ScaleFL(work=support.WORK, blocks="memory", coadapted_layers=0)
-    fine = ScaleFL(work=support.WORK, blocks=len(channels) + 1, coadapted_layers=0)
-    state = fine.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
-    singles = [peak for label, peak in peaks_of(fine, state).items() if label.startswith("block ")]
-    budget = max(singles) + seed % 10_000
+@settings(max_examples=8, deadline=None)
+@given(NETS, st.floats(0.0, 1.0), st.sampled_from(["none", "auto"]))
+def test_blocks_by_memory_fit_and_are_as_few_as_exact_dynamic_programming_finds(channels, share, means):
+    method = ScaleFL(work=support.WORK, blocks="memory", coadapted_layers=0, means=means, parts=False)
+    last = len(channels)
+    costs = {
+        (a, b): method._unit_cost(spec_of(channels), support.PROBLEM, a, b, last).peak_bytes
+        for a in range(last + 1)
+        for b in range(a, last + 1)
+    }
+    singles = max(costs[unit, unit] for unit in range(last + 1))
+    budget = int(singles + share * max(costs[0, last] - singles, 0)) + 1
     found = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=budget)
-    menu = peaks_of(method, found)
-    blocks = [peak for label, peak in menu.items() if label.startswith("block ")] or [menu["full"]]
-    assert max(blocks) <= budget
+    ends = found.aux.values["ends"]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    assert all(costs[pair] <= budget for pair in zip(starts, ends, strict=True))
+    assert len(ends) == _fewest(costs, budget, last)
+
+
+def _fewest(costs, budget, last) -> int:
+    """Blocks at the least, over all cuts."""
+    best = [0]
+    for end in range(last + 1):
+        best.append(min(best[start] + 1 for start in range(end + 1) if costs[start, end] <= budget))
+    return best[-1]
 
 
 GOLDEN = [("spans", 1.0493), ("spans", 1.0920), ("spans", 1.0794)]

@@ -258,21 +258,23 @@ class ScaleFL:
         return self._blocks_by_memory(model, problem, smallest_memory_bytes)
 
     def _blocks_by_memory(self, model: ModelSpec, problem: Problem, budget: int) -> Blocks:
-        """Each block in turn as long as its stage fits the budget (greedy, so the fewest that can be)."""
+        """Each block in turn as long as its stage fits the budget: greedy, and so the fewest that can be."""
         last = blocks_by_count(model, problem, 1).ends[0]
+
+        def fits(start: int, end: int) -> bool:
+            return self._unit_cost(model, problem, start, end, last).peak_bytes <= budget
+
         ends: list[int] = []
         while not ends or ends[-1] < last:
             start = ends[-1] + 1 if ends else 0
-            fitting = start - 1
-            for end in range(start, last + 1):
-                cost = self._unit_cost(model, problem, start, end, last)
-                if cost.peak_bytes > budget:
-                    break
-                fitting = end
-            if fitting < start:
+            # The rest of the model first: it alone has no output module, and may fit where a shorter block does not.
+            end = last if fits(start, last) else start - 1
+            while end < last and fits(start, end + 1):
+                end += 1
+            if end < start:
                 cost = self._unit_cost(model, problem, start, start, last)
                 raise budget_error(f"unit {start + 1} of {last + 1} of {model.name}", cost, budget)
-            ends.append(fitting)
+            ends.append(end)
         return blocks_from_ends(model, problem, tuple(ends))
 
     def _cheapest(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
