@@ -91,7 +91,8 @@ def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[Pa
     """Lay out what a step holds by its means, in the precision that they ask for."""
     means = step.means
     with (
-        torch.autocast("cpu", torch.bfloat16, enabled=means.bfloat16),
+        # Without its cache: that keeps the weights of the first step for as long as the block lasts.
+        torch.autocast("cpu", torch.bfloat16, enabled=means.bfloat16, cache_enabled=False),
         resident.holding(
             step.part,
             params,
