@@ -273,17 +273,15 @@ class PartRunner:
         """Run the model from an entry to a cut, noting taps; return what the model returns if it comes to its end."""
         part = self._part
         with contextlib.ExitStack() as undo:
-            past_start = False
-            if entry is not None and given is not None:
-                undo.enter_context(skipping(self._module, entry, given))
-                past_start = part.start is not None and entry.covers(part.start.module)
             if part.source is not None and not (entry and entry.covers(part.source)):
                 undo.callback(self._watch(part.source, self._note_source).remove)
             if part.straddling and part.start is not None:
                 # What runs around a stand-in before the entry belongs to the prefix.
                 self._set_straddling(training=False)
-                turn = entry.cut if entry is not None and past_start else part.start
+                turn = entry.cut if entry is not None and entry.covers(part.start.module) else part.start
                 undo.callback(self._watch(turn.module, self._note_start).remove)
+            if entry is not None and given is not None:
+                undo.enter_context(skipping(self._module, entry, given))
             end = stop or part.feature
             if end is not None:
                 undo.callback(self._watch(end.module, self._noting(end, ends=stop is not None)).remove)

@@ -6,6 +6,7 @@ no memory (all elements are one), and the last of them returns the tensor that w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +39,10 @@ class Blank:
         shape = (num_examples, *self.shape) if self.batched else self.shape
         return torch.zeros(shape, dtype=getattr(torch, self.dtype))
 
-    def filled(self, num_examples: int) -> Tensor:
-        """Zeros that take the memory of one."""
+    def filled(self, num_examples: int, value: float = 0) -> Tensor:
+        """One value in every place, in the memory of one."""
         shape = (num_examples, *self.shape) if self.batched else self.shape
-        return torch.zeros((), dtype=getattr(torch, self.dtype)).expand(shape)
+        return torch.full((), value, dtype=getattr(torch, self.dtype)).expand(shape)
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,13 @@ def blanks(template: Template) -> list[Blank]:
     return [] if template is None else [template]
 
 
-def filled(template: Template, num_examples: int, position: int = -1, given: Tensor | None = None) -> Any:
-    """The output that a template describes: zeros, and `given` as its floating-point tensor number `position`."""
+def filled(
+    template: Template, num_examples: int, position: int = -1, given: Tensor | None = None, *, wrong: bool = False
+) -> Any:
+    """The output that a template describes: zeros, and `given` as its floating-point tensor number `position`.
+
+    With `wrong`, NaN instead of zeros, and 1 where there is no NaN: whoever reads a stand-in will show it.
+    """
     floating = iter(range(10**9))
 
     def fill(part: Template) -> Any:
@@ -96,7 +102,8 @@ def filled(template: Template, num_examples: int, position: int = -1, given: Ten
             return None
         if isinstance(part, Blank):
             is_given = part.is_floating_point and next(floating) == position
-            return given if is_given else part.filled(num_examples)
+            value = 0.0 if not wrong else math.nan if part.is_floating_point else 1.0
+            return given if is_given else part.filled(num_examples, value)
         items = [fill(item) for item in part.items]
         return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
 
