@@ -333,8 +333,9 @@ class _Rerun(NamedTuple):
         torch.set_rng_state(self.rng_state)
         run(self.args, self.kwargs, self.entry, self.given, self.stop)
         gradient, self.end.grad = self.end.grad, None
-        if gradient is not None:
-            torch.autograd.backward(self.seen.pop("z"), gradient)
+        end = self.seen.pop("z")
+        if gradient is not None and end.requires_grad:
+            torch.autograd.backward(end, gradient)
 
 
 @contextlib.contextmanager
