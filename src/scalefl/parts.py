@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +153,9 @@ class Resident:
                 inner = {name.removeprefix(prefix): params[name] for name in part.output.names()}
                 laid = skeleton.lay(inner, frozenset(n.removeprefix(prefix) for n in trainable))
                 trained |= {prefix + name: p for name, p in laid.items()}
-            _set_modes(self._module, part.active, frozen_statistics=frozen_statistics)
+            if frozen_statistics:
+                part = _without_statistics(part, self._module)
+            _set_modes(self._module, part.active)
             yield PartRunner(self._module, self._skeleton, part, output, moving), trained
 
     def _output(self, spec: OutputSpec) -> tuple[OutputModule, Skeleton]:
@@ -353,8 +355,16 @@ def _keep(found: dict[Cut, Tensor], cut: Cut) -> Any:
     return hook
 
 
-def _set_modes(module: nn.Module, active: tuple[str, ...], *, frozen_statistics: bool) -> None:
+def _set_modes(module: nn.Module, active: tuple[str, ...]) -> None:
     module.eval()
     for path in active:
-        child = module.get_submodule(path)
-        child.training = not (frozen_statistics and getattr(child, "track_running_stats", False))
+        module.get_submodule(path).training = True
+
+
+def _without_statistics(part: Part, module: nn.Module) -> Part:
+    """The part with its norms in eval mode, where they have running statistics."""
+
+    def others(paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(p for p in paths if not getattr(module.get_submodule(p), "track_running_stats", False))
+
+    return replace(part, active=others(part.active), straddling=others(part.straddling))
