@@ -6,8 +6,9 @@ no memory (all elements are one), and the last of them returns the tensor that w
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,16 +96,18 @@ def filled(
 
     With `wrong`, NaN instead of zeros, and 1 where there is no NaN: whoever reads a stand-in will show it.
     """
-    floating = iter(range(10**9))
+    return _filled(template, itertools.count(), num_examples, position, given, wrong)
 
-    def fill(part: Template) -> Any:
-        if part is None:
-            return None
-        if isinstance(part, Blank):
-            is_given = part.is_floating_point and next(floating) == position
-            value = 0.0 if not wrong else math.nan if part.is_floating_point else 1.0
-            return given if is_given else part.filled(num_examples, value)
-        items = [fill(item) for item in part.items]
-        return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
 
-    return fill(template)
+# Not a closure that calls itself: that is a cycle, which would hold the tensor until Python's collector comes by.
+def _filled(
+    part: Template, floating: Iterator[int], num_examples: int, position: int, given: Tensor | None, wrong: bool
+) -> Any:
+    if part is None:
+        return None
+    if isinstance(part, Blank):
+        is_given = part.is_floating_point and next(floating) == position
+        value = 0.0 if not wrong else math.nan if part.is_floating_point else 1.0
+        return given if is_given else part.filled(num_examples, value)
+    items = [_filled(item, floating, num_examples, position, given, wrong) for item in part.items]
+    return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
