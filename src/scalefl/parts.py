@@ -197,11 +197,11 @@ class PartRunner:
         raw = self._run(args, kwargs, entry, given, self._part.stop)
         x = features.x if features and features.x is not None else self._x(args, kwargs)
         if self._output is not None:
-            z = self._seen["z"]
+            z = self._seen.pop("z")
             output = self._output(z, problem.mask(batch))
             return Taps(output.logits, x, z, output.features, output.projected)
         logits = problem.output(raw)
-        z = self._seen.get("z", logits)
+        z = self._seen.pop("z", logits)
         return Taps(logits, x, z, z, z)
 
     @property
