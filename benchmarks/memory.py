@@ -191,11 +191,12 @@ def models(folder: Path) -> None:
     lines = [
         "## What each model needs",
         "",
-        f"Predicted peaks in MiB at batch {batch} (ResNet-34 at 224: 32), SGD with momentum, mentor on. Paper: four blocks, one "
-        " co-adapted layer, no other means. Ladder: the least by all exact means, blocks as in the paper, and at eight "
-        "blocks with parts of a block. Full, least: the same means for the full model, which is the honest comparison.",
+        f"Predicted peaks in MiB at batch {batch} (ResNet-34 at 224: 32), SGD with momentum, mentor on. Paper: four "
+        "blocks, one  co-adapted layer, no other means. Ladder: the least by all exact means, blocks as in the paper, and at eight "
+        "blocks with parts of a block. Full, least: the same means for the full model, which is the honest comparison. "
+        "FLOPs: those of the dearest stage, mentor and output module included.",
         "",
-        "| model | full | paper's stages 1-4 | saved | full, least | four blocks, least | eight blocks and parts, least | dearest stage's FLOPs of full |",
+        "| model | full | paper's stages 1-4 | saved | full, least | four, least | eight and parts, least | FLOPs of full |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = []
@@ -265,8 +266,8 @@ def tenth(folder: Path) -> None:
     lines = [
         "## A tenth of full training, enforced",
         "",
-        "Batch 128, 32×32, SGD with momentum, mentor on; each task in a fresh worker whose data segment is limited to its "
-        "base plus the budget. Full training is tried under the same cap.",
+        "Batch 128, 32×32, SGD with momentum, mentor on; each task in a fresh worker whose data segment is limited to "
+        "its base plus the budget. Full training is tried under the same cap.",
     ]
     rows = []
     for name, mib in TENTHS.items():

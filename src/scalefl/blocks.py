@@ -143,8 +143,14 @@ class Blocks:
             prefix=self._stretches(entries, before) if entry else (),
             entry=entry,
             own=self._needed(entry, last),
-            inner=tuple(e for e in entries[before + 1 : last] if e and (e.cut == feature or not _passes(e, feature))),
+            inner=self._inner(entries[before + 1 : last], span, feature),
         )
+
+    def _inner(self, entries: Sequence[Entry | None], span: Span, feature: Cut | None) -> tuple[Entry, ...]:
+        """Those of the cuts inside a span at which a run can start, and that come by the feature."""
+        if self.statistics(self.straddling(span)):
+            return ()  # a second run of the prefix would see the statistics that the first has left
+        return tuple(e for e in entries if e and (e.cut == feature or not _passes(e, feature)))
 
     def _stretches(self, entries: Sequence[Entry | None], last: int) -> tuple[Stretch, ...]:
         """The frozen units up to `last`, each on its own where the model can be started between them."""

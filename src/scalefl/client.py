@@ -91,7 +91,8 @@ def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[Pa
     """Lay out what a step holds by its means, in the precision that they ask for."""
     means = step.means
     with (
-        torch.autocast("cpu", torch.bfloat16, enabled=means.bfloat16),
+        # Without its cache: that keeps the weights of the first step for as long as the block lasts.
+        torch.autocast("cpu", torch.bfloat16, enabled=means.bfloat16, cache_enabled=False),
         resident.holding(
             step.part,
             params,
@@ -195,23 +196,27 @@ def _pull_of_batch(
 
     nHSIC is no sum over samples. Exact where no layer couples samples either: batch norm does, in each micro-batch.
     """
-    states, weight = [], 0
-    gathered: dict[str, list[Tensor]] = {name: [] for name in ("x", *objective.coupled)}
+    states, weight, start = [], 0, 0
+    leaves: dict[str, Tensor] = {}
     with torch.no_grad(), runner.keep_statistics():
         for micro, rows in micros:
             states.append(torch.get_rng_state())
             taps = runner(micro, problem, prefix(micro, rows))
             weight += objective.sample_terms(taps, micro, problem)[1]
-            for name, pieces in gathered.items():
-                pieces.append(getattr(taps, name))
-    lengths = [len(rows) for _, rows in micros]
-    leaves: dict[str, Tensor] = {}
-    for name in list(gathered):
-        leaves[name] = torch.cat(gathered.pop(name)).requires_grad_(name != "x")
+            for name in ("x", *objective.coupled):
+                piece = getattr(taps, name)
+                if name not in leaves:
+                    # Room for the whole batch at once: to join pieces takes twice as much.
+                    leaves[name] = piece.new_empty(num_rows(batch), *piece.shape[1:])
+                leaves[name][start : start + len(rows)] = piece
+            start += len(rows)
+    for name in objective.coupled:
+        leaves[name].requires_grad_()
     terms = objective.batch_terms(replace(taps, **leaves), batch, problem) if weight else None
     if terms is None:
         return _Pull({}, weight, states)
     found = torch.autograd.grad(terms, [leaves[name] for name in objective.coupled])
+    lengths = [len(rows) for _, rows in micros]
     gradients = {name: torch.split(g, lengths) for name, g in zip(objective.coupled, found, strict=True)}
     return _Pull(gradients, weight, states)
 

@@ -81,8 +81,8 @@ class Partition:
         source: the module whose output is the input features (token models); None where the input is.
         source_blank: what that output looks like.
         feature: the last feature before the model's own head.
-        entries: for each cut, how a run could start there; None where a module's output cannot be stood in for.
-            Whether the run then gives the same numbers is `starting.entry`'s to say.
+        entries: for each cut, how a run could start there; None where a module's output cannot be stood in for, or
+            both sides use what training changes. Whether the run then gives the same numbers, `starting` says.
     """
 
     cuts: tuple[Cut, ...]
@@ -296,6 +296,7 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
             owner = owner.rpartition(".")[0]
         unit_of[name] = module_units[owner][0]
     unit_of |= _needed(trace, unit, graph)
+    shared = _shared(trace, graph, unit, module_units)
     everywhere = _dominating_places(trace, graph)
     features = _before_weights(trace, graph, everywhere)
     return Partition(
@@ -310,8 +311,16 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
         source=graph.source_module,
         source_blank=_source_blank(trace, graph.source_module),
         feature=features[-1].cut() if features else None,
-        entries=tuple(_entry(trace, place) for place in places),
+        entries=tuple(None if c in shared else _entry(trace, place) for c, place in enumerate(places)),
     )
+
+
+def _shared(trace: Trace, graph: Graph, unit: list[int], module_units: Mapping[str, tuple[int, int]]) -> set[int]:
+    """Cuts (made by hand) with tensors on both sides that training changes: parameters, and statistics of norms."""
+    uses = ((i, graph.order[id(p)]) for i, node in enumerate(graph.nodes) for p in parents(node) if trace.parameter(p))
+    spans = [(unit[j], unit[i]) for i, j in uses]
+    spans += [module_units[path] for path in _statistics(trace.module) if path in module_units]
+    return {cut for first, last in spans for cut in range(first, last)}
 
 
 def _entry(trace: Trace, place: _Place) -> Entry | None:

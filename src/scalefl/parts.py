@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -153,7 +153,9 @@ class Resident:
                 inner = {name.removeprefix(prefix): params[name] for name in part.output.names()}
                 laid = skeleton.lay(inner, frozenset(n.removeprefix(prefix) for n in trainable))
                 trained |= {prefix + name: p for name, p in laid.items()}
-            _set_modes(self._module, part.active, frozen_statistics=frozen_statistics)
+            if frozen_statistics:
+                part = _without_statistics(part, self._module)
+            _set_modes(self._module, part.active)
             yield PartRunner(self._module, self._skeleton, part, output, moving), trained
 
     @contextlib.contextmanager
@@ -225,11 +227,11 @@ class PartRunner:
         raw = self._run(args, kwargs, entry, given, self._part.stop)
         x = self._x(args, kwargs) if x is None else x
         if self._output is not None:
-            z = self._seen["z"]
+            z = self._seen.pop("z")
             output = self._output(z, problem.mask(batch))
             return Taps(output.logits, x, z, output.features, output.projected)
         logits = problem.output(raw)
-        z = self._seen.get("z", logits)
+        z = self._seen.pop("z", logits)
         return Taps(logits, x, z, z, z)
 
     @property
@@ -295,7 +297,8 @@ class PartRunner:
         for inner in self._part.inner:
             state = torch.get_rng_state()
             with torch.no_grad():
-                self._run(args, kwargs, entry, list(given), inner.cut)
+                # Detached: what looks at a leaf's views (torch's counter of FLOPs does) finds no graph behind them.
+                self._run(args, kwargs, entry, [z.detach() for z in given], inner.cut)
             following = self._seen.pop("z").requires_grad_()
             self._again.append(_Rerun(args, kwargs, entry, given, inner.cut, following, state, self._seen))
             entry, given = inner, [following]
@@ -308,17 +311,15 @@ class PartRunner:
         """
         part = self._part
         with contextlib.ExitStack() as undo:
-            past_start = False
-            if entry is not None:
-                undo.enter_context(skipping(self._module, entry, given))
-                past_start = part.start is not None and entry.covers(part.start.module)
             if part.source is not None and not (entry and entry.covers(part.source)):
                 undo.callback(self._watch(part.source, self._note_source).remove)
             if part.straddling and part.start is not None:
                 # What runs around a stand-in before the entry belongs to the prefix.
                 self._set_straddling(training=False)
-                turn = entry.cut if entry is not None and past_start else part.start
+                turn = entry.cut if entry is not None and entry.covers(part.start.module) else part.start
                 undo.callback(self._watch(turn.module, self._note_start).remove)
+            if entry is not None:
+                undo.enter_context(skipping(self._module, entry, given))
             end = stop or part.feature
             if end is not None:
                 undo.callback(self._watch(end.module, self._noting(end, ends=stop is not None)).remove)
@@ -370,9 +371,9 @@ class _Rerun(NamedTuple):
         torch.set_rng_state(self.rng_state)
         run(self.args, self.kwargs, self.entry, self.given, self.stop)
         gradient, self.end.grad = self.end.grad, None
-        z = self.seen.pop("z")
-        if gradient is not None and z.requires_grad:  # nothing trains in a stretch before co-adapted layers
-            torch.autograd.backward(z, gradient)
+        end = self.seen.pop("z")
+        if gradient is not None and end.requires_grad:
+            torch.autograd.backward(end, gradient)
 
 
 @contextlib.contextmanager
@@ -390,8 +391,16 @@ def _keep(found: dict[Cut, Tensor], cut: Cut) -> Any:
     return hook
 
 
-def _set_modes(module: nn.Module, active: tuple[str, ...], *, frozen_statistics: bool) -> None:
+def _set_modes(module: nn.Module, active: tuple[str, ...]) -> None:
     module.eval()
     for path in active:
-        child = module.get_submodule(path)
-        child.training = not (frozen_statistics and getattr(child, "track_running_stats", False))
+        module.get_submodule(path).training = True
+
+
+def _without_statistics(part: Part, module: nn.Module) -> Part:
+    """The part with its norms in eval mode, where they have running statistics."""
+
+    def others(paths: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(p for p in paths if not getattr(module.get_submodule(p), "track_running_stats", False))
+
+    return replace(part, active=others(part.active), straddling=others(part.straddling))

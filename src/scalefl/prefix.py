@@ -62,6 +62,8 @@ def prefix_of(step: Step, runner: PartRunner, params: Params, examples: Batch, p
 def _in_chunks(run: _Run, batch: Batch) -> Features:
     """The features of a batch, of which only `CHUNK` examples run at a time."""
     total = num_rows(batch)
+    if total <= CHUNK:
+        return run(batch)
     found: Features | None = None
     for start in range(0, total, CHUNK):
         piece = run({name: column[start : start + CHUNK] for name, column in batch.items()})
@@ -70,6 +72,7 @@ def _in_chunks(run: _Run, batch: Batch) -> Features:
         found.z[start : start + CHUNK] = piece.z
         if found.x is not None and piece.x is not None:
             found.x[start : start + CHUNK] = piece.x
+        del piece  # or it would be there while the next one is made
     assert found is not None
     return found
 
@@ -92,6 +95,7 @@ class _Cache:
                 if found.x is not None:
                     self._x = self._x or _Rows(files, found.x)
                     self._x.append(found.x)
+                del found
             self._files = files.pop_all()
 
     def __enter__(self) -> _Cache:

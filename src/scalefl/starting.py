@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import Template, filled
 from scalefl.partition import Entry
 from scalefl.problem import Batch, Problem
-from scalefl.rng import generator
+from scalefl.rng import generator, seeded
 from scalefl.tracing import PROBE_EXAMPLES, floating
 
 NUM_EXAMPLES = PROBE_EXAMPLES + 1
@@ -22,88 +23,121 @@ NUM_EXAMPLES = PROBE_EXAMPLES + 1
 
 
 @contextlib.contextmanager
-def skipping(module: nn.Module, entry: Entry, given: list[Tensor]) -> Iterator[None]:
+def skipping(module: nn.Module, entry: Entry, given: list[Tensor], *, wrong: bool = False) -> Iterator[None]:
     """Inside the block, modules before `entry` return stand-ins, and the one at the cut the tensor in `given`.
 
-    The tensor is taken out of the list: nothing here keeps it longer than the model itself does.
+    The tensor is taken out of the list: nothing here keeps it longer than the model itself does. Modules that run on
+    both sides of the cut are in eval mode until it is reached: what they make of stand-ins draws no dropout and enters
+    no statistics. `wrong` stand-ins are for proofs (see `filled`).
     """
     num_examples = len(given[0])
     changed = [(module.get_submodule(path), template) for path, template in entry.skipped]
     before = [vars(child).get("forward") for child, _ in changed]
+    around = [child for path, child in module.named_modules() if child.training and not entry.covers(path)]
+
+    def before_cut(template: Template) -> Any:
+        return lambda *_args, **_kwargs: filled(template, num_examples, wrong=wrong)
+
+    def at_cut(template: Template) -> Any:
+        def forward(*_args: Any, **_kwargs: Any) -> Any:
+            _set_training(around, training=True)
+            return filled(template, num_examples, entry.cut.position, given.pop(), wrong=wrong)
+
+        return forward
+
+    _set_training(around, training=False)
     for (path, template), (child, _) in zip(entry.skipped, changed, strict=True):
-        at_cut = path == entry.cut.module
-        vars(child)["forward"] = _giving(entry, given) if at_cut else _returning(template, num_examples)
+        vars(child)["forward"] = (at_cut if path == entry.cut.module else before_cut)(template)
     try:
         yield
     finally:
-        for (child, _), forward in zip(changed, before, strict=True):
-            if forward is None:
+        _set_training(around, training=True)
+        for (child, _), was in zip(changed, before, strict=True):
+            if was is None:
                 del vars(child)["forward"]
             else:
-                vars(child)["forward"] = forward
+                vars(child)["forward"] = was
 
 
-def _returning(template: Template, num_examples: int) -> Any:
-    def forward(*_args: Any, **_kwargs: Any) -> Any:
-        return filled(template, num_examples)
-
-    return forward
-
-
-def _giving(entry: Entry, given: list[Tensor]) -> Any:
-    template = dict(entry.skipped)[entry.cut.module]
-
-    def forward(*_args: Any, **_kwargs: Any) -> Any:
-        return filled(template, len(given[0]), entry.cut.position, given.pop())
-
-    return forward
+def _set_training(modules: Sequence[nn.Module], *, training: bool) -> None:
+    for module in modules:
+        module.training = training
 
 
 @lru_cache(maxsize=64)
 def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]) -> tuple[Entry | None, ...]:
     """The entries from which a run ends in the same logits, bit for bit, as one from the input; None for the others.
 
-    Tried for real, on random examples and initial weights: something besides the one tensor may pass a cut without a
-    gradient (a mask that a skipped module computes), or the modules after it may write into the tensor.
+    Tried for real, on random examples and initial weights, in eval and in train mode: something besides the one
+    tensor may pass a cut without a gradient (a mask that a skipped module computes), the modules after it may write
+    into the tensor, or read a tensor that a skipped module holds.
     """
     try:
-        module = model.build(0).eval()
+        module = model.build(0)
         batch = _random(problem.example(NUM_EXAMPLES))
-        kept: dict[int, Tensor] = {}
-        with torch.no_grad(), _keeping(module, entries, kept):
-            logits = _logits(module, batch, problem)
+        for training in (False, True):
+            module.train(training)
+            whole = _whole_run(module, batch, problem, entries)
+            entries = tuple(
+                entry if entry and i in whole.kept and _alike(module, batch, problem, entry, whole, i) else None
+                for i, entry in enumerate(entries)
+            )
     except Exception:  # a model that only runs on real data: it then runs from the input
         return (None,) * len(entries)
-    return tuple(
-        entry if entry and i in kept and _alike(module, batch, problem, entry, kept[i], logits) else None
-        for i, entry in enumerate(entries)
-    )
+    return entries
 
 
-def _alike(module: nn.Module, batch: Batch, problem: Problem, entry: Entry, given: Tensor, expected: Tensor) -> bool:
-    version = given._version
-    try:
-        with torch.no_grad(), skipping(module, entry, [given]):
-            logits = _logits(module, batch, problem)
-    except Exception:  # whatever a user's forward makes of stand-ins
-        return False
-    return given._version == version and torch.equal(logits.nan_to_num(), expected.nan_to_num())
+class _Kept(NamedTuple):
+    """The tensor at a cut, and torch's generator when it was there."""
+
+    given: Tensor
+    rng_state: Tensor
 
 
-@contextlib.contextmanager
-def _keeping(module: nn.Module, entries: tuple[Entry | None, ...], kept: dict[int, Tensor]) -> Iterator[None]:
+class _Whole(NamedTuple):
+    """A run from the input, with what was kept at each entry."""
+
+    logits: Tensor
+    kept: dict[int, _Kept]
+
+
+def _whole_run(module: nn.Module, batch: Batch, problem: Problem, entries: tuple[Entry | None, ...]) -> _Whole:
+    kept: dict[int, _Kept] = {}
+
     def keep(number: int, position: int) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            kept[number] = floating(output)[position].clone()
+            kept[number] = _Kept(floating(output)[position].contiguous().clone(), torch.get_rng_state())
 
         return hook
 
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as hooks, seeded(0), torch.no_grad():
         for number, entry in enumerate(entries):
             if entry is not None:
                 child = module.get_submodule(entry.cut.module)
                 hooks.callback(child.register_forward_hook(keep(number, entry.cut.position)).remove)
-        yield
+        return _Whole(_logits(module, batch, problem), kept)
+
+
+def _alike(module: nn.Module, batch: Batch, problem: Problem, entry: Entry, whole: _Whole, number: int) -> bool:
+    given, rng_state = whole.kept[number]
+    if not entry.blank.batched or given.shape != (NUM_EXAMPLES, *entry.blank.shape):
+        return False  # features are kept and cut into pieces by example
+    version = given._version
+    skeleton = Skeleton(module)
+    skipped = {n: t.to("meta") for n, t in tensors(module).items() if entry.covers(n.rpartition(".")[0])}
+    try:
+        for wrong in (False, True):
+            with seeded(0), torch.no_grad(), skipping(module, entry, [given], wrong=wrong):
+                torch.set_rng_state(rng_state)
+                skeleton.lay(skipped if wrong else {})
+                logits = _logits(module, batch, problem)
+            if given._version != version or not torch.equal(logits.nan_to_num(), whole.logits.nan_to_num()):
+                return False
+    except Exception:  # whatever a user's forward makes of stand-ins
+        return False
+    finally:
+        skeleton.clear()
+    return True
 
 
 def _logits(module: nn.Module, batch: Batch, problem: Problem) -> Tensor:
