@@ -191,12 +191,12 @@ def models(folder: Path) -> None:
     lines = [
         "## What each model needs",
         "",
-        f"Predicted peaks in MiB at batch {batch} (ResNet-34 at 224: 32), SGD with momentum, mentor on. Paper: four "
-        "blocks, one  co-adapted layer, no other means. Ladder: the least by all exact means, blocks as in the paper, and at eight "
-        "blocks with parts of a block. Full, least: the same means for the full model, which is the honest comparison. "
-        "FLOPs: those of the dearest stage, mentor and output module included.",
+        f"Predicted peaks in MiB at batch {batch} (ResNet-34 at 224: 32), SGD with momentum, mentor on. Stages: four "
+        "blocks, the paper's for ResNets, one co-adapted layer, no other means. Least: by all exact means, in four "
+        "blocks and in eight with parts of a block. Full, least: the same means for the full model, the honest "
+        "comparison. FLOPs: those of the dearest stage, mentor and output module included.",
         "",
-        "| model | full | paper's stages 1-4 | saved | full, least | four, least | eight and parts, least | FLOPs of full |",
+        "| model | full | stages 1-4 | saved | full, least | four, least | eight and parts, least | FLOPs of full |",
         "|---|---|---|---|---|---|---|---|",
     ]
     rows = []

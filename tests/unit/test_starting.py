@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -108,7 +109,7 @@ def test_only_what_a_part_owns_is_needed(name: str) -> None:
         with Resident(c.model).holding(part, params) as (runner, _):
             features, logits = runner.prefix_features(batch, c.problem), runner(batch, c.problem).logits
         with Resident(c.model).holding(part, own, without_prefix=True) as (runner, _):
-            assert torch.equal(runner(batch, c.problem, lambda: features).logits, logits)
+            assert torch.equal(runner(batch, c.problem, partial(lambda found: found, features)).logits, logits)
 
 
 # Where something else passes the cut
