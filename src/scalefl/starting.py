@@ -70,11 +70,12 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
 
     Tried for real, on random examples and initial weights, in eval and in train mode: something besides the one
     tensor may pass a cut without a gradient (a mask that a skipped module computes), the modules after it may write
-    into the tensor, or read a tensor that a skipped module holds.
+    into the tensor, or read a tensor that a skipped module holds. Nor may the modules before it couple examples.
     """
     try:
         module = model.build(0)
         batch = _random(problem.example(NUM_EXAMPLES))
+        fewer = _whole_run(module.eval(), {n: column[:-1] for n, column in batch.items()}, problem, entries)
         for training in (False, True):
             module.train(training)
             whole = _whole_run(module, batch, problem, entries)
@@ -82,6 +83,11 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
                 entry if entry and i in whole.kept and _alike(module, batch, problem, entry, whole, i) else None
                 for i, entry in enumerate(entries)
             )
+            if not training:
+                entries = tuple(
+                    entry if entry and _alone(fewer.kept[i].given, whole.kept[i].given) else None
+                    for i, entry in enumerate(entries)
+                )
     except Exception:  # a model that only runs on real data: it then runs from the input
         return (None,) * len(entries)
     return entries
@@ -116,6 +122,12 @@ def _whole_run(module: nn.Module, batch: Batch, problem: Problem, entries: tuple
                 child = module.get_submodule(entry.cut.module)
                 hooks.callback(child.register_forward_hook(keep(number, entry.cut.position)).remove)
         return _Whole(_logits(module, batch, problem), kept)
+
+
+def _alone(fewer: Tensor, more: Tensor) -> bool:
+    """Whether the features of an example are its own: a prefix may then run on few at a time, up to rounding."""
+    same = more[: len(fewer)]
+    return bool((fewer - same).nan_to_num().norm() <= 0.01 * same.nan_to_num().norm())
 
 
 def _alike(module: nn.Module, batch: Batch, problem: Problem, entry: Entry, whole: _Whole, number: int) -> bool:

@@ -367,6 +367,18 @@ class SharedNorm(nn.Module):
         return self.head(F.relu(self.second(self.norm(F.relu(self.first(self.norm(x)))))))
 
 
+class Coupled(nn.Module):
+    """Its norm has no running statistics, so it normalises by the batch in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, NUM_CLASSES)
+        self.norm = nn.BatchNorm1d(8, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.second(F.relu(self.norm(self.first(x))))))
+
+
 IDS = Classification(NUM_CLASSES, (Column("input_ids", (6,), "int64"),))
 SEQUENCES = Classification(NUM_CLASSES, (Column("x", (2, 4), "float32"),))
 CUTS = ("first", "second")
@@ -388,6 +400,7 @@ HOSTILE: dict[str, tuple[type[nn.Module], Classification, list[bool]]] = {
     "a shortcut past the second cut": (Shortcut, vectors(6), [True, False]),
     "examples in the second dimension": (SequenceFirst, SEQUENCES, [False, False]),
     "a dropout on both sides": (SharedDropout, vectors(6), [True, True]),
+    "examples normalised together": (Coupled, vectors(6), [True, False]),
     "a norm on both sides of the first cut": (SharedNorm, vectors(8), [False, True]),
 }
 
