@@ -60,7 +60,7 @@ def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int
     mode, rows = step.means.prefix, step.work.batch_size
     chunk = micro if mode == "resident" else min(CHUNK, micro)
     terms = waiting.waiting_peak(micro, rows) + prefix.peak(chunk, chunk) + _term("weights", _prefix_bytes(step))
-    if mode != "resident":
+    if mode != "resident" and micro > CHUNK:
         terms = terms + _term("activations", micro * _feature_bytes(step.part))
     return terms, prefix.total_flops(chunk, chunk) / chunk
 
@@ -329,7 +329,15 @@ def fitting_means(
 @lru_cache(maxsize=4096)
 def cheapest(step: Step, problem: Problem, objective: Objective, ladder: Ladder) -> tuple[Step, Cost]:
     """The step by those of the allowed means that need least memory, and its cost."""
-    tried = [(s, step_cost(s, problem, objective)) for s in _variants(step, problem, ladder, 0, 0)]
+    sizes = ladder.micro_sizes(step.work.batch_size)
+    tried: list[tuple[Step, Cost]] = []
+    # Smaller micro-batches never take more: of those that split, the smallest. It comes first, as what most need.
+    for variant in sorted(
+        (v for v in _variants(step, problem, ladder, 0, 0) if v.means.micro_batch_size in (sizes[0], sizes[-1])),
+        key=lambda v: v.means.micro_batch_size or 0,
+    ):
+        if not tried or _may_fit(variant, problem, min(cost.peak_bytes for _, cost in tried)):
+            tried.append((variant, step_cost(variant, problem, objective)))
     return min(tried, key=lambda pair: (pair[1].peak_bytes, _loss(*pair)))
 
 
@@ -409,14 +417,14 @@ def _either(rung: bool | str) -> list[bool]:
 def _prefixes(step: Step, problem: Problem, ladder: Ladder, num_examples: int) -> list[PrefixMode]:
     if step.part.entry is None:
         return ["resident"]
-    if ladder.prefix != "auto":
-        return [ladder.prefix]
-    modes: list[PrefixMode] = ["resident", "chunked", "streamed"]
     # Features are those of the examples as they are: augmentation would freeze one random draw of them.
     on_disk = num_examples * _feature_bytes(step.part)
-    if not problem.augments and 0 < on_disk <= ladder.cache_bytes:
-        modes.append("cached")
-    return modes
+    can_cache = not problem.augments and 0 < on_disk <= ladder.cache_bytes
+    if ladder.prefix == "cached":
+        return ["cached" if can_cache else "streamed"]
+    if ladder.prefix != "auto":
+        return [ladder.prefix]
+    return ["resident", "chunked", "streamed", *(["cached"] if can_cache else [])]  # type: ignore[list-item]
 
 
 DISK = {"resident": 0, "chunked": 0, "cached": 1, "streamed": 2}
