@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 Params = Mapping[str, Tensor]
@@ -15,6 +17,12 @@ ATTACHMENT = "@"
 def num_bytes(params: Params) -> int:
     """Bytes that the tensors hold."""
     return sum(t.numel() * t.element_size() for t in params.values())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, as bytes to read from or write to; not copied."""
+    content: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(content)
 
 
 def select(params: Params, names: Iterable[str]) -> dict[str, Tensor]:

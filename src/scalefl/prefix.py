@@ -6,12 +6,11 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalefl.params import Params
+from scalefl.params import Params, bytes_of
 from scalefl.parts import Features, PartRunner
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.types import Step
@@ -115,19 +114,14 @@ class _Rows:
         self._row_bytes = like[0].numel() * like.element_size()
 
     def append(self, values: Tensor) -> None:
-        content = _bytes_of(values.contiguous())
+        content = bytes_of(values.contiguous())
         while content:
             content = content[self._file.write(content) :]
 
     def read(self, rows: Tensor) -> Tensor:
         found = torch.empty(len(rows), *self._shape, dtype=self._dtype)
-        content = _bytes_of(found)
+        content = bytes_of(found)
         for i, row in enumerate(rows.tolist()):
             place = content[i * self._row_bytes : (i + 1) * self._row_bytes]
             os.preadv(self._file.fileno(), [place], row * self._row_bytes)
         return found
-
-
-def _bytes_of(values: Tensor) -> memoryview:
-    content: Any = values.detach().view(-1).view(torch.uint8).numpy()
-    return memoryview(content)

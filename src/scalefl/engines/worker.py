@@ -1,17 +1,17 @@
-"""A worker process: takes one task after another from a pipe and answers with updates. It holds no data."""
+"""A worker process: takes one task after another from a socket and answers with updates. It holds no data."""
 
 from __future__ import annotations
 
 import logging
 import signal
+import socket
 import sys
 import traceback
-from multiprocessing.connection import Connection
 
 import torch
 
 from scalefl.client import Residents, run_task
-from scalefl.engines.wire import decode, encode
+from scalefl.engines.wire import Channel, Incoming, InMemory
 from scalefl.params import Params
 from scalefl.problem import Batch, Problem
 from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method
@@ -19,24 +19,37 @@ from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method
 _log = logging.getLogger("scalefl")
 
 
-def serve(connection: Connection, threads: int) -> None:
+def serve(channel: Channel, threads: int) -> None:
     """Answer until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
     torch.set_num_threads(threads)
     residents = Residents()
     while True:
         try:
-            content = connection.recv_bytes()
+            incoming = channel.receive()
         except EOFError:
             return
-        (method, problem, task), (params, examples) = decode(content, 2)
-        del content
-        answer = run_safely(method, problem, residents, task, params, examples)
-        if isinstance(answer, ClientUpdate):
-            head = (answer.client_id, answer.num_examples, answer.metrics, answer.receipt)
-            connection.send_bytes(encode(head, answer.params))
-        else:
-            connection.send_bytes(encode(answer))
+        _send(channel, _answer(incoming, residents))
+
+
+def _answer(incoming: Incoming, residents: Residents) -> ClientUpdate | ClientLoss:
+    method, problem, task = incoming.header
+    examples, params = InMemory(), InMemory()
+    try:
+        incoming.receive(examples)
+        incoming.receive(params)
+    except MemoryError as error:
+        return lost(task, error)
+    finally:
+        incoming.discard()
+    return run_safely(method, problem, residents, task, params, examples)
+
+
+def _send(channel: Channel, answer: ClientUpdate | ClientLoss) -> None:
+    if isinstance(answer, ClientUpdate):
+        channel.send((answer.client_id, answer.num_examples, answer.metrics, answer.receipt), answer.params)
+    else:
+        channel.send(answer)
 
 
 def run_safely(
@@ -63,4 +76,4 @@ def logged(loss: ClientLoss) -> ClientLoss:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    serve(Channel(socket.socket(fileno=int(sys.argv[1]))), int(sys.argv[2]))
