@@ -6,7 +6,7 @@ no memory (all elements are one), and the last of them returns the tensor that w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,15 +89,15 @@ def blanks(template: Template) -> list[Blank]:
 
 def filled(template: Template, num_examples: int, position: int = -1, given: Tensor | None = None) -> Any:
     """The output that a template describes: zeros, and `given` as its floating-point tensor number `position`."""
-    floating = iter(range(10**9))
+    return _fill(template, num_examples, position, given, iter(range(10**9)))
 
-    def fill(part: Template) -> Any:
-        if part is None:
-            return None
-        if isinstance(part, Blank):
-            is_given = part.is_floating_point and next(floating) == position
-            return given if is_given else part.filled(num_examples)
-        items = [fill(item) for item in part.items]
-        return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
 
-    return fill(template)
+# Not inside `filled`: a function that refers to itself would hold `given` until the garbage is collected.
+def _fill(part: Template, num_examples: int, position: int, given: Tensor | None, floating: Iterator[int]) -> Any:
+    if part is None:
+        return None
+    if isinstance(part, Blank):
+        is_given = part.is_floating_point and next(floating) == position
+        return given if is_given else part.filled(num_examples)
+    items = [_fill(item, num_examples, position, given, floating) for item in part.items]
+    return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
