@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -51,11 +52,18 @@ def prefix_of(step: Step, runner: PartRunner, params: Params, examples: Batch, p
     elif mode == "resident":
         yield lambda batch, rows: resident(batch)
     elif mode == "cached":
-        with _Cache(streamed, examples) as cache:
+        with _Cache(streamed, examples, _chunk(step)) as cache:
             yield lambda batch, rows: cache.read(rows)
     else:
         run = resident if mode == "chunked" else streamed
         yield lambda batch, rows: _in_chunks(run, batch)
+
+
+def _chunk(step: Step) -> int:
+    """Examples that a cached prefix takes at a time: as many as one that runs in chunks with each micro-batch."""
+    rows = step.work.batch_size
+    micro = min(step.means.micro_batch_size or rows, rows)
+    return min(CHUNK, math.ceil(rows / math.ceil(rows / micro)))
 
 
 def _in_chunks(run: _Run, batch: Batch) -> Features:
@@ -80,11 +88,11 @@ def _room(piece: Tensor, rows: int) -> Tensor:
 class _Cache:
     """The features of all examples in unnamed files, which vanish with the process however it ends."""
 
-    def __init__(self, run: _Run, examples: Batch) -> None:
+    def __init__(self, run: _Run, examples: Batch, chunk: int) -> None:
         with contextlib.ExitStack() as files:
             self._z = self._x = None
-            for start in range(0, num_rows(examples), CHUNK):
-                rows = torch.arange(start, min(start + CHUNK, num_rows(examples)))
+            for start in range(0, num_rows(examples), chunk):
+                rows = torch.arange(start, min(start + chunk, num_rows(examples)))
                 found = run(take(examples, rows))
                 self._z = self._z or _Rows(files, found.z)
                 self._z.append(found.z)
