@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,8 +15,19 @@ ATTACHMENT = "@"
 """First character of names that do not belong to the user's model (output modules, exits)."""
 
 
+class LazyParams(Mapping[str, Tensor]):
+    """Named tensors that may be read anew each time they are asked for."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of all tensors; known without reading them."""
+
+
 def num_bytes(params: Params) -> int:
     """Bytes that the tensors hold."""
+    if isinstance(params, LazyParams):
+        return params.num_bytes
     return sum(t.numel() * t.element_size() for t in params.values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from multiprocessing.connection import wait
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +21,7 @@ from scalefl.data import FederatedData
 from scalefl.engines.wire import Channel, InMemory
 from scalefl.engines.worker import logged, lost, run_safely
 from scalefl.errors import ConfigError
+from scalefl.measure import worker_environment
 from scalefl.params import Params
 from scalefl.problem import Batch
 from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method, Population, Receipt
@@ -194,7 +193,7 @@ class _Worker:
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stderr=self._stderr,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
+            env=worker_environment(),
         )
         theirs.close()
         self.channel = Channel(ours)
