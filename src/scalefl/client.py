@@ -86,6 +86,11 @@ def _train(
     return {name: (float(value), float(weight)) for name, (value, weight) in sums.items()}
 
 
+def without_prefix(step: Step) -> bool:
+    """Whether a step trains without holding its frozen prefix, whose tensors it asks for by name, unit by unit."""
+    return step.means.prefix in ("streamed", "cached") and step.part.entry is not None
+
+
 @contextlib.contextmanager
 def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[PartRunner, dict[str, nn.Parameter]]]:
     """Lay out what a step holds by its means, in the precision that they ask for."""
@@ -98,7 +103,7 @@ def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[Pa
             params,
             step.trainable,
             step.moving,
-            without_prefix=means.prefix in ("streamed", "cached") and step.part.entry is not None,
+            without_prefix=without_prefix(step),
             frozen_statistics=means.frozen_statistics,
         ) as held,
     ):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 Params = Mapping[str, Tensor]
@@ -12,9 +15,26 @@ ATTACHMENT = "@"
 """First character of names that do not belong to the user's model (output modules, exits)."""
 
 
+class LazyParams(Mapping[str, Tensor]):
+    """Named tensors that may be read anew each time they are asked for."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of all tensors; known without reading them."""
+
+
 def num_bytes(params: Params) -> int:
     """Bytes that the tensors hold."""
+    if isinstance(params, LazyParams):
+        return params.num_bytes
     return sum(t.numel() * t.element_size() for t in params.values())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, as bytes to read from or write to; not copied."""
+    content: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(content)
 
 
 def select(params: Params, names: Iterable[str]) -> dict[str, Tensor]:

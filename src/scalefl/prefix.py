@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalefl.params import Params
+from scalefl.params import Params, bytes_of
 from scalefl.parts import Features, PartRunner
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.types import Step
@@ -52,11 +52,18 @@ def prefix_of(step: Step, runner: PartRunner, params: Params, examples: Batch, p
     elif mode == "resident":
         yield lambda batch, rows: partial(resident, batch)
     elif mode == "cached":
-        with _Cache(streamed, examples) as cache:
+        with _Cache(streamed, examples, _chunk(step)) as cache:
             yield lambda batch, rows: partial(cache.read, rows)
     else:
         run = resident if mode == "chunked" else streamed
         yield lambda batch, rows: partial(_in_chunks, run, batch)
+
+
+def _chunk(step: Step) -> int:
+    """Examples that a cached prefix takes at a time: as many as one that runs in chunks with each micro-batch."""
+    rows = step.work.batch_size
+    micro = min(step.means.micro_batch_size or rows, rows)
+    return min(CHUNK, math.ceil(rows / math.ceil(rows / micro)))
 
 
 def _in_chunks(run: _Run, batch: Batch) -> Features:
@@ -84,11 +91,11 @@ def _room(piece: Tensor, rows: int) -> Tensor:
 class _Cache:
     """The features of all examples in unnamed files, which vanish with the process however it ends."""
 
-    def __init__(self, run: _Run, examples: Batch) -> None:
+    def __init__(self, run: _Run, examples: Batch, chunk: int) -> None:
         with contextlib.ExitStack() as files:
             self._z = self._x = None
-            for start in range(0, num_rows(examples), CHUNK):
-                rows = torch.arange(start, min(start + CHUNK, num_rows(examples)))
+            for start in range(0, num_rows(examples), chunk):
+                rows = torch.arange(start, min(start + chunk, num_rows(examples)))
                 found = run(take(examples, rows))
                 self._z = self._z or _Rows(files, found.z)
                 self._z.append(found.z)
@@ -119,19 +126,14 @@ class _Rows:
         self._row_bytes = like[0].numel() * like.element_size()
 
     def append(self, values: Tensor) -> None:
-        content = _bytes_of(values.contiguous())
+        content = bytes_of(values.contiguous())
         while content:
             content = content[self._file.write(content) :]
 
     def read(self, rows: Tensor) -> Tensor:
         found = torch.empty(len(rows), *self._shape, dtype=self._dtype)
-        content = _bytes_of(found)
+        content = bytes_of(found)
         for i, row in enumerate(rows.tolist()):
             place = content[i * self._row_bytes : (i + 1) * self._row_bytes]
             os.preadv(self._file.fileno(), [place], row * self._row_bytes)
         return found
-
-
-def _bytes_of(values: Tensor) -> memoryview:
-    content: Any = values.detach().view(-1).view(torch.uint8).numpy()
-    return memoryview(content)

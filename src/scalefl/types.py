@@ -256,11 +256,19 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a task took."""
+    """What a task took.
+
+    Args:
+        bytes_down, bytes_up: of its tensors.
+        seconds: on the machine that ran it.
+        peak_bytes: the most that it added to its warmed-up worker, measured; None where that can't be told: on
+            systems that do not say, and where clients share a process with the server.
+    """
 
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
+    peak_bytes: int | None = None
 
 
 @dataclass(frozen=True)

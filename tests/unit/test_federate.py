@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from scalefl.client import Residents, run_task
 from scalefl.coords import extract
 from scalefl.engines.local import LocalEngine
-from scalefl.engines.wire import decode, encode
 from scalefl.errors import ConfigError, EmptyCohort, RoundFailed
 from scalefl.loop import federate
 from scalefl.measure import resident_bytes
@@ -269,14 +268,6 @@ def test_models_with_buffers_of_their_own_do_not_depend_on_workers(shared):
     model = ModelSpec.of("test_federate:counting")
     states = [one_round(shared[w], 0, 1, 2, state=start(model))[0] for w in (0, 2)]
     assert identical(states[0].params, states[1].params)
-
-
-def test_columns_that_share_memory_reach_workers_too():
-    """As in language modelling, where the tokens are inputs and labels at once."""
-    column = torch.arange(12.0).view(4, 3)
-    sent = {"a": column, "b": column, "c": column[1:], "d": column[:, 1], "e": torch.ones(0)}
-    header, (first, second) = decode(encode("header", sent, {"a": column}), 2)
-    assert header == "header" and identical(first, sent) and identical(second, {"a": column})
 
 
 class Counter(nn.Module):

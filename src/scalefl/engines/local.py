@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.connection import wait
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from scalefl.client import Residents
 from scalefl.data import FederatedData
-from scalefl.engines.wire import decode, encode
+from scalefl.engines.wire import Channel, InMemory
 from scalefl.engines.worker import logged, lost, run_safely
 from scalefl.errors import ConfigError
+from scalefl.measure import worker_environment
 from scalefl.params import Params
 from scalefl.problem import Batch
 from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method, Population, Receipt
@@ -99,13 +98,13 @@ class LocalEngine:
         while len(self._workers) < self._num_workers:
             self._workers.append(_Worker(self._threads))
         queue = self._prepared(orders)
-        busy: dict[Connection, _Worker] = {}
+        busy: dict[int, _Worker] = {}
         try:
             for worker in self._workers:
                 yield from self._give(worker, method, queue, busy)
             while busy:
                 for ready in wait(list(busy)):
-                    worker = busy.pop(ready)  # type: ignore[call-overload]
+                    worker = busy.pop(ready)  # type: ignore[arg-type]
                     answer = worker.answer()
                     yield from self._give(worker, method, queue, busy)
                     yield answer
@@ -121,7 +120,7 @@ class LocalEngine:
         worker: _Worker,
         method: Method,
         queue: Iterator[_Order | ClientLoss],
-        busy: dict[Connection, _Worker],
+        busy: dict[int, _Worker],
     ) -> Iterator[ClientLoss]:
         """Give a worker the next order; yield clients on the way whose data could not be had."""
         for order in queue:
@@ -129,8 +128,8 @@ class LocalEngine:
                 yield order
                 continue
             task, params, examples = order
-            worker.send(task, encode((method, self._data.problem, task), params, examples))
-            busy[worker.connection] = worker
+            worker.send(task, (method, self._data.problem, task), examples, params)
+            busy[worker.channel.fileno()] = worker
             return
 
     def _prepared(self, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[_Order | ClientLoss]:
@@ -151,34 +150,35 @@ class _Worker:
         self._threads = threads
         self._start()
 
-    def send(self, task: ClientTask, content: bytes) -> None:
+    def send(self, task: ClientTask, header: Any, *groups: Params) -> None:
         """Give it a task; if it does not live to take it, `answer` tells."""
         self._task = task
         try:
-            self.connection.send_bytes(content)
+            self.channel.send(header, *groups)
         except OSError:  # it died idle: its successor gets the task
             self._restart()
             with contextlib.suppress(OSError):  # it died too: the other end is closed, and `answer` finds that
-                self.connection.send_bytes(content)
+                self.channel.send(header, *groups)
 
     def answer(self) -> ClientUpdate | ClientLoss:
         """Its answer; a record of the loss if it died over the task."""
+        params = InMemory()
         try:
-            content = self.connection.recv_bytes()
+            incoming = self.channel.receive()
+            if isinstance(incoming.header, ClientLoss):
+                return logged(incoming.header)
+            incoming.receive(params)
         except (EOFError, OSError):
             cause, said = self._obituary()
             self._restart()
             return logged(ClientLoss(self._task.client_id, self._task.round, cause, traceback=said))
-        head, (params,) = decode(content, 1)
-        if isinstance(head, ClientLoss):
-            return logged(head)
-        client_id, num_examples, metrics, receipt = head
+        client_id, num_examples, metrics, receipt = incoming.header
         assert isinstance(receipt, Receipt)
         return ClientUpdate(client_id, params, num_examples, metrics, receipt)
 
     def stop(self) -> None:
         """End it, whatever it is doing."""
-        self.connection.close()
+        self.channel.close()
         self._process.kill()
         self._process.wait()
         self._stderr.close()
@@ -193,10 +193,10 @@ class _Worker:
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stderr=self._stderr,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or str(Path.cwd()) for p in sys.path)},
+            env=worker_environment(),
         )
         theirs.close()
-        self.connection = Connection(ours.detach())
+        self.channel = Channel(ours)
 
     def _restart(self) -> None:
         self.stop()

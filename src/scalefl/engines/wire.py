@@ -1,54 +1,144 @@
-"""Tensors and a header as one block of bytes, for a pipe between two processes of this package.
+"""Messages between processes of this package: a header, then tensors, streamed one by one.
 
-Not `multiprocessing`'s own pickling of tensors: that moves them through shared memory, which a worker under a
-memory cap must not use, since the system does not count it.
+A tensor goes from the memory where it lives straight to where it will be used: neither side holds a message as a
+whole, so that receiving a task costs a worker its tensors and nothing beside them. Not `multiprocessing`'s own
+pickling of tensors: that moves them through shared memory, which a cap on memory does not count.
 """
 
 from __future__ import annotations
 
 import pickle
+import socket
 import struct
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import safetensors.torch
+import torch
 from torch import Tensor
 
 from scalefl.errors import ConfigError
-from scalefl.params import Params
+from scalefl.params import Params, bytes_of
 
 _LENGTH = struct.Struct("<Q")
+_PIECE_BYTES = 2**16
 
 
-def encode(header: Any, *groups: Params) -> bytes:
-    """A picklable header and groups of tensors. Both ends are processes that we started: pickle is safe here.
+class Head(NamedTuple):
+    """What is said of a tensor before its bytes come."""
 
-    Raises:
-        ConfigError: the header cannot be pickled.
-    """
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    num_bytes: int
+
+    def empty(self) -> Tensor:
+        """Memory for it."""
+        return torch.empty(self.shape, dtype=self.dtype)
+
+
+Read = Callable[[memoryview], None]
+"""Fills a buffer with the next bytes of a tensor."""
+
+
+class Store(Protocol):
+    """Where received tensors go."""
+
+    def accept(self, head: Head, read: Read) -> None:
+        """Take a tensor, of whose bytes `read` gives the next ones."""
+        ...
+
+
+class InMemory(dict[str, Tensor]):
+    """Received tensors, by name, in memory of their own."""
+
+    def accept(self, head: Head, read: Read) -> None:
+        """Receive a tensor into its final memory."""
+        tensor = self[head.name] = head.empty()
+        read(bytes_of(tensor))
+
+
+class Incoming:
+    """A message whose header has been read; its tensors come group by group."""
+
+    def __init__(self, connection: socket.socket, header: Any, groups: Sequence[Sequence[Head]]) -> None:
+        self.header = header
+        self._connection = connection
+        self._groups = list(groups)
+        self._left = sum(head.num_bytes for heads in groups for head in heads)
+
+    def receive(self, store: Store) -> None:
+        """Receive the next group of tensors."""
+        for head in self._groups.pop(0):
+            store.accept(head, self._read)
+
+    def discard(self) -> None:
+        """Read past what has not been received, so that the next message can be."""
+        piece = memoryview(bytearray(_PIECE_BYTES))
+        while self._left:
+            self._read(piece[: self._left])
+
+    def _read(self, into: memoryview) -> None:
+        _read(self._connection, into)
+        self._left -= len(into)
+
+
+class Channel:
+    """One end of a connection to another process that we started."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def fileno(self) -> int:
+        """What the system calls it, by which one can wait for it."""
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        """Close it: the other end reads that as the end."""
+        self._connection.close()
+
+    def send(self, header: Any, *groups: Params) -> None:
+        """Send a picklable header and groups of tensors. We started both ends: pickle is safe here.
+
+        Raises:
+            ConfigError: the header cannot be pickled; nothing was sent.
+            OSError: the other end is gone.
+        """
+        heads = [[Head(name, tuple(t.shape), t.dtype, t.nbytes) for name, t in group.items()] for group in groups]
+        content = _pickled((header, heads))
+        self._connection.sendall(_LENGTH.pack(len(content)))
+        self._connection.sendall(content)
+        for group in groups:
+            for tensor in group.values():
+                self._connection.sendall(bytes_of(tensor.contiguous()))
+
+    def receive(self) -> Incoming:
+        """The next message; its tensors are to be received, or discarded, before the one after it.
+
+        Raises:
+            EOFError: the other end has closed.
+        """
+        (length,) = _LENGTH.unpack(self._content(_LENGTH.size))
+        return Incoming(self._connection, *pickle.loads(self._content(length)))
+
+    def _content(self, length: int) -> bytearray:
+        content = bytearray(length)
+        _read(self._connection, memoryview(content))
+        return content
+
+
+def _read(connection: socket.socket, into: memoryview) -> None:
+    while into:
+        count = connection.recv_into(into)
+        if not count:
+            raise EOFError
+        into = into[count:]
+
+
+def _pickled(content: Any) -> bytes:
     try:
-        head = pickle.dumps(header)
+        return pickle.dumps(content)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"the model, problem or method cannot be sent to workers ({error}): define it at the top of a module "
             "that can be imported, or run with workers = 0"
         ) from error
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for i, group in enumerate(groups):
-        for name, t in group.items():
-            # safetensors refuses tensors that share memory, as a column that is input and label at once.
-            shared = t.untyped_storage().data_ptr() in storages
-            tensors[f"{i}/{name}"] = t.contiguous().clone() if shared else t.contiguous()
-            storages.add(t.untyped_storage().data_ptr())
-    return b"".join([_LENGTH.pack(len(head)), head, safetensors.torch.save(tensors)])
-
-
-def decode(content: bytes, num_groups: int) -> tuple[Any, list[dict[str, Tensor]]]:
-    """The header and the groups that `encode` was given; the tensors are the caller's own."""
-    (length,) = _LENGTH.unpack_from(content)
-    start = _LENGTH.size
-    groups: list[dict[str, Tensor]] = [{} for _ in range(num_groups)]
-    for name, tensor in safetensors.torch.load(content[start + length :]).items():
-        index, _, own = name.partition("/")
-        groups[int(index)][own] = tensor
-    return pickle.loads(content[start : start + length]), groups

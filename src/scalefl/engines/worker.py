@@ -1,42 +1,102 @@
-"""A worker process: takes one task after another from a pipe and answers with updates. It holds no data."""
+"""A worker process: takes one task after another from a socket and answers with updates. It holds no data."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import signal
+import socket
 import sys
 import traceback
-from multiprocessing.connection import Connection
+from dataclasses import replace
+from typing import cast
 
 import torch
 
 from scalefl.client import Residents, run_task
-from scalefl.engines.wire import decode, encode
+from scalefl.engines.spool import MappedExamples, TaskParams
+from scalefl.engines.wire import Channel, Incoming
+from scalefl.measure import added_peak_bytes, start_peak
+from scalefl.models.skeleton import tensors
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
 from scalefl.params import Params
-from scalefl.problem import Batch, Problem
-from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method
+from scalefl.parts import Part
+from scalefl.problem import Batch, Classification, Column, Problem
+from scalefl.types import ClientLoss, ClientTask, ClientUpdate, LocalWork, Method, Objective, Receipt, Step
 
 _log = logging.getLogger("scalefl")
 
 
-def serve(connection: Connection, threads: int) -> None:
+def serve(channel: Channel, threads: int) -> None:
     """Answer until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
-    torch.set_num_threads(threads)
+    warm_up(threads)
     residents = Residents()
     while True:
         try:
-            content = connection.recv_bytes()
+            incoming = channel.receive()
         except EOFError:
             return
-        (method, problem, task), (params, examples) = decode(content, 2)
-        del content
-        answer = run_safely(method, problem, residents, task, params, examples)
-        if isinstance(answer, ClientUpdate):
-            head = (answer.client_id, answer.num_examples, answer.metrics, answer.receipt)
-            connection.send_bytes(encode(head, answer.params))
-        else:
-            connection.send_bytes(encode(answer))
+        _send(channel, _answer(incoming, residents))
+
+
+_LINEAR = ((256, 256, 256), (512, 192, 768), (1040, 192, 576), (1040, 768, 192), (2048, 1024, 1024))
+"""Rows, inputs and outputs of linear layers after which MKL, found by trying, has all the buffers that it keeps."""
+
+
+def warm_up(threads: int) -> None:
+    """Do a tiny task as any other: what torch loads and keeps in a first step comes before budgets are counted."""
+    torch.set_num_threads(threads)
+    for rows, inputs, outputs in _LINEAR:
+        torch.nn.functional.linear(
+            torch.ones(rows, inputs, requires_grad=True), torch.ones(outputs, inputs, requires_grad=True)
+        ).sum().backward()  # type: ignore[no-untyped-call]
+    problem = Classification(2, (Column("x", (3, 16, 16), "float32"),))
+    model = ModelSpec.of("scalefl.models.resnet:resnet10", num_classes=2, width=0.0625)
+    params = {name: t.clone() for name, t in tensors(model.build(0)).items()}
+    part = Part(model, stop=None, output=None, feature=None, source=None, active=("",), held=tuple(params))
+    trained = frozenset(name for name, t in params.items() if name.endswith(("weight", "bias")))
+    task = ClientTask(0, 0, (Step(part, trained, trained, (), LocalWork(batch_size=64)),), 0)
+    run_task(cast(Method, _Rehearsal()), problem, Residents(), task, params, problem.example(64))
+
+
+class _Rehearsal:
+    """As much of a method as a client asks for."""
+
+    def objective(self, step: Step) -> Objective:
+        return TaskLoss()
+
+
+def _answer(incoming: Incoming, residents: Residents) -> ClientUpdate | ClientLoss:
+    method, problem, task = incoming.header
+    before = None
+    try:
+        try:
+            # Examples and the code of the model are what a client has anyway: the task is what comes on top.
+            for step in task.steps:
+                residents[step.part.model]
+            examples = MappedExamples()
+            incoming.receive(examples)
+            gc.collect()
+            before = start_peak()
+            with contextlib.closing(TaskParams(task)) as params:
+                incoming.receive(params)
+                update = run_task(method, problem, residents, task, params, examples)
+        finally:
+            incoming.discard()
+    except Exception as error:
+        loss = lost(task, error)
+        return replace(loss, receipt=Receipt(peak_bytes=added_peak_bytes(before)))
+    return replace(update, receipt=replace(update.receipt, peak_bytes=added_peak_bytes(before)))
+
+
+def _send(channel: Channel, answer: ClientUpdate | ClientLoss) -> None:
+    if isinstance(answer, ClientUpdate):
+        channel.send((answer.client_id, answer.num_examples, answer.metrics, answer.receipt), answer.params)
+    else:
+        channel.send(answer)
 
 
 def run_safely(
@@ -63,4 +123,4 @@ def logged(loss: ClientLoss) -> ClientLoss:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    serve(Channel(socket.socket(fileno=int(sys.argv[1]))), int(sys.argv[2]))

@@ -1,0 +1,141 @@
+"""What a worker is sent but need not hold: unnamed files, which vanish with the process however it ends.
+
+A client's examples lie in its storage whatever it trains, so they are no part of its budget: a worker maps them
+from a file, which a cap on memory does not count, and copies batches out of it. The tensors of a streamed prefix
+are wanted one unit at a time: they are read from a file when asked for by name.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from scalefl.client import without_prefix
+from scalefl.engines.wire import Head, Read
+from scalefl.params import LazyParams, bytes_of
+from scalefl.types import ClientTask
+from scalefl.units import mib
+
+_PIECE_BYTES = 2**16
+
+
+class MappedExamples(dict[str, Tensor]):
+    """A client's examples, mapped from files.
+
+    Received through the mapping, so that all of its pages are there before a measurement starts: read later, they
+    would come and go in the middle of it.
+    """
+
+    def accept(self, head: Head, read: Read) -> None:
+        """Receive a column.
+
+        Raises:
+            OSError: the disk has no room for it.
+        """
+        if not head.num_bytes:
+            self[head.name] = head.empty()
+            return
+        with _unnamed_file() as file:
+            try:
+                _reserve(file, head.num_bytes)
+            except OSError as error:
+                raise _no_room(error, "the client's examples", head.num_bytes) from error
+            mapped = mmap.mmap(file.fileno(), head.num_bytes)
+        read(memoryview(mapped))
+        self[head.name] = torch.frombuffer(mapped, dtype=head.dtype).view(head.shape)
+
+
+class TaskParams(LazyParams):
+    """The tensors of a task: in memory, or in a file where no step holds them for as long as it trains."""
+
+    def __init__(self, task: ClientTask) -> None:
+        self._streamed = streamed_names(task)
+        self._held: dict[str, Tensor] = {}
+        self._heads: dict[str, Head] = {}
+        self._places: dict[str, int] = {}
+        self._file = _unnamed_file() if self._streamed else None
+
+    def accept(self, head: Head, read: Read) -> None:
+        """Receive a tensor.
+
+        Raises:
+            OSError: the disk has no room for it.
+        """
+        self._heads[head.name] = head
+        if self._file is None or head.name not in self._streamed:
+            tensor = self._held[head.name] = head.empty()
+            read(bytes_of(tensor))
+            return
+        self._places[head.name] = self._file.tell()
+        try:
+            _write(self._file, head.num_bytes, read)
+        except OSError as error:
+            raise _no_room(error, "the frozen prefix", head.num_bytes) from error
+
+    def close(self) -> None:
+        """Give the file back: what it holds cannot be read any more."""
+        if self._file is not None:
+            self._file.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(head.num_bytes for head in self._heads.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._places:
+            return self._held[name]
+        assert self._file is not None
+        tensor, place = self._heads[name].empty(), self._places[name]
+        content = bytes_of(tensor)
+        while content:
+            count = os.preadv(self._file.fileno(), [content], place)
+            content, place = content[count:], place + count
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+
+def streamed_names(task: ClientTask) -> frozenset[str]:
+    """The tensors that a task needs, but that no step of it holds for as long as it trains."""
+    needed, held = set[str](), set(task.moving)
+    for step in task.steps:
+        needed.update(step.part.held)
+        held.update(step.part.own if without_prefix(step) else step.part.held)
+    return frozenset(needed - held)
+
+
+def _unnamed_file() -> IO[bytes]:
+    return tempfile.TemporaryFile(prefix="scalefl-", buffering=0)
+
+
+def _reserve(file: IO[bytes], num_bytes: int) -> None:
+    """Take room on disk beforehand: a write through a mapping that finds none kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+    else:  # macOS
+        file.truncate(num_bytes)
+
+
+def _write(file: IO[bytes], num_bytes: int, read: Read) -> None:
+    buffer = memoryview(bytearray(min(num_bytes, _PIECE_BYTES)))
+    while num_bytes:
+        piece = buffer[:num_bytes]
+        read(piece)
+        num_bytes -= len(piece)
+        while piece:
+            piece = piece[file.write(piece) :]
+
+
+def _no_room(error: OSError, what: str, num_bytes: int) -> OSError:
+    return OSError(error.errno, f"no room on disk for {what} ({mib(num_bytes)} MiB): {error.strerror}")

@@ -1,0 +1,101 @@
+"""Messages between processes: what arrives is what was sent, and neither side holds more than that."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from scalefl.engines.wire import Channel, Head, InMemory, Read
+from scalefl.errors import ConfigError
+from support import identical
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    ours, theirs = (Channel(end) for end in socket.socketpair())
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+def sending(channel: Channel, *content) -> threading.Thread:
+    thread = threading.Thread(target=channel.send, args=content)
+    thread.start()
+    return thread
+
+
+COLUMN = torch.arange(12.0).view(4, 3)
+TENSORS = {
+    # As in language modelling, where the tokens are inputs and labels at once.
+    "a": COLUMN,
+    "the same": COLUMN,
+    "row": COLUMN[1:],
+    "column": COLUMN[:, 1],
+    "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "nothing": torch.ones(0, 3),
+    "number": torch.tensor(3),
+    "bits": torch.tensor([True, False]),
+    "half": torch.randn(5).bfloat16(),
+    "parameter": torch.nn.Parameter(torch.ones(2)),
+    "long": torch.randn(300_000),
+}
+
+
+def test_what_arrives_is_what_was_sent(ends):
+    thread = sending(ends[0], {"a": "header"}, TENSORS, {}, {"a": COLUMN})
+    incoming = ends[1].receive()
+    groups = [InMemory() for _ in range(3)]
+    for group in groups:
+        incoming.receive(group)
+    thread.join()
+    assert incoming.header == {"a": "header"}
+    assert identical(groups[0], TENSORS) and groups[1] == {} and identical(groups[2], {"a": COLUMN})
+    received = [t for group in groups for t in group.values()]
+    assert not any(t.is_shared() or t.requires_grad for t in received)
+    storages = {t.untyped_storage().data_ptr() for t in received if t.numel()}
+    assert len(storages) == len(received) - 1, "each has memory of its own: it may be trained"
+
+
+class Full(InMemory):
+    """Has room for two tensors, and runs out of it in the middle of the third."""
+
+    def accept(self, head: Head, read: Read) -> None:
+        if len(self) == 2:
+            read(memoryview(bytearray(7)))
+            raise MemoryError
+        super().accept(head, read)
+
+
+def test_what_a_receiver_has_no_room_for_does_not_spoil_the_next_message(ends):
+    def send() -> None:
+        ends[0].send("first", TENSORS, TENSORS)
+        ends[0].send("second", TENSORS)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    incoming = ends[1].receive()
+    with pytest.raises(MemoryError):
+        incoming.receive(Full())
+    incoming.discard()
+    following, params = ends[1].receive(), InMemory()
+    following.receive(params)
+    thread.join()
+    assert following.header == "second" and identical(params, TENSORS)
+
+
+def test_a_header_that_cannot_be_pickled_is_refused_before_anything_is_sent(ends):
+    with pytest.raises(ConfigError, match="workers = 0"):
+        ends[0].send(lambda: None, TENSORS)
+    thread = sending(ends[0], "next")
+    assert ends[1].receive().header == "next"
+    thread.join()
+
+
+def test_the_end_of_a_connection(ends):
+    ends[0].close()
+    with pytest.raises(EOFError):
+        ends[1].receive()
