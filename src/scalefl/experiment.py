@@ -31,7 +31,7 @@ from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params
 from scalefl.partition import Cut, partition
-from scalefl.planner import budget_error, full_step, least, step_cost
+from scalefl.planner import budget_error, fit, full_step, least_of, step_cost
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive
 from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
@@ -299,14 +299,16 @@ def _check_budgets(experiment: Experiment, state: ServerState) -> None:
     if experiment.method.floor_bytes(state) == 0:
         return  # a reference that ignores memory
     largest = experiment.population.largest_memory_bytes
-    menu = sorted(
-        (least(offer, state.problem, experiment.method.objective) for offer in experiment.method.menu(state)),
-        key=lambda choice: choice.cost.peak_bytes,
-    )
-    trained = frozenset().union(*(c.step.trainable for c in menu if c.cost.peak_bytes <= largest))
-    for choice in menu:
-        if not choice.step.trainable <= trained:
-            raise budget_error(f"{choice.rung} of {state.model.name}", choice.cost, largest)
+    menu = sorted(experiment.method.menu(state), key=lambda offer: offer.fallback)
+    wanted = frozenset[str]().union(*(offer.step.trainable for offer in menu))
+    trained: frozenset[str] = frozenset()
+    for offer in menu:
+        if not offer.step.trainable <= trained and fit(offer, state.problem, experiment.method.objective, largest):
+            trained |= offer.step.trainable
+    if not wanted <= trained:
+        lacking = tuple(offer for offer in menu if not offer.step.trainable <= trained)
+        floor = least_of(lacking, state.problem, experiment.method.objective)
+        raise budget_error(f"{floor.rung} of {state.model.name}", floor.cost, largest)
 
 
 def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:

@@ -14,7 +14,7 @@ from scalefl.methods.scalefl import ScaleFL
 from scalefl.models import resolve
 from scalefl.models.spec import Factory, ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.planner import budget_error, fit, full_step, least, step_cost
+from scalefl.planner import budget_error, fit, full_step, least, least_of, step_cost
 from scalefl.problem import Classification, Column, Problem
 from scalefl.tracing import num_outputs
 from scalefl.types import (
@@ -153,14 +153,11 @@ def plan(
     method = ScaleFL(work=LocalWork(batch_size=batch_size), blocks=blocks, means=means)
     state = method.init(spec, problem, seed=0, smallest_memory_bytes=0)
     budgets = {} if budget is None else {"budget": parse_bytes(budget) if isinstance(budget, str) else budget}
-    if budgets:
-        floor = min(
-            (least(offer, problem, method.objective) for offer in method.menu(state)),
-            key=lambda choice: choice.cost.peak_bytes,
-        )
-        if floor.cost.peak_bytes > budgets["budget"]:
-            raise budget_error(f"{floor.rung}, the least of {spec.name},", floor.cost, budgets["budget"])
-    return memory_plan(method, state, budgets)
+    found = memory_plan(method, state, budgets)
+    if budgets and not any(row.fits for row in found.rows):
+        floor = least_of(tuple(method.menu(state)), problem, method.objective)
+        raise budget_error(f"{floor.rung}, the least of {spec.name},", floor.cost, budgets["budget"])
+    return found
 
 
 def _problem_for(model: ModelSpec, example: Tensor | Mapping[str, Tensor]) -> Problem:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scalefl.blocks import Blocks, Layer, Span, blocks_by_hand
 from scalefl.client import holding, make_optimizer, train_batch
-from scalefl.errors import BudgetError
+from scalefl.errors import BudgetError, UncuttableModel
 from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, Slices, cost_of, predict, profile, slices
 from scalefl.models.output import LAYERS, PROJECTIONS, OutputSpec, Projection, light_targets
 from scalefl.models.spec import ModelSpec
@@ -283,11 +283,22 @@ def fit(
 
 def least(offer: Offer, problem: Problem, objective: Callable[[Step], Objective]) -> Choice:
     """The way to do what is offered that needs least memory."""
-    tried = [
-        Choice(*cheapest(step, problem, objective(step), offer.ladder), offer.label + words)
-        for words, step in offer.ways
-    ]
-    return min(tried, key=lambda choice: choice.cost.peak_bytes)
+    return least_of((offer,), problem, objective)
+
+
+@lru_cache(maxsize=4096)
+def least_of(offers: tuple[Offer, ...], problem: Problem, objective: Callable[[Step], Objective]) -> Choice:
+    """The way to do any of the offers that needs least memory."""
+    best: Choice | None = None
+    for offer in offers:
+        # Most co-adapted layers take most: the last way first, so that it rules out the others.
+        for words, step in reversed(offer.ways):
+            below = None if best is None else best.cost.peak_bytes
+            found = _cheapest(step, problem, objective(step), offer.ladder, below)
+            if found is not None:
+                best = Choice(*found, offer.label + words)
+    assert best is not None, "there is no offer"
+    return best
 
 
 @lru_cache(maxsize=4096)
@@ -314,31 +325,55 @@ def fitting_means(
         round: rounds done, by which statistics may be frozen.
         num_examples: the client's, by which features on disk are sized; 0: unknown, then nothing is cached.
     """
-    fits = [
-        (_loss(tried, cost), tried, cost)
-        for tried in _variants(step, problem, ladder, round, num_examples)
-        if _may_fit(tried, problem, budget_bytes)
-        and (cost := step_cost(tried, problem, objective)).peak_bytes <= budget_bytes
-    ]
-    if not fits:
-        return None
-    _, tried, cost = min(fits, key=lambda fit: fit[0])
-    return tried, cost
+    tiers: dict[tuple[int, ...], list[Step]] = {}
+    for variant in _variants(step, problem, ladder, round, num_examples):
+        tiers.setdefault(_tier(variant, objective), []).append(variant)
+    for tier in sorted(tiers):
+        fits = [
+            (variant, cost)
+            for variant in tiers[tier]
+            if _may_fit(variant, problem, budget_bytes)
+            and (cost := step_cost(variant, problem, objective)).peak_bytes <= budget_bytes
+        ]
+        if fits:
+            return min(fits, key=lambda pair: _loss(*pair))
+    return None
+
+
+def _tier(step: Step, objective: Objective) -> tuple[int, ...]:
+    """What a step loses by its means, as far as is known before it is traced; less is better."""
+    means = step.means
+    couples = step.splits and bool(step.statistics) and not means.frozen_statistics
+    more_passes = means.recompute or (step.splits and bool(objective.coupled))
+    return (means.bfloat16 + means.frozen_statistics, couples, more_passes, means.free_gradients)
+
+
+def cheapest(step: Step, problem: Problem, objective: Objective, ladder: Ladder) -> tuple[Step, Cost]:
+    """The step by those of the allowed means that need least memory, and its cost."""
+    found = _cheapest(step, problem, objective, ladder, None)
+    assert found is not None
+    return found
 
 
 @lru_cache(maxsize=4096)
-def cheapest(step: Step, problem: Problem, objective: Objective, ladder: Ladder) -> tuple[Step, Cost]:
-    """The step by those of the allowed means that need least memory, and its cost."""
+def _cheapest(
+    step: Step, problem: Problem, objective: Objective, ladder: Ladder, below_bytes: int | None
+) -> tuple[Step, Cost] | None:
+    """As `cheapest`; None where nothing needs less than `below_bytes`. What cannot is not traced."""
     sizes = ladder.micro_sizes(step.work.batch_size)
-    tried: list[tuple[Step, Cost]] = []
+    best: tuple[Step, Cost] | None = None
     # Smaller micro-batches never take more: of those that split, the smallest. It comes first, as what most need.
     for variant in sorted(
         (v for v in _variants(step, problem, ladder, 0, 0) if v.means.micro_batch_size in (sizes[0], sizes[-1])),
         key=lambda v: v.means.micro_batch_size or 0,
     ):
-        if not tried or _may_fit(variant, problem, min(cost.peak_bytes for _, cost in tried)):
-            tried.append((variant, step_cost(variant, problem, objective)))
-    return min(tried, key=lambda pair: (pair[1].peak_bytes, _loss(*pair)))
+        limit = below_bytes if best is None else best[1].peak_bytes
+        if limit is not None and not _may_fit(variant, problem, limit):
+            continue
+        cost = step_cost(variant, problem, objective)
+        if limit is None or cost.peak_bytes < limit:
+            best = (variant, cost)
+    return best
 
 
 def _variants(step: Step, problem: Problem, ladder: Ladder, round: int, num_examples: int) -> Iterator[Step]:
@@ -386,7 +421,10 @@ def _may_fit(step: Step, problem: Problem, budget_bytes: int) -> bool:
 def _units_of(step: Step, problem: Problem) -> tuple[int, int] | None:
     """The first and last unit of what a step trains; None where it does not train all of whole units."""
     part = step.part
-    found = partition(part.model, problem)
+    try:
+        found = partition(part.model, problem)
+    except UncuttableModel:
+        return None
     if (part.entry and part.entry.cut not in found.cuts) or (part.stop and part.stop not in found.cuts):
         return None
     first = found.cuts.index(part.entry.cut) + 1 if part.entry else 0
@@ -430,18 +468,9 @@ def _prefixes(step: Step, problem: Problem, ladder: Ladder, num_examples: int) -
 DISK = {"resident": 0, "chunked": 0, "cached": 1, "streamed": 2}
 
 
-def _loss(step: Step, cost: Cost) -> tuple[object, ...]:
-    """What a step loses by its means, worst first: a key to sort by."""
-    means = step.means
-    couples = step.splits and bool(step.statistics) and not means.frozen_statistics
-    return (
-        means.bfloat16 + means.frozen_statistics,
-        couples,
-        cost.flops,
-        DISK[means.prefix],
-        -(means.micro_batch_size or 0),
-        means.free_gradients,
-    )
+def _loss(step: Step, cost: Cost) -> tuple[int, ...]:
+    """What a step of a tier loses: FLOPs, then traffic with the disk, then small micro-batches."""
+    return (cost.flops, DISK[step.means.prefix], -(step.means.micro_batch_size or 0))
 
 
 def budget_error(what: str, cost: Cost, largest_bytes: int) -> BudgetError:

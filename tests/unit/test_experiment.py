@@ -231,7 +231,7 @@ def test_bad_values_are_named(changes, said):
 
 def test_a_block_that_no_client_can_hold_is_refused_at_the_start(tmp_path):
     """One block fits, another never will: better said before the first round than after."""
-    method = {"name": "scalefl", "blocks": 2, "coadapted_layers": 0}
+    method = {"name": "scalefl", "blocks": 2, "coadapted_layers": 0, "means": "none", "parts": False}
     experiment = Experiment(settings("100%", method=method))
     peaks = sorted(row.cost.peak_bytes for row in experiment.plan().rows)
     between = f"{(peaks[0] + peaks[1]) // 2}B"

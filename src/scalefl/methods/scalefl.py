@@ -21,7 +21,7 @@ from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import budget_error, cheapest, fit, least, output_module, span_step
+from scalefl.planner import budget_error, cheapest, fit, least_of, output_module, span_step
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.types import (
@@ -101,7 +101,11 @@ class ScaleFL:
         """What the block in turn takes at the least; with elastic spans, what the cheapest block takes."""
         blocks = self.blocks_of(state)
         stages = [self._progress(state).stage] if self.spans == "single" else range(len(blocks))
-        return min(self._floor(state, block) for block in stages)
+        offers = [self._offer(state, _single(block)) for block in stages]
+        for block in stages:
+            tilings = self._parts(state, block) if self.parts else []
+            offers += tilings[-1] if tilings else []
+        return least_of(tuple(offers), state.problem, self.objective).cost.peak_bytes
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The block in turn for everybody; or for each client the longest span that fits around a block of its own."""
@@ -236,12 +240,6 @@ class ScaleFL:
                 ]
             )
         return found
-
-    def _floor(self, state: ServerState, block: int) -> int:
-        """The least that training a block, or one of its smallest parts, takes."""
-        tilings = self._parts(state, block) if self.parts else []
-        offers = [self._offer(state, _single(block)), *(tilings[-1] if tilings else ())]
-        return min(least(offer, state.problem, self.objective).cost.peak_bytes for offer in offers)
 
     def _output(self, blocks: Blocks, block: int, problem: Problem) -> OutputSpec | None:
         projection = self.mentor.projection if self.mentor else "none"
