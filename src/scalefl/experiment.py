@@ -238,6 +238,7 @@ class _Observer:
         experiment = self._experiment
         model, params = experiment.method.deploy(state)
         rounds = [line for line in journal if line["round"] > 0]
+        measured = [peak for line in rounds if (peak := line["measured_peak_bytes"]) is not None]
         clients = {i for line in rounds for ids in line["rungs"].values() for i in ids}
         return {
             "name": experiment.config.name,
@@ -247,6 +248,7 @@ class _Observer:
             "validation": journal[-1]["validation"],
             "full_training_peak_bytes": experiment.full_cost.peak_bytes,
             "predicted_peak_bytes": max(line["predicted_peak_bytes"] for line in rounds),
+            "measured_peak_bytes": max(measured, default=None),
             "num_clients": len(experiment.population),
             "num_clients_seen": len(clients),
             "num_clients_lost": sum(len(line["lost"]) for line in rounds),
