@@ -107,7 +107,7 @@ def done_in_a_worker(
     clients = SimulatedPopulation(data, Devices(classes=(everything,)), 2**40, seed=0)
     state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=2**40)
     cap = "none" if budget_bytes is None else "hard"
-    with LocalEngine(data, clients, workers=1, threads=1) as engine:
+    with LocalEngine(data, clients, workers=1, threads=1, cap=cap) as engine:
         params = {name: state.params[name] for name in step.part.names()}
         (answer,) = engine.fit(method, [(ClientTask(0, 0, (step,), seed=1), params)])
     return answer

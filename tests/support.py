@@ -24,7 +24,7 @@ from scalefl.objectives import TaskLoss
 from scalefl.params import Params
 from scalefl.planner import full_step, step_cost
 from scalefl.problem import Batch, Classification, Column, Problem
-from scalefl.record import RoundRecord
+from scalefl.record import MEASURED, RoundRecord
 from scalefl.rng import generator
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientInfo, LocalWork, Method, ServerState
@@ -191,7 +191,22 @@ def play(
 
 def comparable(record: RoundRecord) -> RoundRecord:
     """Without what two equal runs do not share."""
-    return replace(record, seconds=0.0)
+    return replace(
+        record,
+        seconds=0.0,
+        measured_peak_bytes=None,
+        peaks=shared_fields(record.peaks),
+        lost=shared_fields(record.lost),
+    )
+
+
+def shared_fields(content: Any) -> Any:
+    """Lines of a journal, or any part of it, without what two equal runs do not share."""
+    if isinstance(content, list):
+        return [shared_fields(item) for item in content]
+    if isinstance(content, dict):
+        return {key: shared_fields(value) for key, value in content.items() if key not in MEASURED}
+    return content
 
 
 def copied(params: Params) -> dict[str, Tensor]:

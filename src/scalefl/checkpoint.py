@@ -48,6 +48,7 @@ class _Header(msgspec.Struct):
     seed: int
     aux: dict[str, Any]
     deployed: _Deployed
+    tightened: dict[int, int] = {}
 
 
 _PARAMS, _AUX, _OWN = "params/", "aux/", "deployed/"
@@ -70,7 +71,10 @@ def save_state(path: Path, state: ServerState, deployed: tuple[ModelSpec, Params
     tensors = {_PARAMS + name: t for name, t in state.params.items()}
     tensors |= {_AUX + name: t for name, t in state.aux.tensors.items()}
     tensors |= {_OWN + name: t for name, t in own.items()}
-    header = _Header(FORMAT, VERSION, state.round, state.seed, dict(state.aux.values), _recipe(model, params))
+    tightened = dict(sorted(state.tightened.items()))
+    header = _Header(
+        FORMAT, VERSION, state.round, state.seed, dict(state.aux.values), _recipe(model, params), tightened
+    )
     # One key: safetensors writes several in an order that differs from process to process.
     metadata = {"scalefl": msgspec.json.encode(header).decode()}
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
@@ -85,7 +89,8 @@ def load_state(path: Path, model: ModelSpec, problem: Problem) -> ServerState:
     """
     header, tensors = _read(path)
     aux = Aux(_under(_AUX, tensors), header.aux)
-    return ServerState(model, problem, _under(_PARAMS, tensors), header.round, header.seed, aux)
+    params = _under(_PARAMS, tensors)
+    return ServerState(model, problem, params, header.round, header.seed, aux, header.tightened)
 
 
 def load_deployed(path: Path) -> tuple[ModelSpec, Params]:

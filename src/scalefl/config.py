@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast, get_args
 import msgspec
 
 from scalefl.data import Devices, Iid, Partitioner, Source
+from scalefl.engines.local import Cap, check_cap
 from scalefl.errors import ConfigError, check_range, nearest
 from scalefl.harmonizer import GROWTHS, Growth
 from scalefl.mentor import SCHEDULES, Schedule
@@ -58,14 +59,17 @@ class EngineConfig:
     Args:
         workers: processes beside this one; 0 runs clients in this one. Results do not depend on it.
         threads: torch's threads for each process. Results depend on it in the last bits.
+        cap: "hard": a client that takes more than its budget is lost. Needs workers, and Linux.
     """
 
     workers: int = 0
     threads: int = 1
+    cap: Cap = "none"
 
     def __post_init__(self) -> None:
         check_range("workers", self.workers, 0)
         check_range("threads", self.threads, 1)
+        check_cap(self.cap, self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)

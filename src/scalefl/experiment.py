@@ -20,11 +20,11 @@ from scalefl.client import Residents
 from scalefl.config import Config, make_config, to_plain
 from scalefl.data import Dataset, FederatedData, Natural, PartitionedData, load
 from scalefl.data.population import SimulatedPopulation
-from scalefl.engines.local import LocalEngine
+from scalefl.engines.local import LocalEngine, offered
 from scalefl.errors import CheckpointError, ConfigError, DataError, UncuttableModel
 from scalefl.evaluate import evaluate, nhsic_plane, rows_by_distribution, stratified_rows
 from scalefl.loop import federate
-from scalefl.measure import base_bytes
+from scalefl.measure import base_bytes, usable_bytes
 from scalefl.memory import Cost
 from scalefl.memory_plan import MemoryPlan, memory_plan
 from scalefl.models.spec import ModelSpec
@@ -37,7 +37,7 @@ from scalefl.rng import derive
 from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
 from scalefl.sampling import UniformSampler, shuffled
 from scalefl.tracing import num_outputs
-from scalefl.types import Method, ServerState
+from scalefl.types import Method, Population, ServerState
 
 LOW_MEMORY_CLIENTS = 1000
 """So many clients, drawn at random, are asked at most for the label distribution of low-memory clients."""
@@ -62,6 +62,11 @@ class Experiment:
             if not num_rows(getattr(self.data, split)):
                 raise DataError(f"the {split} data is empty: there is nothing to measure accuracy on")
 
+    @property
+    def offered(self) -> Population:
+        """The clients as the engine shows them to methods."""
+        return offered(self.population, self.config.engine.cap)
+
     @cached_property
     def full_cost(self) -> Cost:
         """Full training of the configured model on whole batches: what fractions of budgets refer to."""
@@ -74,12 +79,16 @@ class Experiment:
             self.model,
             self.problem,
             seed=self.config.seed,
-            smallest_memory_bytes=self.population.smallest_memory_bytes,
+            smallest_memory_bytes=self.offered.smallest_memory_bytes,
         )
 
     def plan(self, state: ServerState | None = None) -> MemoryPlan:
-        """The memory plan."""
-        budgets = {member.name: member.memory_bytes for member in self.population.classes}
+        """The memory plan; its budgets are what may be planned with."""
+        capped = self.config.engine.cap == "hard"
+        budgets = {
+            member.name: usable_bytes(member.memory_bytes) if capped else member.memory_bytes
+            for member in self.population.classes
+        }
         return memory_plan(self.method, state or self.initial_state(), budgets)
 
     @cached_property
@@ -184,6 +193,7 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
         experiment.population,
         workers=config.engine.workers,
         threads=config.engine.threads,
+        cap=config.engine.cap,
     ) as engine:
         observer = _Observer(experiment, residents)
         if state.round == 0 and not files.state.exists():
@@ -238,6 +248,7 @@ class _Observer:
         experiment = self._experiment
         model, params = experiment.method.deploy(state)
         rounds = [line for line in journal if line["round"] > 0]
+        measured = [peak for line in rounds if (peak := line["measured_peak_bytes"]) is not None]
         clients = {i for line in rounds for ids in line["rungs"].values() for i in ids}
         return {
             "name": experiment.config.name,
@@ -247,6 +258,7 @@ class _Observer:
             "validation": journal[-1]["validation"],
             "full_training_peak_bytes": experiment.full_cost.peak_bytes,
             "predicted_peak_bytes": max(line["predicted_peak_bytes"] for line in rounds),
+            "measured_peak_bytes": max(measured, default=None),
             "num_clients": len(experiment.population),
             "num_clients_seen": len(clients),
             "num_clients_lost": sum(len(line["lost"]) for line in rounds),
@@ -298,7 +310,7 @@ def _check_budgets(experiment: Experiment, state: ServerState) -> None:
     """
     if experiment.method.floor_bytes(state) == 0:
         return  # a reference that ignores memory
-    largest = experiment.population.largest_memory_bytes
+    largest = experiment.offered.largest_memory_bytes
     menu = sorted(experiment.method.menu(state), key=lambda offer: offer.fallback)
     wanted = frozenset[str]().union(*(offer.step.trainable for offer in menu))
     trained: frozenset[str] = frozenset()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +13,11 @@ from scalefl.coords import extract
 from scalefl.errors import BadUpdate, EmptyCohort, RoundFailed
 from scalefl.record import RoundRecord, Tally
 from scalefl.sampling import Sampler
-from scalefl.types import ClientLoss, Engine, Method, RoundPlan, ServerState
+from scalefl.types import ClientInfo, ClientLoss, Engine, Method, Population, RoundPlan, ServerState
+from scalefl.units import mib
+
+TIGHTER = 0.9
+"""Of the predicted peak of a task that hit a memory cap, what its client is planned with from then on."""
 
 
 def federate(
@@ -26,7 +31,7 @@ def federate(
     """
     while True:
         start = time.perf_counter()
-        cohort = sample(engine.population(), method.floor_bytes(state), state)
+        cohort = sample(_Tightened(engine.population(), state.tightened), method.floor_bytes(state), state)
         plan = method.plan(state, cohort)
         if not plan.tasks:
             raise EmptyCohort(f"round {state.round + 1}: none of {len(cohort)} selected clients can do its task")
@@ -35,8 +40,38 @@ def federate(
             raise RoundFailed(f"round {state.round + 1}: all {len(plan.tasks)} clients were lost: {tally.causes()}")
         after = method.aggregate(state, plan, total)
         _check_finite(state, after)
-        state = after
+        state = replace(after, tightened=_tightened(state, plan, tally))
         yield state, tally.record(plan, state.round, time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Tightened:
+    """The population, without the part of their budgets that clients have been seen not to have."""
+
+    clients: Population
+    tightened: Mapping[int, int]
+
+    @property
+    def smallest_memory_bytes(self) -> int:
+        return min([self.clients.smallest_memory_bytes, *self.tightened.values()])
+
+    @property
+    def largest_memory_bytes(self) -> int:
+        return self.clients.largest_memory_bytes
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def __getitem__(self, index: int) -> ClientInfo:
+        client = self.clients[index]
+        most = self.tightened.get(client.id, client.memory_bytes)
+        return replace(client, memory_bytes=min(client.memory_bytes, most))
+
+
+def _tightened(state: ServerState, plan: RoundPlan, tally: Tally) -> Mapping[int, int]:
+    """By client, what may be planned with from now on: less than what was too much for it."""
+    too_much = {i: plan.costs[i].peak_bytes for i, loss in tally.losses.items() if loss.out_of_memory}
+    return {**state.tightened, **{i: int(TIGHTER * peak_bytes) for i, peak_bytes in sorted(too_much.items())}}
 
 
 def _check_finite(before: ServerState, after: ServerState) -> None:
@@ -56,7 +91,7 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan)
     orders = ((task, extract(state.params, plan.coords[task.client_id])) for task in plan.tasks)
     for answer in engine.fit(method, orders):
         if isinstance(answer, ClientLoss):
-            tally.lose(answer)
+            tally.lose(_explained(answer, plan))
             continue
         task, coords = tasks[answer.client_id], plan.coords[answer.client_id]
         try:
@@ -68,3 +103,10 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan)
         total.add(answer.params, answer.num_examples, coords, sizes)
         tally.add(answer)
     return total, tally
+
+
+def _explained(loss: ClientLoss, plan: RoundPlan) -> ClientLoss:
+    """The same loss; its cause says what was predicted, if that was too little. What was measured is in its receipt."""
+    if not loss.out_of_memory:
+        return loss
+    return replace(loss, cause=f"{loss.cause}, predicted {mib(plan.costs[loss.client_id].peak_bytes)} MiB")

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from scalefl.types import ClientInfo, ClientLoss, ClientUpdate, RoundPlan
+from scalefl.types import ClientInfo, ClientLoss, ClientUpdate, Receipt, RoundPlan
 
-MEASURED = ("seconds",)
-"""Fields that two runs of one config do not share."""
+MEASURED = ("seconds", "measured_peak_bytes", "measured_bytes")
+"""Fields of journals and summaries, however deep inside, that two runs of one config do not share."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class RoundRecord:
         round: its number, from 1.
         stage: what it trained.
         rungs: by which part and means clients took part -> their ids.
-        lost: clients that failed, with the cause.
+        lost: clients that failed: `client`, `cause`, `predicted_peak_bytes` and `measured_peak_bytes` of its task.
         train: mean loss and metrics over the examples trained on, in each client's last epoch.
         num_examples: examples of the clients that took part.
         bytes_down, bytes_up: sent to and by clients.
         flops: of all clients.
+        peaks: of each client that took part, by number: `client`, `predicted_bytes`, and `measured_bytes` if known.
         predicted_peak_bytes: the largest predicted peak of a task.
+        measured_peak_bytes: the largest measured one; None where none was.
         simulated_seconds: what the slowest client would take on its device, transfers included.
         seconds: what the round took here.
     """
@@ -40,7 +42,9 @@ class RoundRecord:
     bytes_down: int
     bytes_up: int
     flops: float
+    peaks: list[dict[str, int | None]]
     predicted_peak_bytes: int
+    measured_peak_bytes: int | None
     simulated_seconds: float
     seconds: float
 
@@ -51,8 +55,7 @@ class _Done:
 
     num_examples: int
     metrics: Mapping[str, tuple[float, float]]
-    bytes_down: int
-    bytes_up: int
+    receipt: Receipt
 
 
 @dataclass
@@ -64,10 +67,7 @@ class Tally:
 
     def add(self, update: ClientUpdate) -> None:
         """Note an update."""
-        receipt = update.receipt
-        self.updates[update.client_id] = _Done(
-            update.num_examples, update.metrics, receipt.bytes_down, receipt.bytes_up
-        )
+        self.updates[update.client_id] = _Done(update.num_examples, update.metrics, update.receipt)
 
     def lose(self, loss: ClientLoss) -> None:
         """Note a lost client."""
@@ -89,24 +89,41 @@ class Tally:
             client_id: plan.costs[client_id].flops_per_example * d.num_examples * epochs[client_id]
             for client_id, d in done
         }
+        measured = [peak for _, d in done if (peak := d.receipt.peak_bytes) is not None]
         return RoundRecord(
             round=round,
             stage=plan.stage,
             rungs=dict(sorted(rungs.items())),
-            lost=[{"client": i, "cause": loss.cause} for i, loss in sorted(self.losses.items())],
+            lost=[_lost(loss, plan) for _, loss in sorted(self.losses.items())],
             train=_means([d.metrics for _, d in done]),
             num_examples=sum(d.num_examples for _, d in done),
-            bytes_down=sum(d.bytes_down for _, d in done),
-            bytes_up=sum(d.bytes_up for _, d in done),
+            bytes_down=sum(d.receipt.bytes_down for _, d in done),
+            bytes_up=sum(d.receipt.bytes_up for _, d in done),
             flops=sum(flops.values()),
+            peaks=[_peaks(client_id, d.receipt, plan) for client_id, d in done],
             predicted_peak_bytes=max(plan.costs[client_id].peak_bytes for client_id, _ in done),
+            measured_peak_bytes=max(measured, default=None),
             simulated_seconds=max(_simulated(plan.clients[i], flops[i], d) for i, d in done),
             seconds=seconds,
         )
 
 
+def _lost(loss: ClientLoss, plan: RoundPlan) -> dict[str, Any]:
+    return {
+        "client": loss.client_id,
+        "cause": loss.cause,
+        "predicted_peak_bytes": plan.costs[loss.client_id].peak_bytes,
+        "measured_peak_bytes": loss.receipt.peak_bytes,
+    }
+
+
+def _peaks(client_id: int, receipt: Receipt, plan: RoundPlan) -> dict[str, int | None]:
+    predicted = plan.costs[client_id].peak_bytes
+    return {"client": client_id, "predicted_bytes": predicted, "measured_bytes": receipt.peak_bytes}
+
+
 def _simulated(client: ClientInfo, flops: float, done: _Done) -> float:
-    transfer = (done.bytes_down + done.bytes_up) / client.bandwidth_bytes_per_second
+    transfer = (done.receipt.bytes_down + done.receipt.bytes_up) / client.bandwidth_bytes_per_second
     return flops / client.flops_per_second + transfer
 
 

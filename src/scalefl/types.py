@@ -286,7 +286,12 @@ class ClientUpdate:
 class ClientLoss:
     """A client that failed: who, when and why.
 
-    The traceback is for people who debug; it names this machine's files, so it stays out of the journal.
+    Args:
+        client_id, round: who and when.
+        cause: in a line.
+        receipt: what it took until then.
+        traceback: for people who debug; it names this machine's files, so it stays out of the journal.
+        out_of_memory: whether it asked for more than its budget, under a cap.
     """
 
     client_id: int
@@ -294,6 +299,7 @@ class ClientLoss:
     cause: str
     receipt: Receipt = Receipt()
     traceback: str = ""
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -314,6 +320,7 @@ class ServerState:
         round: rounds done.
         seed: the seed of the run, from which every random number is derived.
         aux: the method's own history.
+        tightened: by client, what of its budget may still be planned with after it hit a memory cap, in bytes.
     """
 
     model: ModelSpec
@@ -322,6 +329,7 @@ class ServerState:
     round: int
     seed: int
     aux: Aux = Aux()
+    tightened: Mapping[int, int] = field(default_factory=dict)
 
 
 class Objective(Protocol):

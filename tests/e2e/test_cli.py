@@ -34,7 +34,7 @@ from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Classification
 from scalefl.types import ServerState
-from support import identical
+from support import identical, shared_fields
 
 # Three classes of 8×8 pictures on six clients. NAP makes clients slow enough to be stopped in their work.
 MODULE = """
@@ -194,17 +194,13 @@ def wait_for_rounds(journal: Path, count: int) -> None:
         time.sleep(0.02)
 
 
-def without_seconds(content: Any) -> Any:
-    return {key: value for key, value in content.items() if key != "seconds"}
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     states = [folder / "state.safetensors" for folder in (one, other)]
     assert states[0].read_bytes() == states[1].read_bytes()
     journals = [(folder / "journal.jsonl").read_text().splitlines() for folder in (one, other)]
-    lines = [[without_seconds(json.loads(line)) for line in journal] for journal in journals]
+    lines = [[shared_fields(json.loads(line)) for line in journal] for journal in journals]
     assert lines[0] == lines[1]
-    summaries = [without_seconds(json.loads((folder / "summary.json").read_text())) for folder in (one, other)]
+    summaries = [shared_fields(json.loads((folder / "summary.json").read_text())) for folder in (one, other)]
     assert summaries[0] == summaries[1]
 
 

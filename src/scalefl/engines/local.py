@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from types import TracebackType
-from typing import Any, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -19,14 +20,55 @@ from torch import Tensor
 from scalefl.client import Residents
 from scalefl.data import FederatedData
 from scalefl.engines.wire import Channel, InMemory
-from scalefl.engines.worker import logged, lost, run_safely
+from scalefl.engines.worker import cap_hit, logged, lost, run_safely, says_out_of_memory
 from scalefl.errors import ConfigError
-from scalefl.measure import worker_environment
+from scalefl.measure import usable_bytes, worker_environment
 from scalefl.params import Params
-from scalefl.problem import Batch
-from scalefl.types import ClientLoss, ClientTask, ClientUpdate, Method, Population, Receipt
+from scalefl.problem import Batch, Problem
+from scalefl.types import ClientInfo, ClientLoss, ClientTask, ClientUpdate, Method, Population, Receipt
 
 _Order = tuple[ClientTask, Params, Batch]
+
+
+Cap = Literal["none", "hard"]
+"""Whether a worker may take more than its client's budget."""
+
+
+def check_cap(cap: Cap, workers: int) -> None:
+    """Refuse a cap without workers.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    if cap == "hard" and workers < 1:
+        raise ConfigError("engine.cap = 'hard' needs workers >= 1: a cap on this process would be one on the server")
+
+
+def offered(clients: Population, cap: Cap) -> Population:
+    """The clients as methods see them: under a hard cap with the part of their budgets that may be planned with."""
+    return clients if cap == "none" else _Usable(clients)
+
+
+@dataclass(frozen=True)
+class _Usable:
+    """A population whose budgets are hard caps."""
+
+    clients: Population
+
+    @property
+    def smallest_memory_bytes(self) -> int:
+        return usable_bytes(self.clients.smallest_memory_bytes)
+
+    @property
+    def largest_memory_bytes(self) -> int:
+        return usable_bytes(self.clients.largest_memory_bytes)
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def __getitem__(self, index: int) -> ClientInfo:
+        client = self.clients[index]
+        return replace(client, memory_bytes=usable_bytes(client.memory_bytes))
 
 
 class LocalEngine:
@@ -40,13 +82,20 @@ class LocalEngine:
         clients: what the server knows of them.
         workers: processes; 0 runs clients in this one.
         threads: torch's threads for each process that trains.
+        cap: "hard": a client that asks its worker for more than its budget is refused, and lost.
+
+    Raises:
+        ConfigError: a value is out of range; a cap without workers; or, from the first use on, the system can't cap.
     """
 
-    def __init__(self, data: FederatedData, clients: Population, *, workers: int = 0, threads: int = 1) -> None:
+    def __init__(
+        self, data: FederatedData, clients: Population, *, workers: int = 0, threads: int = 1, cap: Cap = "none"
+    ) -> None:
         if workers < 0 or threads < 1:
             raise ConfigError(f"workers ({workers}) must be at least 0 and threads ({threads}) at least 1")
+        check_cap(cap, workers)
         self._data, self._clients = data, clients
-        self._threads = threads
+        self._threads, self._cap = threads, cap
         self._residents = Residents()
         self._held: dict[str, Tensor] = {}
         self._workers: list[_Worker] = []
@@ -55,20 +104,23 @@ class LocalEngine:
 
     def __enter__(self) -> Self:
         self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._stop)
+            torch.set_num_threads(self._threads)
+            if self._cap == "hard":  # a system that can't should say so before anything is trained
+                for worker in self._started():
+                    worker.wait()
+            undo.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        torch.set_num_threads(self._threads_before)
-        for worker in self._workers:
-            worker.stop()
-        self._workers.clear()
+        self._stop()
 
     def population(self) -> Population:
-        """The clients."""
-        return self._clients
+        """The clients, with what of their budgets may be planned with."""
+        return offered(self._clients, self._cap)
 
     def fit(self, method: Method, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[ClientUpdate | ClientLoss]:
         """Run the tasks; results come as they are ready."""
@@ -95,12 +147,11 @@ class LocalEngine:
     def _fit_beside(
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]]
     ) -> Iterator[ClientUpdate | ClientLoss]:
-        while len(self._workers) < self._num_workers:
-            self._workers.append(_Worker(self._threads))
+        workers = self._started()
         queue = self._prepared(orders)
         busy: dict[int, _Worker] = {}
         try:
-            for worker in self._workers:
+            for worker in workers:
                 yield from self._give(worker, method, queue, busy)
             while busy:
                 for ready in wait(list(busy)):
@@ -128,9 +179,21 @@ class LocalEngine:
                 yield order
                 continue
             task, params, examples = order
-            worker.send(task, (method, self._data.problem, task), examples, params)
+            cap_bytes = self._clients[task.client_id].memory_bytes if self._cap == "hard" else None
+            worker.send(method, self._data.problem, task, cap_bytes, examples, params)
             busy[worker.channel.fileno()] = worker
             return
+
+    def _started(self) -> list[_Worker]:
+        while len(self._workers) < self._num_workers:
+            self._workers.append(_Worker(self._threads, self._cap))
+        return list(self._workers)
+
+    def _stop(self) -> None:
+        torch.set_num_threads(self._threads_before)
+        for worker in self._workers:
+            worker.stop()
+        self._workers.clear()
 
     def _prepared(self, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[_Order | ClientLoss]:
         """Orders with the client's examples; a client whose data fails is lost, not the run."""
@@ -144,21 +207,41 @@ class LocalEngine:
 
 
 class _Worker:
-    """One process that trains, and the pipe to it; starts again by itself when it has died."""
+    """One process that trains, and the socket to it; starts again by itself when it has died."""
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
+    def __init__(self, threads: int, cap: Cap) -> None:
+        self._threads, self._cap = threads, cap
+        self._is_warm = False
         self._start()
 
-    def send(self, task: ClientTask, header: Any, *groups: Params) -> None:
+    def send(
+        self, method: Method, problem: Problem, task: ClientTask, cap_bytes: int | None, examples: Batch, params: Params
+    ) -> None:
         """Give it a task; if it does not live to take it, `answer` tells."""
-        self._task = task
+        self._task, self._cap_bytes = task, cap_bytes
+        message = (method, problem, task, cap_bytes), examples, params
         try:
-            self.channel.send(header, *groups)
+            self.wait()
+            self.channel.send(*message)
         except OSError:  # it died idle: its successor gets the task
             self._restart()
             with contextlib.suppress(OSError):  # it died too: the other end is closed, and `answer` finds that
-                self.channel.send(header, *groups)
+                self.wait()
+                self.channel.send(*message)
+
+    def wait(self) -> None:
+        """Wait until it has warmed up.
+
+        Raises:
+            ConfigError: it says that the system can't cap memory.
+        """
+        if self._is_warm:
+            return
+        self._is_warm = True
+        with contextlib.suppress(EOFError, OSError):  # it died: `answer` finds that
+            refusal = self.channel.receive().header
+            if refusal is not None:
+                raise ConfigError(f"engine.cap = 'hard': this system cannot cap a worker's memory ({refusal})")
 
     def answer(self) -> ClientUpdate | ClientLoss:
         """Its answer; a record of the loss if it died over the task."""
@@ -169,9 +252,7 @@ class _Worker:
                 return logged(incoming.header)
             incoming.receive(params)
         except (EOFError, OSError):
-            cause, said = self._obituary()
-            self._restart()
-            return logged(ClientLoss(self._task.client_id, self._task.round, cause, traceback=said))
+            return self._lost()
         client_id, num_examples, metrics, receipt = incoming.header
         assert isinstance(receipt, Receipt)
         return ClientUpdate(client_id, params, num_examples, metrics, receipt)
@@ -189,18 +270,26 @@ class _Worker:
         # unsafe, and a fresh one does not import the caller's main script again.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "scalefl.engines.worker", str(theirs.fileno()), str(self._threads)],
+            [sys.executable, "-m", "scalefl.engines.worker", str(theirs.fileno()), str(self._threads), self._cap],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stderr=self._stderr,
-            env=worker_environment(),
+            env=worker_environment(capped=self._cap == "hard"),
         )
         theirs.close()
         self.channel = Channel(ours)
+        self._is_warm = False
 
     def _restart(self) -> None:
         self.stop()
         self._start()
+
+    def _lost(self) -> ClientLoss:
+        cause, said = self._obituary()
+        self._restart()
+        if self._cap_bytes is not None and says_out_of_memory(said):
+            return cap_hit(self._task, self._cap_bytes, Receipt(), said)
+        return logged(ClientLoss(self._task.client_id, self._task.round, cause, traceback=said))
 
     def _obituary(self) -> tuple[str, str]:
         """Why it died, in a line, and all that it said on the way."""

@@ -17,7 +17,7 @@ import torch
 from scalefl.client import Residents, run_task
 from scalefl.engines.spool import MappedExamples, TaskParams
 from scalefl.engines.wire import Channel, Incoming
-from scalefl.measure import added_peak_bytes, start_peak
+from scalefl.measure import added_peak_bytes, cap_refusal, limited, start_peak
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
@@ -25,14 +25,16 @@ from scalefl.params import Params
 from scalefl.parts import Part
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.types import ClientLoss, ClientTask, ClientUpdate, LocalWork, Method, Objective, Receipt, Step
+from scalefl.units import mib
 
 _log = logging.getLogger("scalefl")
 
 
-def serve(channel: Channel, threads: int) -> None:
-    """Answer until the other end closes."""
+def serve(channel: Channel, threads: int, *, capped: bool) -> None:
+    """Say why memory can't be capped, where it is to be; then answer until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
     warm_up(threads)
+    channel.send(cap_refusal() if capped else None)
     residents = Residents()
     while True:
         try:
@@ -42,7 +44,15 @@ def serve(channel: Channel, threads: int) -> None:
         _send(channel, _answer(incoming, residents))
 
 
-_LINEAR = ((256, 256, 256), (512, 192, 768), (1040, 192, 576), (1040, 768, 192), (2048, 1024, 1024))
+_LINEAR = (
+    (256, 256, 256),
+    (512, 192, 768),
+    (1040, 768, 192),
+    (2048, 1024, 1024),
+    (32, 4096, 512),
+    (512, 4096, 1024),
+    (64, 4096, 4096),
+)
 """Rows, inputs and outputs of linear layers after which MKL, found by trying, has all the buffers that it keeps."""
 
 
@@ -70,7 +80,7 @@ class _Rehearsal:
 
 
 def _answer(incoming: Incoming, residents: Residents) -> ClientUpdate | ClientLoss:
-    method, problem, task = incoming.header
+    method, problem, task, cap_bytes = incoming.header
     before = None
     try:
         try:
@@ -81,15 +91,20 @@ def _answer(incoming: Incoming, residents: Residents) -> ClientUpdate | ClientLo
             incoming.receive(examples)
             gc.collect()
             before = start_peak()
-            with contextlib.closing(TaskParams(task)) as params:
+            with limited(before, cap_bytes), contextlib.closing(TaskParams(task)) as params:
                 incoming.receive(params)
                 update = run_task(method, problem, residents, task, params, examples)
         finally:
             incoming.discard()
     except Exception as error:
-        loss = lost(task, error)
-        return replace(loss, receipt=Receipt(peak_bytes=added_peak_bytes(before)))
-    return replace(update, receipt=replace(update.receipt, peak_bytes=added_peak_bytes(before)))
+        receipt = Receipt(peak_bytes=added_peak_bytes(before))
+        if cap_bytes is not None and (isinstance(error, MemoryError) or says_out_of_memory(str(error))):
+            return cap_hit(task, cap_bytes, receipt, "".join(traceback.format_exception(error)))
+        return replace(lost(task, error), receipt=receipt)
+    receipt = replace(update.receipt, peak_bytes=added_peak_bytes(before))
+    if cap_bytes is not None and (receipt.peak_bytes or 0) > cap_bytes:
+        return cap_hit(task, cap_bytes, receipt)  # by shared memory, which no limit of the system counts
+    return replace(update, receipt=receipt)
 
 
 def _send(channel: Channel, answer: ClientUpdate | ClientLoss) -> None:
@@ -116,6 +131,21 @@ def lost(task: ClientTask, error: Exception) -> ClientLoss:
     return logged(ClientLoss(task.client_id, task.round, cause, traceback=trace))
 
 
+def cap_hit(task: ClientTask, cap_bytes: int, receipt: Receipt, trace: str = "") -> ClientLoss:
+    """The record of a client that asked for more memory than its budget."""
+    cause = f"memory cap hit: budget {mib(cap_bytes)} MiB"
+    return logged(ClientLoss(task.client_id, task.round, cause, receipt, trace, out_of_memory=True))
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+_ONEDNN_OUT_OF_MEMORY = ("could not create a", "could not execute a primitive")
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's text, or a process's last words, mean that it was refused memory: under a cap, its budget."""
+    return any(words in text for words in (*_OUT_OF_MEMORY, *_ONEDNN_OUT_OF_MEMORY))
+
+
 def logged(loss: ClientLoss) -> ClientLoss:
     """The same loss, told to whoever debugs: the run goes on without it, and its journal has the cause only."""
     _log.debug("round %d: client %d was lost: %s\n%s", loss.round + 1, loss.client_id, loss.cause, loss.traceback)
@@ -123,4 +153,4 @@ def logged(loss: ClientLoss) -> ClientLoss:
 
 
 if __name__ == "__main__":
-    serve(Channel(socket.socket(fileno=int(sys.argv[1]))), int(sys.argv[2]))
+    serve(Channel(socket.socket(fileno=int(sys.argv[1]))), int(sys.argv[2]), capped=sys.argv[3] == "hard")

@@ -165,6 +165,7 @@ def summary_table(run: Run) -> Table:
         ("clients that took part", f"{seen} of {clients}" if figures else NOTHING),
         ("tasks that clients lost", str(figures.get("num_clients_lost", NOTHING))),
         ("predicted peak of a client", _on_base(figures.get("predicted_peak_bytes"), run.base_bytes)),
+        ("measured peak of a client", _on_base(figures.get("measured_peak_bytes"), run.base_bytes)),
         ("predicted peak of full training", _on_base(figures.get("full_training_peak_bytes"), run.base_bytes)),
         ("FLOPs of all clients", flops(figures.get("flops"))),
         ("bytes down", _with_unit(_mib(figures.get("bytes_down")), "MiB")),
