@@ -261,8 +261,8 @@ def _least(step: Step, subject: Subject, method: ScaleFL) -> Cost:
 
 # A tenth.
 
-TENTHS = {"resnet18": 68, "resnet34": 116, "vit": 123}
-"""MiB that training may add to the worker: a tenth of full training."""
+TENTHS = {"resnet18": (68, 8), "resnet34": (116, 16), "vit": (123, 4)}
+"""MiB that training may add to the worker, a tenth of full training; and the number of blocks: a ResNet's units."""
 
 
 def tenth(folder: Path) -> None:
@@ -273,7 +273,7 @@ def tenth(folder: Path) -> None:
         "its base plus the budget. Full training is tried under the same cap.",
     ]
     rows = []
-    for name, mib in TENTHS.items():
+    for name, (mib, count) in TENTHS.items():
         subject, work, budget = Subject(name), LocalWork(batch_size=128), mib * MIB
         whole = full_step(subject.model, subject.problem, work)
         full = step_cost(whole, subject.problem, TaskLoss())
@@ -289,8 +289,8 @@ def tenth(folder: Path) -> None:
             "|---|---|---|---|---|---|",
         ]
         print(lines[-5:], flush=True)
-        for label, words, step, cost in tenth_steps(subject, work, budget):
-            method = tenth_method(work)
+        for label, words, step, cost in tenth_steps(subject, work, count, budget):
+            method = tenth_method(work, count)
             answer = done_in_a_worker(subject, method, step, budget)
             measured = answer.receipt.peak_bytes
             ok = "trained" if isinstance(answer, ClientUpdate) else f"lost: {answer.cause}"
@@ -305,16 +305,16 @@ def tenth(folder: Path) -> None:
     _write_section(folder, "tenth", lines)
 
 
-def tenth_method(work: LocalWork) -> ScaleFL:
-    return ScaleFL(work=work, blocks=4, coadapted_layers=1)
+def tenth_method(work: LocalWork, count: int) -> ScaleFL:
+    return ScaleFL(work=work, blocks=count, coadapted_layers=1)
 
 
-def tenth_steps(subject: Subject, work: LocalWork, budget: int) -> Iterator[tuple[str, str, Step, Cost]]:
-    """For each of four blocks how it is trained within the budget, in parts where it must be."""
-    method = tenth_method(work)
+def tenth_steps(subject: Subject, work: LocalWork, count: int, budget: int) -> Iterator[tuple[str, str, Step, Cost]]:
+    """For each block how it is trained within the budget, in parts where it must be."""
+    method = tenth_method(work, count)
     state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
     usable = budget - max(round(0.03 * budget), 4 * MIB)
-    for block in range(4):
+    for block in range(count):
         for offers in ([method._offer(state, Span(block, block))], *method._parts(state, block)):
             found = [_fitting(o, subject.problem, method, usable) for o in offers]
             if all(found):

@@ -112,15 +112,17 @@ def memory_plan(method: Method, state: ServerState, budgets: Mapping[str, int]) 
     offers = method.menu(state)
     rows = [(offer, _row(state, offer, method.objective, budgets)) for offer in offers if not offer.fallback]
     for offer in offers:
-        if offer.fallback and not _held_by_more(offer, rows, budgets):
-            rows.append((offer, _row(state, offer, method.objective, budgets)))
+        if offer.fallback and (lacking := _lacking(offer, rows, budgets)):
+            row = _row(state, offer, method.objective, budgets)
+            if row.fits.keys() & lacking:
+                rows.append((offer, row))
     return MemoryPlan(model.name, work.batch_size, full, tuple(row for _, row in rows), dict(budgets))
 
 
-def _held_by_more(offer: Offer, rows: Sequence[tuple[Offer, PlanRow]], budgets: Mapping[str, int]) -> bool:
-    """Whether every memory class holds something that trains all that a fallback does."""
+def _lacking(offer: Offer, rows: Sequence[tuple[Offer, PlanRow]], budgets: Mapping[str, int]) -> set[str]:
+    """The memory classes that hold nothing so far that trains all that a fallback does."""
     more = [row for other, row in rows if offer.step.trainable <= other.step.trainable]
-    return all(any(name in row.fits for row in more) for name in budgets)
+    return {name for name in budgets if not any(name in row.fits for row in more)}
 
 
 def plan(
