@@ -27,7 +27,7 @@ def federate(
 
     Raises:
         EmptyCohort: no client can take part in the next round.
-        RoundFailed: every client of a round was lost; the state yielded before is still good.
+        RoundFailed: every client of a round was lost, and not all for memory; the state yielded before is still good.
     """
     while True:
         start = time.perf_counter()
@@ -36,6 +36,10 @@ def federate(
         if not plan.tasks:
             raise EmptyCohort(f"round {state.round + 1}: none of {len(cohort)} selected clients can do its task")
         total, tally = _reduce(method, engine, state, plan)
+        if not tally.updates and all(loss.out_of_memory for loss in tally.losses.values()):
+            # Planned again, for less: a round that raised would be the same when the run is resumed.
+            state = replace(state, tightened=_tightened(state, plan, tally))
+            continue
         if not tally.updates:
             raise RoundFailed(f"round {state.round + 1}: all {len(plan.tasks)} clients were lost: {tally.causes()}")
         after = method.aggregate(state, plan, total)

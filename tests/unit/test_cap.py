@@ -304,6 +304,30 @@ def test_a_tightened_client_is_planned_with_less():
     assert records[1][1].rungs == {"full": [0]}
 
 
+class LosingOnce(Losing):
+    """An engine all of whose tasks hit a cap in the first round that it is asked for."""
+
+    asked = 0
+
+    def fit(self, method, orders):
+        self.asked += 1
+        for answer in self._engine.fit(method, orders):
+            lost = ClientLoss(answer.client_id, 0, "memory cap hit", out_of_memory=True)
+            yield lost if self.asked == 1 else answer
+
+
+def test_a_round_in_which_all_run_out_of_memory_is_planned_again_for_less():
+    data = MadeData([8, 8, 8])
+    method = make_method("fedavg", means="micro-batches")
+    state = method.init(ModelSpec.of("support:tiny"), PROBLEM, seed=0, smallest_memory_bytes=0)
+    with LocalEngine(data, Clients(data, (2 * full_bytes(),))) as engine:
+        losing = LosingOnce(engine)
+        state, record = next(federate(method, losing, UniformSampler(3), state))
+    assert (losing.asked, record.round, record.lost) == (2, 1, [])
+    assert record.rungs == {"full, micro-batch 4": [0, 1, 2]}
+    assert state.tightened == dict.fromkeys(range(3), int(0.9 * full_bytes()))
+
+
 def test_what_is_tightened_is_saved(tmp_path):
     state = replace(start(), tightened={12: 5, 3: 10**12})
     path = tmp_path / "state.safetensors"
