@@ -59,10 +59,22 @@ def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int
     """Bytes by term while the frozen prefix runs, and its FLOPs for an example."""
     mode, rows = step.means.prefix, step.work.batch_size
     chunk = micro if mode == "resident" else min(CHUNK, micro)
+    flops = prefix.total_flops(chunk, chunk) / chunk
+    if mode == "cached":  # before the first batch, when there is nothing but weights
+        return prefix.peak(chunk, chunk) + _laid_out(step.part), flops
     terms = waiting.waiting_peak(micro, rows) + prefix.peak(chunk, chunk) + _term("weights", _prefix_bytes(step))
     if mode != "resident" and micro > CHUNK:
         terms = terms + _term("activations", micro * _feature_bytes(step.part))
-    return terms, prefix.total_flops(chunk, chunk) / chunk
+    return terms, flops
+
+
+def _laid_out(part: Part) -> Array:
+    """Bytes of the weights that training from the prefix's features holds, by term."""
+    sizes, names = _sizes_of(part), (*part.own, *(part.output.names() if part.output else ()))
+    found = np.zeros(len(TERMS), dtype=np.int64)
+    for name in names:
+        found += _term(_term_of(name, "weights"), sizes[name])
+    return found
 
 
 def _canonical(step: Step) -> Step:
@@ -360,11 +372,12 @@ def _cheapest(
     step: Step, problem: Problem, objective: Objective, ladder: Ladder, below_bytes: int | None
 ) -> tuple[Step, Cost] | None:
     """As `cheapest`; None where nothing needs less than `below_bytes`. What cannot is not traced."""
+    # A single example: what fits on disk for no client at all is not the least.
     sizes = ladder.micro_sizes(step.work.batch_size)
     best: tuple[Step, Cost] | None = None
     # Smaller micro-batches never take more: of those that split, the smallest. It comes first, as what most need.
     for variant in sorted(
-        (v for v in _variants(step, problem, ladder, 0, 0) if v.means.micro_batch_size in (sizes[0], sizes[-1])),
+        (v for v in _variants(step, problem, ladder, 0, 1) if v.means.micro_batch_size in (sizes[0], sizes[-1])),
         key=lambda v: v.means.micro_batch_size or 0,
     ):
         limit = below_bytes if best is None else best[1].peak_bytes
