@@ -1,6 +1,6 @@
 """Memory: predicted against measured, what each model needs by each means, and a tenth of full training for real.
 
-    python benchmarks/memory.py prediction|models|tenth --out docs/benchmarks
+    python benchmarks/memory.py prediction|models|tenth|federation --out docs/benchmarks
 
 Each command writes its section and a CSV file to OUT/memory/, and puts the sections together as OUT/memory.md.
 """
@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.config import load_config
 from scalefl.data import Devices, MemoryClass
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
-from scalefl.experiment import environment
+from scalefl.experiment import Experiment, environment, run
 from scalefl.memory import Cost
 from scalefl.methods.fedavg import FedAvg
 from scalefl.methods.scalefl import ScaleFL
@@ -30,6 +31,7 @@ from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.planner import cheapest, fit, full_step, step_cost
 from scalefl.problem import Batch, Classification, Column, Problem
+from scalefl.run_folder import RunFolder
 from scalefl.types import AUTO, ClientLoss, ClientTask, ClientUpdate, LocalWork, Means, Offer, Step, described
 from scalefl.units import MIB
 
@@ -333,6 +335,50 @@ def _fitting(offer: Offer, problem: Problem, method: ScaleFL, usable: int) -> tu
     return ", ".join(words), choice.step, choice.cost
 
 
+# A federation under caps.
+
+CAPPED = {
+    "FedAvg, exclusive": ("capped-exclusive", 'method={name="fedavg"}'),
+    "FedAvg, micro-batches": ("capped-micro", 'method={name="fedavg", means="micro-batches"}'),
+    "FedAvg, all exact means": ("capped-means", 'method={name="fedavg", means="auto"}'),
+    "ScaleFL": ("capped-scalefl", 'method={name="scalefl", blocks=4}'),
+}
+
+
+def federation(folder: Path) -> None:
+    lines = [
+        "## A federation under hard caps",
+        "",
+        "`benchmarks/capped.toml`: ResNet-10 (32 channels, batch norm), 4,000 MNIST digits on 50 clients whose memory goes with "
+        "their labels, 100 rounds of 10 clients, each task in a worker that the system allows its client's budget and no more. "
+        "One seed. Utilisation: the largest measured peak of a task as a share of its budget.",
+        "",
+        "| method | tasks | over the cap | clients that took part | utilisation | test accuracy | low-memory clients' data |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = []
+    for title, (name, method) in CAPPED.items():
+        config = load_config(Path(__file__).with_name("capped.toml"), [f"name={name}", method])
+        home = Path("runs") / name
+        summary = run(config, home, resume=home.exists())
+        journal = [line for line in RunFolder(home).read_journal() if line["round"]]
+        lost = [loss for line in journal for loss in line["lost"]]
+        peaks = [peak for line in journal for peak in line["peaks"]]
+        clients = Experiment(config).population
+        shares = [peak["measured_bytes"] / clients[peak["client"]].memory_bytes for peak in peaks]
+        took_part = len({peak["client"] for peak in peaks})
+        accuracies = [summary[split]["accuracy"] for split in ("test", "low_memory_test")]
+        rows.append([title, len(peaks) + len(lost), len(lost), took_part, max(shares), *accuracies])
+        lines.append(
+            f"| {title} | {len(peaks) + len(lost)} | {len(lost)} | {took_part} of {len(clients)} "
+            f"| {_percent(max(shares), 0)} | {_percent(accuracies[0])} | {_percent(accuracies[1])} |"
+        )
+        print(lines[-1], flush=True)
+    head = ["method", "tasks", "over_the_cap", "clients", "utilisation", "test_accuracy", "low_memory_accuracy"]
+    _write_csv(folder / "federation.csv", head, rows)
+    _write_section(folder, "federation", lines)
+
+
 def _mib(num_bytes: float | None) -> str:
     return "–" if num_bytes is None else f"{num_bytes / MIB:.1f}"
 
@@ -357,13 +403,14 @@ def _write_section(folder: Path, name: str, lines: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["prediction", "models", "tenth"])
+    parser.add_argument("what", choices=ORDER)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = options.out / "memory"
     folder.mkdir(parents=True, exist_ok=True)
-    {"prediction": prediction, "models": models, "tenth": tenth}[options.what](folder)
+    commands = {"prediction": prediction, "models": models, "tenth": tenth, "federation": federation}
+    commands[options.what](folder)
 
 
 if __name__ == "__main__":

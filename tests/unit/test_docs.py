@@ -50,7 +50,7 @@ def test_the_schedule_in_the_config_page_works(tmp_path, monkeypatch):
 def test_the_readme_config_is_valid(monkeypatch):
     (text,) = blocks("README.md", "toml")
     config = make_config(tomllib.loads(text))
-    assert config.make_method().means == "micro-batches"
+    assert config.make_method().means == "auto"
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("examples/*.toml"), *ROOT.glob("benchmarks/*.toml")], ids=lambda p: p.name)

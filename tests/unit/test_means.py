@@ -470,7 +470,7 @@ def a_cache(j: Job, rows: int) -> Iterator[tuple[_Cache, Any]]:
     params, examples = j.params(), j.batch(rows)
     with holding(Residents()[j.c.model], step, params) as (runner, _):
         run = partial(runner.streamed_features, problem=j.c.problem, params=params)
-        with _Cache(run, examples) as cache:
+        with _Cache(run, examples, CHUNK) as cache:
             yield cache, run(examples)
 
 
