@@ -349,11 +349,11 @@ def federation(folder: Path) -> None:
     lines = [
         "## A federation under hard caps",
         "",
-        "`benchmarks/capped.toml`: ResNet-10 (32 channels, batch norm), 4,000 MNIST digits on 50 clients whose memory goes with "
-        "their labels, 100 rounds of 10 clients, each task in a worker that the system allows its client's budget and no more. "
-        "One seed. Utilisation: the largest measured peak of a task as a share of its budget.",
+        "`benchmarks/capped.toml`: ResNet-10 (32 channels, batch norm), 4,000 MNIST digits on 50 clients whose memory goes "
+        "with their labels, 100 rounds of 10 clients, each task in a worker that the system allows its client's budget and no "
+        "more. One seed. Utilisation: the largest measured peak of a task as a share of its budget.",
         "",
-        "| method | tasks | over the cap | clients that took part | utilisation | test accuracy | low-memory clients' data |",
+        "| method | tasks | over the cap | clients | utilisation | test accuracy | low-memory clients' data |",
         "|---|---|---|---|---|---|---|",
     ]
     rows = []
