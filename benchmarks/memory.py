@@ -338,10 +338,10 @@ def _fitting(offer: Offer, problem: Problem, method: ScaleFL, usable: int) -> tu
 # A federation under caps.
 
 CAPPED = {
+    "ScaleFL": ("capped-scalefl", 'method={name="scalefl", blocks=4}'),
     "FedAvg, exclusive": ("capped-exclusive", 'method={name="fedavg"}'),
     "FedAvg, micro-batches": ("capped-micro", 'method={name="fedavg", means="micro-batches"}'),
     "FedAvg, all exact means": ("capped-means", 'method={name="fedavg", means="auto"}'),
-    "ScaleFL": ("capped-scalefl", 'method={name="scalefl", blocks=4}'),
 }
 
 
@@ -349,9 +349,9 @@ def federation(folder: Path) -> None:
     lines = [
         "## A federation under hard caps",
         "",
-        "`benchmarks/capped.toml`: ResNet-10 (32 channels, batch norm), 4,000 MNIST digits on 50 clients whose memory goes "
-        "with their labels, 100 rounds of 10 clients, each task in a worker that the system allows its client's budget and no "
-        "more. One seed. Utilisation: the largest measured peak of a task as a share of its budget.",
+        "`benchmarks/capped.toml`: ResNet-10 (32 channels, batch norm), 4,000 MNIST digits on 50 clients whose memory "
+        "goes with their labels, 100 rounds of 10 clients, each task in a worker that the system allows its client's "
+        "budget and no more. One seed. Utilisation: the largest measured peak of a task as a share of its budget.",
         "",
         "| method | tasks | over the cap | clients | utilisation | test accuracy | low-memory clients' data |",
         "|---|---|---|---|---|---|---|",
@@ -374,6 +374,7 @@ def federation(folder: Path) -> None:
             f"| {_percent(max(shares), 0)} | {_percent(accuracies[0])} | {_percent(accuracies[1])} |"
         )
         print(lines[-1], flush=True)
+        _write_section(folder, "federation", lines)
     head = ["method", "tasks", "over_the_cap", "clients", "utilisation", "test_accuracy", "low_memory_accuracy"]
     _write_csv(folder / "federation.csv", head, rows)
     _write_section(folder, "federation", lines)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scalefl.data import parse_bytes
+from scalefl.errors import check_range
 from scalefl.memory import Cost
 from scalefl.methods.scalefl import ScaleFL
 from scalefl.models import resolve
@@ -147,6 +148,7 @@ def plan(
         model_arguments: keyword arguments for the factory.
 
     Raises:
+        ConfigError: the budget is no positive number of bytes.
         BudgetError: not even the cheapest block fits the budget.
         UncuttableModel: the model has no place to cut, or not the one asked for.
     """
@@ -155,6 +157,8 @@ def plan(
     method = ScaleFL(work=LocalWork(batch_size=batch_size), blocks=blocks, means=means)
     state = method.init(spec, problem, seed=0, smallest_memory_bytes=0)
     budgets = {} if budget is None else {"budget": parse_bytes(budget) if isinstance(budget, str) else budget}
+    for num_bytes in budgets.values():
+        check_range("budget", num_bytes, 1)
     found = memory_plan(method, state, budgets)
     if budgets and not any(row.fits for row in found.rows):
         floor = least_of(tuple(method.menu(state)), problem, method.objective)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import scalefl
-from scalefl.errors import BudgetError, ScaleFLError
+from scalefl.errors import BudgetError, ConfigError, ScaleFLError
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +50,12 @@ def test_plan_takes_names_factories_paths_and_modules(model):
 def test_plan_of_an_impossible_budget_says_what_the_cheapest_part_needs():
     with pytest.raises(BudgetError, match=r"of block \d.*MiB \(weights .*activations .*on offer is 0\.0 MiB"):
         scalefl.plan(small, torch.zeros(2, 3, 16, 16), budget="1KiB", blocks=2)
+
+
+@pytest.mark.parametrize("budget", ["0", "-1GB", "12 parsecs", "nan", "NaNMiB", 0, -5, float("nan")])
+def test_budgets_that_are_none(budget):
+    with pytest.raises(ConfigError):
+        scalefl.plan(small, torch.zeros(2, 3, 16, 16), budget=budget, blocks=2)
 
 
 def test_a_smaller_micro_batch_lowers_the_plan():
