@@ -272,9 +272,9 @@ def tenth(folder: Path) -> None:
         "## A tenth of full training, enforced",
         "",
         "Batch 128, 32×32, SGD with momentum, mentor on; each task in a fresh worker whose data segment is limited to "
-        "its base plus the budget. Full training is tried under the same cap. Batch size and momentum are the run's; one "
-        "co-adapted layer trains with each block but where the table says 0, and with no part of a block. A cached prefix "
-        "excludes augmentation: with it, the prefix would be streamed.",
+        "its base plus the budget. Full training is tried under the same cap. Batch size and momentum are the run's; "
+        "one co-adapted layer trains with each block but where the table says 0, and with no part of a block. A cached "
+        "prefix excludes augmentation: with it, the prefix would be streamed.",
     ]
     rows = []
     for name, (mib, count) in TENTHS.items():
