@@ -373,7 +373,8 @@ class _Rerun(NamedTuple):
         gradient, self.end.grad = self.end.grad, None
         end = self.seen.pop("z")
         if gradient is not None and end.requires_grad:
-            torch.autograd.backward(end, gradient)
+            # The gradient of this product is `gradient`. Handing that to backward() would load torch's compiler.
+            end.flatten().dot(gradient.flatten()).backward()  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager

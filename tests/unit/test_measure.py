@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +14,8 @@ import scalefl.measure
 from scalefl.engines.local import LocalEngine
 from scalefl.measure import base_bytes, resident_bytes
 from scalefl.models.spec import ModelSpec
-from support import Clients, MadeData, children, full_bytes, make_method, play
+from scalefl.types import ClientTask, Means
+from support import PROBLEM, Clients, MadeData, children, full_bytes, make_method, play, spec
 
 
 def test_the_base_is_what_a_worker_holds_after_its_first_task():
@@ -31,3 +36,37 @@ def test_a_base_that_cannot_be_measured_is_none(monkeypatch):
 def test_the_memory_of_a_process():
     assert 20e6 < resident_bytes() < 1e11
     assert resident_bytes(os.getpid()) == pytest.approx(resident_bytes(), rel=0.05)
+
+
+LIGHT = """
+import pickle, sys
+import torch
+from scalefl.client import Residents, run_task
+from scalefl.engines.worker import warm_up
+warm_up(1)
+method, problem, task, examples = pickle.load(sys.stdin.buffer)
+for model in ("resnet:resnet18", "cnn:cnn", "vgg:vgg11_bn", "squeezenet:squeezenet", "vit:vit"):
+    ModelSpec = type(task.steps[0].part.model)
+    ModelSpec.of(f"scalefl.models.{model}").skeleton()
+residents = Residents()
+for step in task.steps:
+    empty = residents[step.part.model].empty(step.part)
+    params = {name: torch.ones(t.shape, dtype=t.dtype) for name, t in empty.items()}
+    run_task(method, problem, residents, type(task)(0, 0, (step,), 0), params, examples)
+loaded = [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules]
+sys.exit(", ".join(loaded) if loaded else 0)
+"""
+
+
+def test_training_does_not_load_torchs_compiler() -> None:
+    """It takes some 60 MiB, in every worker: more than many a budget."""
+    method = make_method("scalefl", blocks=["0", "1"])
+    state = method.init(spec(), PROBLEM, seed=0, smallest_memory_bytes=0)
+    plain = method.menu(state)[1].step
+    means = (Means(), Means(recompute=True, free_gradients=True), Means(4, True, "streamed"), Means(prefix="cached"))
+    steps = tuple(replace(plain, means=m) for m in (*means, Means(frozen_statistics=True), Means(bfloat16=True)))
+    content = pickle.dumps((method, PROBLEM, ClientTask(0, 0, steps, 0), MadeData([12]).examples(0)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", LIGHT]
+    done = subprocess.run(command, input=content, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr.decode()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from scalefl.errors import ConfigError, UnsliceableModel
 from scalefl.rng import seeded
@@ -69,7 +70,7 @@ class ModelSpec:
         """The model without memory: every tensor on the meta device."""
         with seeded(0):
             try:
-                with torch.device("meta"):
+                with torch.device("meta"), _WithoutDraws():
                     module = self._make().to("meta")
                 if not _has_plain_tensors(module):
                     return module
@@ -119,6 +120,17 @@ class ModelSpec:
             returned = type(model).__name__
             raise ConfigError(f"model {self.name}: the factory returned {returned}, not an nn.Module")
         return model
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves out initialisers' random draws: on the meta device they would do nothing but load torch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class _CopyOf:
