@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/scalefl report runs/demo-scalefl runs/demo-fedavg runs/demo-fedavg-micro
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest
