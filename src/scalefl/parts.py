@@ -241,12 +241,12 @@ class PartRunner:
 
     def complete_backward(self) -> None:
         """Take the gradient through the units that kept nothing, last to first. Norms do not count them twice."""
-        before = [t.clone() for t in self._statistics]
+        if not self._again:
+            return
         after = torch.get_rng_state()
         while self._again:
-            self._again.pop().backward(self._run)
-            for t, value in zip(self._statistics, before, strict=True):
-                t.data.copy_(value)  # data: autograd need not know, the graph that saw the statistics is gone
+            with self.keep_statistics():
+                self._again.pop().backward(self._run)
         torch.set_rng_state(after)
 
     def keep_statistics(self) -> contextlib.AbstractContextManager[None]:
@@ -297,8 +297,7 @@ class PartRunner:
         for inner in self._part.inner:
             state = torch.get_rng_state()
             with torch.no_grad():
-                # Detached: what looks at a leaf's views (torch's counter of FLOPs does) finds no graph behind them.
-                self._run(args, kwargs, entry, [z.detach() for z in given], inner.cut)
+                self._run(args, kwargs, entry, list(given), inner.cut)
             following = self._seen.pop("z").requires_grad_()
             self._again.append(_Rerun(args, kwargs, entry, given, inner.cut, following, state, self._seen))
             entry, given = inner, [following]
@@ -382,7 +381,7 @@ def _kept(held: list[Tensor]) -> Iterator[None]:
     before = [t.clone() for t in held]
     yield
     for t, value in zip(held, before, strict=True):
-        t.data.copy_(value)
+        t.data.copy_(value)  # data: autograd need not know, what saw the statistics has done with them
 
 
 def _keep(found: dict[Cut, Tensor], cut: Cut) -> Any:

@@ -37,9 +37,7 @@ def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
     prefix runs, the step waits with what it holds.
     """
     rows = step.work.batch_size
-    micro = min(step.means.micro_batch_size or rows, rows)
-    # Nearly equal slices: the largest has as many examples as an equal share, rounded up.
-    micro = -(-rows // -(-rows // micro))
+    micro = step.largest_micro_batch
     found = _profile(_canonical(step), problem, objective, step.splits)
     streamed = step.means.prefix in WITHOUT_PREFIX
     prefix = None if step.part.entry is None else _prefix_profile(step.part, problem, streamed=streamed)
@@ -415,7 +413,6 @@ NEAR = 1.2
 
 def _may_fit(step: Step, problem: Problem, budget_bytes: int) -> bool:
     """Whether a step could fit a budget: by what it must hold, and by what its units take where all train."""
-    rows = step.work.batch_size
     sizes = _sizes_of(step.part)
     own = sum(sizes[name] for name in (*step.part.own, *(step.part.output.names() if step.part.output else ())))
     trained = sum(sizes[name] for name in step.trainable)
@@ -426,8 +423,7 @@ def _may_fit(step: Step, problem: Problem, budget_bytes: int) -> bool:
     found = _slices(step.part.model, problem) if units else None
     if units is None or found is None or step.means.bfloat16:
         return True
-    micro = min(step.means.micro_batch_size or rows, rows)
-    passing = found.peak(*units, micro, recompute=step.means.recompute)
+    passing = found.peak(*units, step.largest_micro_batch, recompute=step.means.recompute)
     return held + passing <= NEAR * budget_bytes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -52,18 +51,12 @@ def prefix_of(step: Step, runner: PartRunner, params: Params, examples: Batch, p
     elif mode == "resident":
         yield lambda batch, rows: partial(resident, batch)
     elif mode == "cached":
-        with _Cache(streamed, examples, _chunk(step)) as cache:
+        # As many at a time as in chunks with each micro-batch: that is what is predicted.
+        with _Cache(streamed, examples, min(CHUNK, step.largest_micro_batch)) as cache:
             yield lambda batch, rows: partial(cache.read, rows)
     else:
         run = resident if mode == "chunked" else streamed
         yield lambda batch, rows: partial(_in_chunks, run, batch)
-
-
-def _chunk(step: Step) -> int:
-    """Examples that a cached prefix takes at a time: as many as one that runs in chunks with each micro-batch."""
-    rows = step.work.batch_size
-    micro = min(step.means.micro_batch_size or rows, rows)
-    return min(CHUNK, math.ceil(rows / math.ceil(rows / micro)))
 
 
 def _in_chunks(run: _Run, batch: Batch) -> Features:

@@ -206,6 +206,12 @@ class Step:
         return self.moving - self.trainable
 
     @property
+    def largest_micro_batch(self) -> int:
+        """Examples in the largest of the nearly equal slices of a batch."""
+        rows = self.work.batch_size
+        return math.ceil(rows / math.ceil(rows / min(self.means.micro_batch_size or rows, rows)))
+
+    @property
     def splits(self) -> bool:
         """Whether batches run in micro-batches."""
         return self.means.micro_batch_size is not None and self.means.micro_batch_size < self.work.batch_size

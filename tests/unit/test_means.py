@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import NUM_CLASSES, Case, case, hf_bert, hf_gpt2, images, tokens, vectors
+from models import NUM_CLASSES, Case, SharedNorm, case, hf_bert, hf_gpt2, images, tokens, vectors
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
 from scalefl.client import Residents, holding, make_optimizer, run_task, train_batch
 from scalefl.errors import ConfigError
@@ -696,18 +696,6 @@ def test_frozen_statistics_stay_and_are_used(name: str) -> None:
         args, kwargs = c.problem.inputs(j.batch(6))
         with seeded(3), torch.no_grad():
             torch.testing.assert_close(logits, c.problem.output(module(*args, **kwargs)))
-
-
-class SharedNorm(nn.Module):
-    """A batch norm without weights runs on both sides of the cut."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, NUM_CLASSES)
-        self.norm = nn.BatchNorm1d(8, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.second(self.norm(F.relu(self.first(self.norm(x)))))))
 
 
 def test_frozen_statistics_of_a_norm_around_the_start() -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import BUILT_IN_CASES, CASES, NUM_CLASSES, Case, built_in, case, images, tokens, vectors
+from models import BUILT_IN_CASES, CASES, NUM_CLASSES, Case, SharedNorm, built_in, case, images, tokens, vectors
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
 from scalefl.client import Residents, run_task
 from scalefl.errors import UncuttableModel
@@ -353,18 +353,6 @@ class SharedDropout(nn.Module):
         x = F.dropout(self.dropout(self.relu(self.first(x))), 0.5, self.training)
         x = F.dropout(self.dropout(self.relu(self.second(x))), 0.5, self.training)
         return self.head(x)
-
-
-class SharedNorm(nn.Module):
-    """One batch norm without weights, before every layer: it runs on both sides of every cut."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, NUM_CLASSES)
-        self.norm = nn.BatchNorm1d(8, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.relu(self.second(self.norm(F.relu(self.first(self.norm(x)))))))
 
 
 class Coupled(nn.Module):
