@@ -19,6 +19,7 @@ import torch
 
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
 from scalefl.config import load_config
+from scalefl.costs import step_cost
 from scalefl.data import Devices, MemoryClass
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
@@ -29,9 +30,10 @@ from scalefl.methods.scalefl import ScaleFL
 from scalefl.models import resolve
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.planner import cheapest, fit, full_step, step_cost
+from scalefl.planner import cheapest, fit
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.run_folder import RunFolder
+from scalefl.steps import full_step
 from scalefl.types import AUTO, ClientLoss, ClientTask, ClientUpdate, LocalWork, Means, Offer, Step, described
 from scalefl.units import MIB
 

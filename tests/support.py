@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.config import convert
+from scalefl.costs import step_cost
 from scalefl.data import FederatedData
 from scalefl.engines.local import LocalEngine
 from scalefl.loop import federate
@@ -22,11 +23,11 @@ from scalefl.methods import METHODS, PRESETS
 from scalefl.models.spec import ModelSpec, load_object
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params
-from scalefl.planner import full_step, step_cost
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.record import MEASURED, RoundRecord
 from scalefl.rng import generator
 from scalefl.sampling import UniformSampler
+from scalefl.steps import full_step
 from scalefl.types import ClientInfo, LocalWork, Method, ServerState
 
 NUM_CLASSES = 3

@@ -18,6 +18,7 @@ from scalefl.blocks import blocks_by_count
 from scalefl.checkpoint import load_state, save_state, write_whole
 from scalefl.client import Residents
 from scalefl.config import Config, make_config, to_plain
+from scalefl.costs import step_cost
 from scalefl.data import Dataset, FederatedData, Natural, PartitionedData, load
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine, offered
@@ -31,11 +32,12 @@ from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params
 from scalefl.partition import Cut, partition
-from scalefl.planner import budget_error, fit, full_step, least_of, step_cost
+from scalefl.planner import budget_error, fit, least_of
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive
 from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
 from scalefl.sampling import UniformSampler, shuffled
+from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
 from scalefl.types import Method, Population, ServerState
 

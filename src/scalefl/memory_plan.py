@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from scalefl.costs import step_cost
 from scalefl.data import parse_bytes
 from scalefl.errors import check_range
 from scalefl.memory import Cost
@@ -15,8 +16,9 @@ from scalefl.methods.scalefl import ScaleFL
 from scalefl.models import resolve
 from scalefl.models.spec import Factory, ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.planner import budget_error, fit, full_step, least, least_of, step_cost
+from scalefl.planner import budget_error, fit, least, least_of
 from scalefl.problem import Classification, Column, Problem
+from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
 from scalefl.types import (
     NO_MEANS,

@@ -28,6 +28,7 @@ import scalefl.engines.local
 import scalefl.measure
 from scalefl.checkpoint import load_state, save_state
 from scalefl.config import EngineConfig
+from scalefl.costs import step_cost
 from scalefl.engines.local import LocalEngine
 from scalefl.errors import BudgetError, ConfigError
 from scalefl.experiment import Experiment, run, run_rounds
@@ -35,7 +36,6 @@ from scalefl.loop import federate
 from scalefl.measure import cap_refusal, limited, start_peak, usable_bytes
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.planner import step_cost
 from scalefl.record import MEASURED, RoundRecord
 from scalefl.run_folder import RunFolder
 from scalefl.sampling import UniformSampler

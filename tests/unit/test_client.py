@@ -22,9 +22,9 @@ from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params
-from scalefl.planner import full_step
 from scalefl.problem import Batch, Classification, Column, Problem, Weighted
 from scalefl.sgd import SGD
+from scalefl.steps import full_step
 from scalefl.types import ClientTask, ClientUpdate, LocalWork, Means, Offer, ServerState, Step
 from support import (
     IMAGE,

@@ -31,11 +31,11 @@ from scalefl.objectives import TaskLoss
 from scalefl.params import is_attachment
 from scalefl.partition import partition
 from scalefl.parts import Taps
-from scalefl.planner import span_step
 from scalefl.prefix import CHUNK, _Cache, prefix_of
 from scalefl.problem import Batch, Classification, Column, Problem, Weighted, num_rows
 from scalefl.rng import seeded
 from scalefl.sgd import SGD
+from scalefl.steps import span_step
 from scalefl.types import ClientTask, ClientUpdate, LocalWork, Means, Objective, Step
 from support import copied, global_rng, identical, tiny
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models import Case, built_in, case, images, vectors
 from scalefl.blocks import Span, blocks_by_count, blocks_by_hand
+from scalefl.costs import step_cost
 from scalefl.errors import BudgetError
 from scalefl.memory import Cost, Ledger, predict
 from scalefl.mentor import Mentor, MentorLoss
@@ -22,8 +23,9 @@ from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import is_attachment
 from scalefl.parts import Resident
-from scalefl.planner import budget_error, cheapest, fitting_means, full_step, output_module, span_step, step_cost
+from scalefl.planner import budget_error, cheapest, fitting_means, output_module
 from scalefl.problem import Batch, Classification, Column, Problem, Weighted
+from scalefl.steps import full_step, span_step
 from scalefl.types import NO_MEANS, Ladder, LocalWork, Means, Step
 from scalefl.units import MIB
 
@@ -320,7 +322,9 @@ from scalefl.models.skeleton import tensors
 from scalefl.objectives import TaskLoss
 from scalefl.params import is_attachment
 from scalefl.parts import Resident
-from scalefl.planner import full_step, output_module, span_step, step_cost
+from scalefl.costs import step_cost
+from scalefl.planner import output_module
+from scalefl.steps import full_step, span_step
 from scalefl.sgd import SGD
 from scalefl.types import LocalWork
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from scalefl.costs import _profile, step_cost
 from scalefl.harmonizer import Converged, Progress, RoundRobin, Sequential, relative_movement
 from scalefl.hsic import nhsic
 from scalefl.mentor import Constant, Cosine, Linear, Mentor, MentorLoss
 from scalefl.parts import Taps
-from scalefl.planner import _profile, step_cost
 from scalefl.types import ClientInfo
 from support import PROBLEM, make_method, spec
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models import BUILT_IN_CASES, NUM_CLASSES, Case, built_in, case, vectors
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
 from scalefl.client import Residents
+from scalefl.costs import step_cost
 from scalefl.evaluate import nhsic_plane
 from scalefl.memory import Cost
 from scalefl.mentor import Mentor, MentorLoss
@@ -21,8 +22,9 @@ from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.partition import partition
 from scalefl.parts import Resident, Taps
-from scalefl.planner import output_module, span_step, step_cost
+from scalefl.planner import output_module
 from scalefl.problem import Batch, Classification, Column, Problem
+from scalefl.steps import span_step
 from scalefl.types import LocalWork, Step
 from support import identical
 

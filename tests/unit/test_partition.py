@@ -35,6 +35,7 @@ from models import (
     vectors,
 )
 from scalefl.blocks import Span, blocks_by_count, blocks_by_hand, blocks_from_ends
+from scalefl.costs import step_cost
 from scalefl.errors import UncuttableModel
 from scalefl.models.output import OutputSpec
 from scalefl.models.resnet import BasicBlock
@@ -44,8 +45,9 @@ from scalefl.models.vit import Block
 from scalefl.objectives import TaskLoss
 from scalefl.partition import Cut, Partition, partition
 from scalefl.parts import Part, Resident
-from scalefl.planner import full_step, output_module, span_step, step_cost
+from scalefl.planner import output_module
 from scalefl.problem import Classification, Column
+from scalefl.steps import full_step, span_step
 from scalefl.torch_private import FakeTensorMode
 from scalefl.tracing import floating, num_outputs
 from scalefl.types import LocalWork

@@ -16,8 +16,9 @@ from scalefl.methods.fedavg import FedAvg
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.parts import PartRunner, Resident
-from scalefl.planner import output_module, span_step
+from scalefl.planner import output_module
 from scalefl.rng import seeded
+from scalefl.steps import span_step
 from scalefl.types import ClientTask, ClientUpdate, LocalWork, Step
 from support import copied, identical
 

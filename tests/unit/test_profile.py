@@ -15,24 +15,15 @@ from hypothesis import strategies as st
 from models import Case, built_in, case
 from scalefl.blocks import Span, blocks_by_count
 from scalefl.client import holding, make_optimizer, train_batch
+from scalefl.costs import _Coming, _counting_output, _filing, _term_of, _traced, _Watched, _zeros, step_cost
 from scalefl.memory import SHAPES, SPLIT, WHOLE, Cost, Ledger, Symbols, predict
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.models.output import OutputSpec, light_targets
 from scalefl.objectives import TaskLoss
 from scalefl.parts import Resident
-from scalefl.planner import (
-    _Coming,
-    _counting_output,
-    _filing,
-    _term_of,
-    _traced,
-    _Watched,
-    _zeros,
-    span_step,
-    step_cost,
-)
 from scalefl.prefix import CHUNK, prefix_of
 from scalefl.problem import Problem
+from scalefl.steps import span_step
 from scalefl.types import LocalWork, Means, Objective, Step
 
 CASES = {

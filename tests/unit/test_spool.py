@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from scalefl.blocks import Span, blocks_by_hand
 from scalefl.coords import extract
+from scalefl.costs import step_cost
 from scalefl.engines.local import LocalEngine
 from scalefl.engines.spool import MappedExamples, TaskParams, streamed_names
 from scalefl.engines.wire import Channel, Store
@@ -25,7 +26,7 @@ from scalefl.methods.fedavg import FedAvg
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import num_bytes
-from scalefl.planner import span_step, step_cost
+from scalefl.steps import span_step
 from scalefl.types import Choice, ClientLoss, ClientTask, ClientUpdate, PrefixMode, ServerState, Step
 from support import PROBLEM, WORK, Clients, MadeData, copied, examples_of, identical, tiny
 

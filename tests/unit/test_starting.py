@@ -23,10 +23,10 @@ from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import NoTemplate, blanks, filled, template_of
 from scalefl.partition import Entry, partition
 from scalefl.parts import Resident
-from scalefl.planner import span_step
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.rng import seeded
 from scalefl.starting import proven, skipping
+from scalefl.steps import span_step
 from scalefl.tracing import floating
 from scalefl.types import ClientTask, ClientUpdate, LocalWork, Means
 from support import copied, identical

@@ -10,9 +10,10 @@ from scalefl.methods.common import initial_params, make_plan
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import budget_error, fit, full_step, least
+from scalefl.planner import budget_error, fit, least
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
+from scalefl.steps import full_step
 from scalefl.types import (
     Aux,
     Choice,

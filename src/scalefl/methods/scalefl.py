@@ -21,9 +21,10 @@ from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import budget_error, cheapest, fit, least_of, output_module, span_step
+from scalefl.planner import budget_error, cheapest, fit, least_of, output_module
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
+from scalefl.steps import span_step
 from scalefl.types import (
     Aux,
     Choice,

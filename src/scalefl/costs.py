@@ -1,0 +1,326 @@
+"""What steps cost: the client's own loop, run once on fake tensors for all batch sizes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scalefl.client import holding, make_optimizer, train_batch
+from scalefl.errors import UncuttableModel
+from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, Slices, cost_of, predict, profile, slices
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
+from scalefl.params import Params, is_attachment
+from scalefl.partition import partition
+from scalefl.parts import Features, Part, Resident, Taps
+from scalefl.prefix import CHUNK, Prefix, from_input
+from scalefl.problem import Batch, Problem, num_rows
+from scalefl.steps import full_step
+from scalefl.types import LocalWork, Objective, PrefixMode, Step
+from scalefl.units import TERMS, Term
+
+WITHOUT_PREFIX: tuple[PrefixMode, ...] = ("streamed", "cached")
+"""Ways to run a prefix in which training does not hold its tensors."""
+
+
+def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
+    """Predicted cost of one optimizer step on a full batch: peak bytes by term, and FLOPs.
+
+    The step and its frozen prefix are traced apart, once for all batch sizes, and put together here: while the
+    prefix runs, the step waits with what it holds.
+    """
+    rows = step.work.batch_size
+    micro = step.largest_micro_batch
+    found = _profile(_canonical(step), problem, objective, step.splits)
+    streamed = step.means.prefix in WITHOUT_PREFIX
+    prefix = None if step.part.entry is None else _prefix_profile(step.part, problem, streamed=streamed)
+    if found is None or (step.part.entry is not None and prefix is None):
+        return _cost_for_real(step, problem, objective, micro)
+    terms, flops = found.peak(micro, rows), found.total_flops(micro, rows)
+    if prefix is not None:
+        before, of_prefix = _while_prefix_runs(step, found, prefix, micro)
+        terms = terms + _term("weights", _prefix_bytes(step))
+        terms = before if before.sum() > terms.sum() else terms
+        passes = 2 if step.splits and objective.coupled else 1
+        flops += round(of_prefix * rows * (1 / step.work.epochs if step.means.prefix == "cached" else passes))
+    return cost_of(terms, flops, rows)
+
+
+def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int) -> tuple[Array, float]:
+    """Bytes by term while the frozen prefix runs, and its FLOPs for an example."""
+    mode, rows = step.means.prefix, step.work.batch_size
+    chunk = micro if mode == "resident" else min(CHUNK, micro)
+    flops = prefix.total_flops(chunk, chunk) / chunk
+    if mode == "cached":  # before the first batch, when there is nothing but weights
+        return prefix.peak(chunk, chunk) + _laid_out(step.part), flops
+    terms = waiting.waiting_peak(micro, rows) + prefix.peak(chunk, chunk) + _term("weights", _prefix_bytes(step))
+    if mode != "resident" and micro > CHUNK:
+        terms = terms + _term("activations", micro * feature_bytes(step.part))
+    return terms, flops
+
+
+def _laid_out(part: Part) -> Array:
+    """Bytes of the weights that training from the prefix's features holds, by term."""
+    sizes, names = _sizes_of(part), (*part.own, *(part.output.names() if part.output else ()))
+    found = np.zeros(len(TERMS), dtype=np.int64)
+    for name in names:
+        found += _term(_term_of(name, "weights"), sizes[name])
+    return found
+
+
+def _canonical(step: Step) -> Step:
+    """The step without what its profile does not depend on."""
+    work = LocalWork(
+        batch_size=1,
+        lr=1,
+        momentum=float(step.work.momentum > 0),
+        weight_decay=float(step.work.weight_decay > 0),
+        clip_norm=float(step.work.clip_norm > 0),
+        prox=float(step.work.prox > 0),
+    )
+    means = replace(step.means, micro_batch_size=None, prefix="resident")
+    return replace(step, work=work, means=means)
+
+
+@lru_cache(maxsize=4096)
+def _profile(step: Step, problem: Problem, objective: Objective, splits: bool) -> Profile | None:
+    """What training from the prefix's features takes; None where it can't run on fake tensors."""
+    symbols = SPLIT if splits else WHOLE
+    work = replace(step.work, batch_size=symbols.batch)
+    means = replace(step.means, micro_batch_size=symbols.first, prefix="streamed")
+    run = _traced(replace(step, work=work, means=means), problem, objective)
+    return profile(run, symbols)
+
+
+def _cost_for_real(step: Step, problem: Problem, objective: Objective, micro: int) -> Cost:
+    """The cost of a model whose control flow depends on data: its step done for real, on zeros, from its input."""
+    rows = step.work.batch_size
+    # Two micro-batches show every peak: the first runs without gradients, all later ones beside them.
+    traced = rows if micro == rows else min(rows, 2 * micro)
+    part = replace(step.part, entry=None, prefix=(), own=step.part.held)
+    work, means = replace(step.work, batch_size=traced), replace(step.means, micro_batch_size=micro)
+    cost = predict(_traced(replace(step, part=part, work=work, means=means), problem, objective), traced)
+    waiting = (rows - traced) * sum(c.numel() * c.element_size() for c in problem.example(1).values())
+    terms = np.array([size for _, size in cost.terms]) + _term("activations", waiting)
+    return cost_of(terms, round(cost.flops * rows / traced), rows)
+
+
+def _traced(step: Step, problem: Problem, objective: Objective) -> Callable[[Ledger], None]:
+    """The client's own loop over one batch, with the ledger told what is what."""
+    resident = _resident(step.part.model)
+    held = {*step.part.own, *(step.part.output.names() if step.part.output else ())}
+    empty = {name: t for name, t in resident.empty(step.part).items() if name in held}
+
+    def run(ledger: Ledger) -> None:
+        params = _zeros(empty, ledger)
+        with holding(resident, step, params) as (runner, trained), _counting_output(runner.output, ledger):
+            for name, p in trained.items():
+                p.register_post_accumulate_grad_hook(_filing(ledger, name))  # type: ignore[no-untyped-call]
+            optimizer = make_optimizer(trained, step)
+            for name, tensor in optimizer.momentum.items():
+                ledger.file([tensor], _term_of(name, "optimizer"))
+            for name, tensor in optimizer.copies.items():
+                ledger.file([tensor], _term_of(name, "copies"))
+            with ledger.counting_as("activations"):
+                batch = problem.example(step.work.batch_size)
+            watched = _Watched(objective, ledger)
+            train_batch(runner, optimizer, batch, problem, watched, step.means, _waiting(step.part, ledger))
+
+    return run
+
+
+def _waiting(part: Part, ledger: Ledger) -> Prefix:
+    """A prefix whose run is traced elsewhere."""
+    entry = part.entry
+    if entry is None:
+        return from_input
+    source = part.source_blank if part.source is not None and entry.covers(part.source) else None
+
+    def features(count: int) -> Features:
+        ledger.wait()
+        return Features(entry.blank.zeros(count), source.zeros(count) if source else None)
+
+    return lambda batch, rows: partial(features, num_rows(batch))
+
+
+@lru_cache(maxsize=1024)
+def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile | None:
+    """What running the frozen prefix takes beside what is held: its weights only where they are streamed."""
+    resident = _resident(part.model)
+    bare = replace(part, output=None)
+    empty = resident.empty(bare)
+    names = part.own if streamed else part.held
+
+    def run(ledger: Ledger) -> None:
+        held = _zeros({name: empty[name] for name in names}, ledger)
+        with resident.holding(bare, held, without_prefix=streamed) as (runner, _):
+            ledger.forget()
+            with ledger.counting_as("activations"):
+                batch = problem.example(WHOLE.batch)
+            ledger.forget()
+            if streamed:
+                runner.streamed_features(batch, problem, _Coming(empty, ledger))
+            else:
+                runner.prefix_features(batch, problem)
+
+    return profile(run, WHOLE)
+
+
+class _Coming(dict[str, Tensor]):
+    """Tensors that come into being when they are asked for, as those of a streamed prefix do."""
+
+    def __init__(self, empty: dict[str, Tensor], ledger: Ledger) -> None:
+        super().__init__(empty)
+        self._ledger = ledger
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self._ledger.counting_as("weights"):
+            return torch.zeros(super().__getitem__(name).shape, dtype=super().__getitem__(name).dtype)
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """An objective that tells the ledger when the forward pass is over, and what the mentor's terms take."""
+
+    objective: Objective
+    ledger: Ledger
+
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        return self.objective.coupled
+
+    def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> tuple[Tensor, int]:
+        found = self.objective.sample_terms(taps, batch, problem)
+        if torch.is_grad_enabled():
+            self.ledger.settle()
+        return found
+
+    def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
+        with self.ledger.counting_as("mentor"):
+            return self.objective.batch_terms(taps, batch, problem)
+
+
+def _zeros(empty: Params, ledger: Ledger) -> dict[str, Tensor]:
+    found = {}
+    for name, t in empty.items():
+        with ledger.counting_as(_term_of(name, "weights")):
+            found[name] = torch.zeros(t.shape, dtype=t.dtype)
+    return found
+
+
+@contextlib.contextmanager
+def _counting_output(module: nn.Module | None, ledger: Ledger) -> Iterator[None]:
+    """Inside the block, what the output module makes is filed as its own."""
+    if module is None:
+        yield
+        return
+    running = contextlib.ExitStack()
+    before = module.register_forward_pre_hook(lambda *_: running.enter_context(ledger.counting_as("output_module")))
+    after = module.register_forward_hook(lambda *_: running.close())
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _filing(ledger: Ledger, name: str) -> Callable[[Tensor], None]:
+    def file(p: Tensor) -> None:
+        assert p.grad is not None
+        ledger.file([p.grad], _term_of(name, "gradients"))
+
+    return file
+
+
+def _term_of(name: str, term: Term) -> Term:
+    return "output_module" if is_attachment(name) else term
+
+
+def _term(term: Term, size: int) -> Array:
+    found = np.zeros(len(TERMS), dtype=np.int64)
+    found[TERMS.index(term)] = size
+    return found
+
+
+def _prefix_bytes(step: Step) -> int:
+    """Weights of the prefix that are held while training runs."""
+    if step.means.prefix in WITHOUT_PREFIX:
+        return 0
+    sizes = _sizes_of(step.part)
+    return sum(sizes[name] for name in set(step.part.held) - set(step.part.own))
+
+
+@lru_cache(maxsize=1024)
+def _sizes_of(part: Part) -> dict[str, int]:
+    """Bytes of each tensor that a part needs."""
+    return {name: t.numel() * t.element_size() for name, t in _resident(part.model).empty(part).items()}
+
+
+def feature_bytes(part: Part) -> int:
+    """Bytes of what the frozen prefix leaves for one example."""
+    assert part.entry is not None
+    kept = [part.entry.blank]
+    if part.source_blank is not None and part.source is not None and part.entry.covers(part.source):
+        kept.append(part.source_blank)
+    return sum(blank.zeros(1).nbytes for blank in kept)
+
+
+NEAR = 1.2
+"""Means whose estimate is above so many times the budget are not traced: estimates stay within that of the truth."""
+
+
+def may_fit(step: Step, problem: Problem, budget_bytes: int) -> bool:
+    """Whether a step could fit a budget: by what it must hold, and by what its units take where all train."""
+    sizes = _sizes_of(step.part)
+    own = sum(sizes[name] for name in (*step.part.own, *(step.part.output.names() if step.part.output else ())))
+    trained = sum(sizes[name] for name in step.trainable)
+    held = own + _prefix_bytes(step) + trained * (bool(step.work.momentum) + step.splits)
+    if held > budget_bytes:
+        return False
+    units = _units_of(step, problem)
+    found = _slices(step.part.model, problem) if units else None
+    if units is None or found is None or step.means.bfloat16:
+        return True
+    passing = found.peak(*units, step.largest_micro_batch, recompute=step.means.recompute)
+    return held + passing <= NEAR * budget_bytes
+
+
+def _units_of(step: Step, problem: Problem) -> tuple[int, int] | None:
+    """The first and last unit of what a step trains; None where it does not train all of whole units."""
+    part = step.part
+    try:
+        found = partition(part.model, problem)
+    except UncuttableModel:
+        return None
+    if (part.entry and part.entry.cut not in found.cuts) or (part.stop and part.stop not in found.cuts):
+        return None
+    first = found.cuts.index(part.entry.cut) + 1 if part.entry else 0
+    last = found.cuts.index(part.stop) if part.stop else found.num_units - 1
+    whole = {name for name in found.parameters if first <= found.unit_of[name] <= last}
+    return (first, last) if whole <= step.trainable else None
+
+
+@lru_cache(maxsize=64)
+def _slices(model: ModelSpec, problem: Problem) -> Slices | None:
+    """What each unit of a model takes while it trains whole."""
+    cuts = partition(model, problem).cuts
+    step = full_step(model, problem, LocalWork(batch_size=WHOLE.batch, momentum=0))
+    step = replace(step, part=replace(step.part, inner=()))
+    run = _traced(step, problem, TaskLoss())
+
+    def marked(ledger: Ledger) -> None:
+        with _resident(model).marking(cuts, ledger.mark):
+            run(ledger)
+
+    return slices(marked, WHOLE, len(cuts) + 1)
+
+
+@lru_cache(maxsize=64)
+def _resident(model: ModelSpec) -> Resident:
+    return Resident(model)
