@@ -344,7 +344,8 @@ def _ancestors(path: str) -> list[str]:
 
 def _layers(trace: Trace) -> tuple[tuple[str, tuple[str, ...]], ...]:
     ran = sorted(trace.calls, key=lambda path: trace.calls[path].enter)
-    owned = {path: _own_parameters(trace.module, path) for path in ran}
+    first = {name for name, _ in trace.module.named_parameters()}  # a tied parameter belongs to its first name's layer
+    owned = {path: tuple(n for n in _own_parameters(trace.module, path) if n in first) for path in ran}
     return tuple((path, names) for path, names in owned.items() if names)
 
 

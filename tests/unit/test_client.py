@@ -418,17 +418,30 @@ def test_several_steps_in_one_task_go_on_from_each_other():
     assert identical({n: both.params[n] for n in first.moving}, alone.params)
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.b.weight = self.a.weight
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x.flatten(1)).relu()))
+
+
+def test_a_model_with_tied_weights_trains_in_blocks():
+    """The cut after the two layers that share a weight is left; each block's names are of tensors that exist."""
+    method = make_method("scalefl", blocks=2)
+    state = method.init(ModelSpec.of(Tied), PROBLEM, seed=0, smallest_memory_bytes=0)
+    for offer in method.menu(state):
+        assert offer.step.moving <= state.params.keys()
+        params = {name: state.params[name].clone() for name in offer.step.part.names()}
+        task = ClientTask(0, 0, (offer.step,), 1)
+        update = run_task(method, PROBLEM, Residents(), task, params, examples_of(0, 16))
+        assert update.params.keys() == offer.step.moving
+
+
 def test_tied_weights_are_trained_once_and_uploaded_once():
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
-            self.b.weight = self.a.weight
-            self.head = nn.Linear(64, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.b(self.a(x.flatten(1)).relu()))
-
     model = ModelSpec.of(Tied)
     work = replace(WORK, momentum=0.9)
     update = run(examples_of(0, 16), model=model, problem=PROBLEM, work=work, params=initial_params(model, 0))
