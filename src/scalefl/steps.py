@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from scalefl.blocks import Blocks, Layer, Span, blocks_by_hand
+from scalefl.blocks import Blocks, Layer, Span, blocks_by_count, blocks_by_hand
+from scalefl.errors import UncuttableModel
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Problem
@@ -11,7 +12,10 @@ from scalefl.types import LocalWork, Step
 
 def full_step(model: ModelSpec, problem: Problem, work: LocalWork) -> Step:
     """Training of the whole model."""
-    blocks = blocks_by_hand(model, problem, ())
+    try:
+        blocks = blocks_by_count(model, problem, 1)  # one block, with all cuts inside it: units can be recomputed
+    except UncuttableModel:
+        blocks = blocks_by_hand(model, problem, ())
     return span_step(blocks, blocks.whole, None, work)
 
 

@@ -1,0 +1,85 @@
+"""Which means a client gets: what it loses least by, and nothing that its data or the user forbids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from models import Case, built_in
+from scalefl.blocks import Span, blocks_by_count
+from scalefl.costs import step_cost
+from scalefl.mentor import Mentor, MentorLoss
+from scalefl.objectives import TaskLoss
+from scalefl.planner import fitting_means
+from scalefl.steps import full_step, span_step
+from scalefl.types import AUTO, Ladder, LocalWork, Means, Step
+
+WORK = LocalWork(epochs=3, batch_size=16)
+EXAMPLES = 50
+
+
+def last_block(c: Case) -> Step:
+    blocks = blocks_by_count(c.model, c.problem, 2)
+    return span_step(blocks, Span(1, 1), None, WORK)
+
+
+def means_of(step: Step, c: Case, ladder: Ladder, budget_bytes: int = 2**40, **known: int) -> Means | None:
+    found = fitting_means(step, c.problem, TaskLoss(), budget_bytes, ladder, **known)
+    return found and found[0].means
+
+
+def test_features_are_cached_where_that_saves_work_and_nothing_forbids_it() -> None:
+    c = built_in("resnet10", 0.25)
+    step = last_block(c)
+    assert means_of(step, c, AUTO, num_examples=EXAMPLES) == Means(16, prefix="cached")
+    assert means_of(step, c, AUTO) == Means(16), "how many examples there are is not known"
+    assert means_of(step, c, replace(AUTO, cache_bytes=1000), num_examples=EXAMPLES) == Means(16)
+    augmented = Case(c.model, replace(c.problem, augmentation=("flip",)))
+    assert means_of(last_block(augmented), augmented, AUTO, num_examples=EXAMPLES) == Means(16)
+
+
+@pytest.mark.parametrize("forbids", ["augmentation", "disk"])
+def test_a_cache_that_is_asked_for_is_streamed_where_it_cannot_be(forbids: str) -> None:
+    c = built_in("resnet10", 0.25)
+    ladder = Ladder(prefix="cached", cache_bytes=1000 if forbids == "disk" else 2**30)
+    if forbids == "augmentation":
+        c = Case(c.model, replace(c.problem, augmentation=("flip",)))
+    found = means_of(last_block(c), c, ladder, num_examples=EXAMPLES)
+    assert found is not None and found.prefix == "streamed"
+
+
+@pytest.mark.parametrize(("norm", "expected"), [("batch", Means(16, recompute=True)), ("group", Means(8))])
+def test_batch_norm_keeps_whole_batches_as_long_as_they_fit(norm: str, expected: Means) -> None:
+    """Recomputation costs a pass and changes nothing; micro-batches cost nothing, but batch norm sees them."""
+    c = built_in("resnet34", norm=norm)
+    step = full_step(c.model, c.problem, WORK)
+    ladder = Ladder(micro_batch_size="auto", recompute="auto")
+    budget = max(cost(replace(step, means=m), c) for m in (Means(16, recompute=True), Means(8)))
+    assert budget < cost(replace(step, means=Means(16)), c)
+    assert means_of(step, c, ladder, budget) == expected
+
+
+def cost(step: Step, c: Case) -> int:
+    return step_cost(step, c.problem, TaskLoss()).peak_bytes
+
+
+def test_approximations_are_taken_only_where_nothing_exact_fits_and_they_are_allowed() -> None:
+    c = built_in("resnet10", 0.25)
+    step = full_step(c.model, c.problem, WORK)
+    exact = Ladder(micro_batch_size="auto")
+    allowed = replace(exact, bfloat16="auto", frozen_statistics=5)
+    least = cost(replace(step, means=Means(4)), c)
+    assert means_of(step, c, allowed, least, round=5) == means_of(step, c, exact, least) == Means(4)
+    assert means_of(step, c, exact, least - 1) is None
+    found = means_of(step, c, allowed, least - 1)
+    assert found is not None and found.bfloat16 and not found.frozen_statistics
+    warm = fitting_means(step, c.problem, TaskLoss(), 2**40, Ladder(frozen_statistics=5), round=4)
+    assert warm is not None and not warm[0].means.frozen_statistics
+
+
+def test_the_mentor_in_micro_batches_costs_a_pass() -> None:
+    c = built_in("cnn", 0.25)
+    step = replace(full_step(c.model, c.problem, WORK), means=Means(4))
+    mentor = MentorLoss(Mentor(), 1.0, 1.0)
+    assert step_cost(step, c.problem, mentor).flops > 1.2 * step_cost(step, c.problem, TaskLoss()).flops
