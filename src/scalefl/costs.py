@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -271,39 +272,53 @@ def feature_bytes(part: Part) -> int:
     return sum(blank.zeros(1).nbytes for blank in kept)
 
 
-NEAR = 1.2
-"""Means whose estimate is above so many times the budget are not traced: estimates stay within that of the truth."""
+NEAR = 1.02
+"""Estimates stay within so many times the truth."""
 
 
 def may_fit(step: Step, problem: Problem, budget_bytes: int) -> bool:
-    """Whether a step could fit a budget: by what it must hold, and by what its units take where all train."""
+    """Whether a step could fit a budget, by what is known before it is traced."""
+    return estimate(step, problem) <= NEAR * budget_bytes
+
+
+def estimate(step: Step, problem: Problem) -> int:
+    """What a step takes at the least: what it must hold, and what its units take where the whole model trains."""
     sizes = _sizes_of(step.part)
     own = sum(sizes[name] for name in (*step.part.own, *(step.part.output.names() if step.part.output else ())))
     trained = sum(sizes[name] for name in step.trainable)
     held = own + _prefix_bytes(step) + trained * (bool(step.work.momentum) + step.splits)
-    if held > budget_bytes:
-        return False
     units = _units_of(step, problem)
     found = _slices(step.part.model, problem) if units else None
-    if units is None or found is None or step.means.bfloat16:
-        return True
-    passing = found.peak(*units, step.largest_micro_batch, recompute=step.means.recompute)
-    return held + passing <= NEAR * budget_bytes
+    return held if found is None or step.means.bfloat16 else held + _passing(step, units, found)
 
 
-def _units_of(step: Step, problem: Problem) -> tuple[int, int] | None:
-    """The first and last unit of what a step trains; None where it does not train all of whole units."""
-    part = step.part
+def _passing(step: Step, units: range, found: Slices) -> int:
+    """About what the activations of a step come to: of the units that it trains all of."""
+    rows = step.largest_micro_batch
+    if not step.means.recompute:
+        return found.peak(units, rows)
+    ends = [rows * inner.blank.zeros(1).nbytes for inner in step.part.inner]
+    return found.recomputed_peak(units, rows, list(accumulate(ends, initial=0))[-len(units) :])
+
+
+def _units_of(step: Step, problem: Problem) -> range:
+    """The units of which a step trains all; without those that it trains a part of, or runs a part of."""
+    part, nothing = step.part, range(0)
     try:
         found = partition(part.model, problem)
     except UncuttableModel:
-        return None
+        return nothing
     if (part.entry and part.entry.cut not in found.cuts) or (part.stop and part.stop not in found.cuts):
-        return None
+        return nothing
     first = found.cuts.index(part.entry.cut) + 1 if part.entry else 0
     last = found.cuts.index(part.stop) if part.stop else found.num_units - 1
-    whole = {name for name in found.parameters if first <= found.unit_of[name] <= last}
-    return (first, last) if whole <= step.trainable else None
+    partly = {found.unit_of[name] for name in found.parameters - step.trainable}
+    while first <= last and first in partly:  # co-adapted layers
+        first += 1
+    units = range(first, last + 1)
+    # Alone, the last unit takes less than beside others: what it starts from needs no gradient, and is gone sooner.
+    known = partly.isdisjoint(units) and not (part.entry and first == found.num_units - 1)
+    return units if known else nothing
 
 
 @lru_cache(maxsize=64)

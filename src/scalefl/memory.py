@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from scalefl.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
 )
@@ -134,14 +135,18 @@ class Slices:
     before: tuple[Array, ...]
     during: tuple[Array, ...]
 
-    def peak(self, first: int, last: int, num_examples: int, *, recompute: bool) -> int:
-        """About what the activations of units `first` to `last` come to, without what they leave to later ones."""
+    def peak(self, units: range, num_examples: int) -> int:
+        """About what the activations of some units come to, without what they leave to later ones."""
         sizes = _sizes(num_examples, num_examples)
-        peaks = [int((self.during[u] @ sizes).max(initial=0)) for u in range(first, last + 1)]
-        begun = [int(self.before[u] @ sizes) for u in range(first, last + 1)]
-        if recompute:
-            return max(peak - before for peak, before in zip(peaks, begun, strict=True))
-        return max(peaks) - begun[0]
+        return max(self._peak(u, sizes) for u in units) - int(self.before[units[0]] @ sizes)
+
+    def recomputed_peak(self, units: range, num_examples: int, kept: Sequence[int]) -> int:
+        """The same where no unit but one keeps activations; `kept`: bytes that each finds kept by those before."""
+        sizes = _sizes(num_examples, num_examples)
+        return max(self._peak(u, sizes) - int(self.before[u] @ sizes) + k for u, k in zip(units, kept, strict=True))
+
+    def _peak(self, unit: int, sizes: Array) -> int:
+        return int((self.during[unit] @ sizes).max(initial=0))
 
 
 @dataclass
@@ -240,6 +245,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls; autograd asks where its tensors are
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else (result,)
         new = False

@@ -244,8 +244,8 @@ class PartRunner:
         if not self._again:
             return
         after = torch.get_rng_state()
-        while self._again:
-            with self.keep_statistics():
+        with self.keep_statistics():
+            while self._again:
                 self._again.pop().backward(self._run)
         torch.set_rng_state(after)
 
@@ -380,8 +380,8 @@ class _Rerun(NamedTuple):
 def _kept(held: list[Tensor]) -> Iterator[None]:
     before = [t.clone() for t in held]
     yield
-    for t, value in zip(held, before, strict=True):
-        t.data.copy_(value)  # data: autograd need not know, what saw the statistics has done with them
+    if held:  # data: autograd need not know, what saw the statistics has done with them
+        torch._foreach_copy_([t.data for t in held], before)
 
 
 def _keep(found: dict[Cut, Tensor], cut: Cut) -> Any:

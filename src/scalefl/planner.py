@@ -9,7 +9,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from scalefl.blocks import Blocks, Span
-from scalefl.costs import feature_bytes, may_fit, step_cost
+from scalefl.costs import estimate, feature_bytes, may_fit, step_cost
 from scalefl.errors import BudgetError
 from scalefl.memory import Cost
 from scalefl.models.output import LAYERS, PROJECTIONS, OutputSpec, Projection, light_targets
@@ -50,12 +50,11 @@ def least_of(offers: tuple[Offer, ...], problem: Problem, objective: Callable[[S
     """The way to do any of the offers that needs least memory."""
     best: Choice | None = None
     for offer in offers:
-        # Most co-adapted layers take most: the last way first, so that it rules out the others.
-        for words, step in reversed(offer.ways):
-            below = None if best is None else best.cost.peak_bytes
-            found = _cheapest(step, problem, objective(step), offer.ladder, below)
-            if found is not None:
-                best = Choice(*found, offer.label + words)
+        words, step = offer.ways[-1]
+        below = None if best is None else best.cost.peak_bytes
+        found = _cheapest(step, problem, objective(step), offer.ladder, below)
+        if found is not None:
+            best = Choice(*found, offer.label + words)
     assert best is not None, "there is no offer"
     return best
 
@@ -119,14 +118,8 @@ def _cheapest(
     step: Step, problem: Problem, objective: Objective, ladder: Ladder, below_bytes: int | None
 ) -> tuple[Step, Cost] | None:
     """As `cheapest`; None where nothing needs less than `below_bytes`. What cannot is not traced."""
-    # A single example: what fits on disk for no client at all is not the least.
-    sizes = ladder.micro_sizes(step.work.batch_size)
     best: tuple[Step, Cost] | None = None
-    # Smaller micro-batches never take more: of those that split, the smallest. It comes first, as what most need.
-    for variant in sorted(
-        (v for v in _variants(step, problem, ladder, 0, 1) if v.means.micro_batch_size in (sizes[0], sizes[-1])),
-        key=lambda v: v.means.micro_batch_size or 0,
-    ):
+    for variant in _least_variants(step, problem, ladder):
         limit = below_bytes if best is None else best[1].peak_bytes
         if limit is not None and not may_fit(variant, problem, limit):
             continue
@@ -134,6 +127,28 @@ def _cheapest(
         if limit is None or cost.peak_bytes < limit:
             best = (variant, cost)
     return best
+
+
+def _least_variants(step: Step, problem: Problem, ladder: Ladder) -> list[Step]:
+    """Those of a step's variants that may need least memory, the likeliest first."""
+    sizes = ladder.micro_sizes(step.work.batch_size)
+    found: dict[Means, tuple[int, Step]] = {}
+    # A single example: what fits on disk for no client at all is not the least.
+    variants = list(_variants(step, problem, ladder, 0, 1))
+    freed = {variant.means for variant in variants if variant.means.free_gradients}
+    for variant in variants:
+        means = variant.means
+        # Smaller micro-batches never take more: of those that split, the smallest.
+        if means.micro_batch_size not in (sizes[0], sizes[-1]):
+            continue
+        # Nor does it take more to free gradients as they come. Recomputation may: there the estimate decides.
+        if replace(means, free_gradients=True) in freed and not means.free_gradients:
+            continue
+        alike = replace(means, recompute=False)
+        size = estimate(variant, problem)
+        if alike not in found or size < found[alike][0]:
+            found[alike] = (size, variant)
+    return [variant for _, variant in sorted(found.values(), key=lambda pair: pair[0])]
 
 
 def _variants(step: Step, problem: Problem, ladder: Ladder, round: int, num_examples: int) -> Iterator[Step]:

@@ -6,7 +6,7 @@ a small client cannot spare. Momentum buffers exist from the start, so one step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,38 +61,44 @@ class SGD:
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters from their gradients; those without a gradient stay."""
+        moving = [i for i, p in enumerate(self._parameters) if p.grad is not None]
+        if not moving:
+            return
+        self._pull_to_start(moving)
         if self._work.clip_norm:
             # Paper: FedProx, eq. 2: the pull is part of the gradient, so it is there before the norm is taken.
-            for i in range(len(self._parameters)):
-                self._pull_to_start(i)
             nn.utils.clip_grad_norm_(self._parameters, self._work.clip_norm)
-        for i in range(len(self._parameters)):
-            if not self._work.clip_norm:
-                self._pull_to_start(i)
-            self._move(i)
+        self._move(moving)
 
     def _applying(self, i: int) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def apply(p: Tensor) -> None:
-            self._pull_to_start(i)
-            self._move(i)
+            self._pull_to_start([i])
+            self._move([i])
             p.grad = None
 
         return apply
 
-    def _pull_to_start(self, i: int) -> None:
+    def _pull_to_start(self, moving: Sequence[int]) -> None:
         """Add the gradient of μ/2·‖θ − θ⁽ʳ⁾‖², which is μ(θ − θ⁽ʳ⁾)."""
-        p = self._parameters[i]
-        if self._start is not None and p.grad is not None:
-            p.grad.add_(p - self._start[i], alpha=self._work.prox)
+        for i in moving if self._start is not None else ():
+            p, start = self._parameters[i], self._start[i]  # type: ignore[index]
+            _gradient(p).add_(p - start, alpha=self._work.prox)
 
-    def _move(self, i: int) -> None:
-        work, p = self._work, self._parameters[i]
-        if p.grad is None:
-            return
-        step = p.grad
+    def _move(self, moving: Sequence[int]) -> None:
+        work = self._work
+        parameters: list[Tensor] = [self._parameters[i] for i in moving]
+        steps = [_gradient(p) for p in parameters]
         if work.weight_decay:
-            step.add_(p, alpha=work.weight_decay)
+            torch._foreach_add_(steps, parameters, alpha=work.weight_decay)
         if self._momentum is not None:
-            step = self._momentum[i].mul_(work.momentum).add_(step)
-        p.add_(step, alpha=-work.lr)
+            momentum = [self._momentum[i] for i in moving]
+            torch._foreach_mul_(momentum, work.momentum)
+            torch._foreach_add_(momentum, steps)
+            steps = momentum
+        torch._foreach_add_(parameters, steps, alpha=-work.lr)
+
+
+def _gradient(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad

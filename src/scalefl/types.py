@@ -365,8 +365,8 @@ class Offer(NamedTuple):
 
     Args:
         label: its name for people ("block 2").
-        ways: the steps that do it, best first, as with fewer and fewer co-adapted layers; with words that tell them
-            apart from the first.
+        ways: the steps that do it, best first, and least demanding last, as with fewer and fewer co-adapted layers;
+            with words that tell them apart from the first.
         ladder: the means that it may be done by.
         fallback: whether it is for clients alone that cannot do what trains more.
     """

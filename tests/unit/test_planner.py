@@ -8,10 +8,11 @@ import pytest
 
 from models import Case, built_in
 from scalefl.blocks import Span, blocks_by_count
-from scalefl.costs import step_cost
+from scalefl.costs import NEAR, estimate, step_cost
 from scalefl.mentor import Mentor, MentorLoss
+from scalefl.methods.scalefl import ScaleFL
 from scalefl.objectives import TaskLoss
-from scalefl.planner import fitting_means
+from scalefl.planner import _variants, fitting_means
 from scalefl.steps import full_step, span_step
 from scalefl.types import AUTO, Ladder, LocalWork, Means, Step
 
@@ -83,3 +84,19 @@ def test_the_mentor_in_micro_batches_costs_a_pass() -> None:
     step = replace(full_step(c.model, c.problem, WORK), means=Means(4))
     mentor = MentorLoss(Mentor(), 1.0, 1.0)
     assert step_cost(step, c.problem, mentor).flops > 1.2 * step_cost(step, c.problem, TaskLoss()).flops
+
+
+@pytest.mark.parametrize(
+    "name", ["cnn", "vgg11_bn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "squeezenet", "vit"))]
+)
+def test_no_estimate_rules_out_what_fits(name: str) -> None:
+    """Means are not traced where their estimate is over the budget: so none may be over the truth."""
+    c = built_in(name, **({"image_size": 32} if name == "vit" else {}))
+    method = ScaleFL(work=replace(WORK, batch_size=32), blocks=3)
+    state = method.init(c.model, c.problem, seed=0, smallest_memory_bytes=0)
+    ladder = replace(AUTO, smallest_micro_batch=16)
+    for offer in method.menu(state):
+        for _, way in offer.ways:
+            for step in _variants(way, c.problem, ladder, 0, 1):
+                true = step_cost(step, c.problem, method.objective(step)).peak_bytes
+                assert estimate(step, c.problem) <= NEAR * true, (offer.label, step.means)
