@@ -22,6 +22,7 @@ from scalefl.partition import partition
 from scalefl.parts import Features, Part, Resident, Taps
 from scalefl.prefix import CHUNK, Prefix, from_input
 from scalefl.problem import Batch, Problem, num_rows
+from scalefl.profile_store import stored
 from scalefl.steps import full_step
 from scalefl.types import LocalWork, Objective, PrefixMode, Step
 from scalefl.units import TERMS, Term
@@ -96,7 +97,17 @@ def _profile(step: Step, problem: Problem, objective: Objective, splits: bool) -
     work = replace(step.work, batch_size=symbols.batch)
     means = replace(step.means, micro_batch_size=symbols.first, prefix="streamed")
     run = _traced(replace(step, work=work, means=means), problem, objective)
-    return profile(run, symbols)
+    fingerprint = _fingerprint(step.part.model, problem)
+    return stored(fingerprint, ("step", step, problem, objective, splits), lambda: profile(run, symbols))
+
+
+def _fingerprint(model: ModelSpec, problem: Problem) -> str | None:
+    """What tells a model from others in every process; None where it can't be traced in units."""
+    try:
+        found = _slices(model, problem)
+    except UncuttableModel:
+        return None
+    return None if found is None else found.fingerprint
 
 
 def _cost_for_real(step: Step, problem: Problem, objective: Objective, micro: int) -> Cost:
@@ -170,7 +181,8 @@ def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile 
             else:
                 runner.prefix_features(batch, problem)
 
-    return profile(run, WHOLE)
+    fingerprint = _fingerprint(part.model, problem)
+    return stored(fingerprint, ("prefix", part, problem, streamed), lambda: profile(run, WHOLE))
 
 
 class _Coming(dict[str, Tensor]):

@@ -9,6 +9,7 @@ resident growth of fresh processes this stays within a few per cent (docs/memory
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -130,10 +131,12 @@ class Slices:
     Args:
         before: what lives where each unit begins, [SHAPES] each.
         during: the moments of its forward and of its backward pass that can be the peak, [moments, SHAPES] each.
+        fingerprint: a digest of all operations and of their arguments' shapes: what the model does, whatever its name.
     """
 
     before: tuple[Array, ...]
     during: tuple[Array, ...]
+    fingerprint: str
 
     def peak(self, units: range, num_examples: int) -> int:
         """About what the activations of some units come to, without what they leave to later ones."""
@@ -161,9 +164,11 @@ class _Entry:
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows live storages by term, and notes how much there was after each operation that took some."""
 
-    def __init__(self, symbols: Symbols | None = None) -> None:
+    def __init__(self, symbols: Symbols | None = None, *, fingerprint: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._symbols = symbols
+        self._done = hashlib.sha256()
+        self._fingerprint = fingerprint
         self._term: Term = "transients"
         self._live = np.zeros((len(TERMS), SHAPES), dtype=np.int64)
         self._moments: list[Array] = []
@@ -216,7 +221,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             before.append(live[passing].sum(0))
             both = np.concatenate([moments[start:end], moments[turn:done]])
             during.append(np.unique(both, axis=0))
-        return Slices(tuple(before), tuple(during))
+        return Slices(tuple(before), tuple(during), self._done.hexdigest())
 
     def wait(self) -> None:
         """A frozen prefix runs at this moment, elsewhere."""
@@ -247,6 +252,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls; autograd asks where its tensors are
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        if self._fingerprint:
+            self._done.update(repr((str(func), *map(_shapes, (args, kwargs or {})))).encode())
         result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else (result,)
         new = False
@@ -305,7 +312,7 @@ def profile(step: Callable[[Ledger], None], symbols: Symbols) -> Profile | None:
 
 def slices(step: Callable[[Ledger], None], symbols: Symbols, num_units: int) -> Slices | None:
     """What the units of a model take in `step`, which marks them; None where it can't run on fake tensors."""
-    ledger = Ledger(symbols)
+    ledger = Ledger(symbols, fingerprint=True)
     try:
         _watched(step, ledger, FakeTensorMode(allow_non_fake_inputs=True))
     except (DataDependentOutputException, DynamicOutputShapeException):
@@ -345,6 +352,17 @@ def _scratch(func: Any, args: tuple[Any, ...], outputs: Any) -> list[list[Tensor
         g, x, w = args[:3]
         return [[x, g, w]]
     return []
+
+
+def _shapes(value: Any) -> Any:
+    """Arguments of an operation, with shapes and dtypes in the place of tensors."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), str(value.dtype)
+    if isinstance(value, tuple | list):
+        return [_shapes(item) for item in value]
+    if isinstance(value, dict):
+        return [(name, _shapes(item)) for name, item in value.items()]
+    return str(value)
 
 
 def _undominated(moments: Array) -> Array:

@@ -1,0 +1,139 @@
+"""Profiles kept on disk: the same figures without a trace, and never those of another model or another code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models import Case, built_in, images
+from scalefl import costs, profile_store
+from scalefl.memory import Cost
+from scalefl.mentor import Mentor, MentorLoss
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
+from scalefl.steps import full_step
+from scalefl.types import LocalWork, Means, Objective
+
+MENTOR = MentorLoss(Mentor(), 1.0, 1.0)
+NO_MEANS = Means()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(profile_store.VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def cost(c: Case, objective: Objective = MENTOR, means: Means = NO_MEANS) -> Cost:
+    """As a new process finds it."""
+    for known in (costs._profile, costs._prefix_profile, costs._slices):
+        known.cache_clear()
+    step = replace(full_step(c.model, c.problem, LocalWork(batch_size=8)), means=means)
+    return costs.step_cost(step, c.problem, objective)
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.iterdir()) if folder.exists() else set()
+
+
+def test_what_is_on_disk_is_not_traced_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = built_in("cnn", 0.25)
+    first = cost(c)
+    assert len(files(folder)) == 1
+    monkeypatch.setattr(costs, "profile", None)  # cannot be called
+    assert cost(c) == first
+    with pytest.raises(TypeError):
+        cost(c, means=Means(micro_batch_size=4))
+
+
+def test_nothing_is_kept_where_the_user_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(profile_store.VARIABLE, "")
+    assert profile_store.folder() is None
+    monkeypatch.delenv(profile_store.VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert profile_store.folder() == tmp_path / "scalefl"
+
+
+class Net(nn.Module):
+    """Its activation is no module: nothing but what it does tells it from its twin."""
+
+    activation = staticmethod(functional.relu)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.activation(self.b(self.activation(self.a(x)))).mean((2, 3)))
+
+
+class Twin(Net):
+    activation = staticmethod(functional.gelu)
+
+
+def test_a_model_that_does_something_else_is_another_whatever_its_tensors_are_called(folder: Path) -> None:
+    found = [cost(Case(ModelSpec.of(net), images(10))) for net in (Net, Twin)]
+    assert len(files(folder)) == 2
+    assert found[0] != found[1]
+
+
+def test_other_code_traces_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    c = built_in("cnn", 0.25)
+    cost(c)
+    monkeypatch.setattr(profile_store, "_code", lambda: "another version")
+    cost(c)
+    assert len(files(folder)) == 2
+
+
+@dataclass(frozen=True)
+class OwnLoss(TaskLoss):
+    """Its code may change without its name."""
+
+
+def test_an_objective_of_the_users_own_is_not_kept(folder: Path) -> None:
+    cost(built_in("cnn", 0.25), OwnLoss())
+    assert not files(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a profile", b"\x02\x00\x00\x00\x00\x00\x00\x00{}"])
+def test_a_file_that_is_not_whole_is_made_again(folder: Path, content: bytes) -> None:
+    c = built_in("cnn", 0.25)
+    first = cost(c)
+    (path,) = files(folder)
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    assert cost(c) == first
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_made_costs_nothing_but_time(folder: Path) -> None:
+    folder.write_text("a file in its place")
+    assert cost(built_in("cnn", 0.25)).peak_bytes > 0
+    assert folder.read_text() == "a file in its place"
+
+
+def test_a_full_disk_costs_nothing_but_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(profile_store, "save_file", full)
+    assert cost(built_in("cnn", 0.25)).peak_bytes > 0
+    assert not files(folder)
+
+
+def test_fingerprints_are_the_same_in_every_process() -> None:
+    """And do not depend on what the process has done before: neither on seeds nor on addresses."""
+    c = built_in("resnet10", 0.25)
+    found = []
+    for seed in (0, 1):
+        costs._slices.cache_clear()
+        torch.manual_seed(seed)
+        found.append(costs._fingerprint(c.model, c.problem))
+    assert found[0] is not None
+    assert found[0] == found[1]
