@@ -321,8 +321,10 @@ def _check_budgets(experiment: Experiment, state: ServerState) -> None:
             trained |= offer.step.trainable
     if not wanted <= trained:
         lacking = tuple(offer for offer in menu if not offer.step.trainable <= trained)
-        floor = least_of(lacking, state.problem, experiment.method.objective)
-        raise budget_error(f"{floor.rung} of {state.model.name}", floor.cost, largest)
+        objective = experiment.method.objective
+        floor = least_of(lacking, state.problem, objective)
+        what = f"{floor.rung} of {state.model.name}"
+        raise budget_error(what, floor, state.problem, objective(floor.step), largest)
 
 
 def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:

@@ -164,7 +164,8 @@ def plan(
     found = memory_plan(method, state, budgets)
     if budgets and not any(row.fits for row in found.rows):
         floor = least_of(tuple(method.menu(state)), problem, method.objective)
-        raise budget_error(f"{floor.rung}, the least of {spec.name},", floor.cost, budgets["budget"])
+        what = f"{floor.rung}, the least of {spec.name},"
+        raise budget_error(what, floor, problem, method.objective(floor.step), budgets["budget"])
     return found
 
 

@@ -17,8 +17,8 @@ from scalefl.objectives import TaskLoss
 from scalefl.parts import Taps
 from scalefl.problem import Batch, Problem
 from scalefl.steps import span_step
-from scalefl.types import Choice, Ladder, LocalWork, Means, Objective, Offer, PrefixMode, Step
-from scalefl.units import MIB
+from scalefl.types import AUTO, Choice, Ladder, LocalWork, Means, Objective, Offer, PrefixMode, Step
+from scalefl.units import mib
 
 
 def fit(
@@ -196,13 +196,44 @@ def _loss(step: Step, cost: Cost) -> tuple[int, ...]:
     return (cost.flops, DISK[step.means.prefix], -(step.means.micro_batch_size or 0))
 
 
-def budget_error(what: str, cost: Cost, largest_bytes: int) -> BudgetError:
-    """An error that says what a step needs, by term, and what is on offer."""
-    terms = ", ".join(f"{term} {size / MIB:.1f}" for term, size in cost.terms if size)
+def budget_error(what: str, floor: Choice, problem: Problem, objective: Objective, largest_bytes: int) -> BudgetError:
+    """An error that says what the least on offer needs, by term, and what would lower it.
+
+    Args:
+        what: it is, for people.
+        floor: how it is done with least memory.
+        problem, objective: of its step.
+        largest_bytes: the largest budget.
+    """
+    terms = ", ".join(f"{term} {mib(size)}" for term, size in floor.cost.terms if size)
+    lower = [f"{words} ({mib(peak)} MiB)" for words, peak in _lower(floor, problem, objective)]
+    if floor.step.part.inner:
+        lower.append("more blocks")
     return BudgetError(
-        f"{what} needs {cost.peak_bytes / MIB:.1f} MiB ({terms}); the largest budget on offer is "
-        f'{largest_bytes / MIB:.1f} MiB. More blocks, means = "auto", a smaller batch or momentum = 0 lower it'
+        f"{what} needs {mib(floor.cost.peak_bytes)} MiB ({terms}); the largest budget on offer is "
+        f"{mib(largest_bytes)} MiB. What would lower it: {', '.join(lower) or 'nothing but a smaller model'}"
     )
+
+
+def _lower(floor: Choice, problem: Problem, objective: Objective) -> list[tuple[str, int]]:
+    """Changes that lower a step's peak by more than a hundredth, each with what is left; the last has all of them."""
+    step = floor.step
+    half = max(step.work.batch_size // 2, 1)
+    changes: list[tuple[str, Callable[[Step], Step]]] = [
+        ("momentum = 0", lambda s: replace(s, work=replace(s.work, momentum=0))),
+        (f"batch_size = {half}", lambda s: replace(s, work=replace(s.work, batch_size=half))),
+        ('means = "auto"', lambda s: cheapest(s, problem, objective, AUTO)[0]),
+        ("bfloat16, an approximation,", lambda s: replace(s, means=replace(s.means, bfloat16=True))),
+    ]
+    found, together = [], step
+    for words, change in changes:
+        peak = step_cost(change(step), problem, objective).peak_bytes
+        if peak < 0.99 * floor.cost.peak_bytes:
+            found.append((words, peak))
+            together = change(together)
+    if len(found) > 1:
+        found.append(("all of these", step_cost(together, problem, objective).peak_bytes))
+    return found
 
 
 @lru_cache(maxsize=256)

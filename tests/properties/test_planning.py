@@ -85,7 +85,7 @@ def test_blocks_by_memory_fit_and_are_as_few_as_exact_dynamic_programming_finds(
     method = ScaleFL(work=support.WORK, blocks="memory", coadapted_layers=0, means=means, parts=False)
     last = len(channels)
     costs = {
-        (a, b): method._unit_cost(spec_of(channels), support.PROBLEM, a, b, last).peak_bytes
+        (a, b): method._units(spec_of(channels), support.PROBLEM, a, b, last).cost.peak_bytes
         for a in range(last + 1)
         for b in range(a, last + 1)
     }

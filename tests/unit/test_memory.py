@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from models import Case, built_in, case, images, vectors
 from scalefl.blocks import Span, blocks_by_count, blocks_by_hand
 from scalefl.costs import step_cost
-from scalefl.errors import BudgetError
 from scalefl.memory import Cost, Ledger, predict
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.models import resolve
@@ -26,8 +25,8 @@ from scalefl.parts import Resident
 from scalefl.planner import budget_error, cheapest, fitting_means, output_module
 from scalefl.problem import Batch, Classification, Column, Problem, Weighted
 from scalefl.steps import full_step, span_step
-from scalefl.types import NO_MEANS, Ladder, LocalWork, Means, Step
-from scalefl.units import MIB
+from scalefl.types import AUTO, NO_MEANS, Choice, Ladder, LocalWork, Means, Step
+from scalefl.units import MIB, mib
 
 WORK = LocalWork(batch_size=16)
 NO_MOMENTUM = replace(WORK, momentum=0.0)
@@ -287,13 +286,23 @@ def test_the_largest_micro_batch_that_fits() -> None:
     assert cheapest(step, c.problem, TaskLoss(), down_to_3)[0].means.micro_batch_size == 3
 
 
-def test_a_budget_error_says_what_is_needed() -> None:
+def test_a_budget_error_says_what_is_needed_and_what_would_lower_it() -> None:
     c = case("resnet10")
-    cost = cost_of(full_step(c.model, c.problem, WORK), c.problem)
-    error = budget_error("block 1", cost, MIB)
-    assert isinstance(error, BudgetError)
-    for text in (f"{cost.peak_bytes / MIB:.1f} MiB", "weights", "gradients", "optimizer", "activations", "1.0 MiB"):
-        assert text in str(error)
+    step = full_step(c.model, c.problem, WORK)
+    cost = cost_of(step, c.problem)
+    error = str(budget_error("block 1", Choice(step, cost, "block 1"), c.problem, TaskLoss(), MIB))
+    for text in (f"{mib(cost.peak_bytes)} MiB", "weights", "gradients", "optimizer", "activations", "1.00 MiB"):
+        assert text in error
+    for words, changed in (
+        ("momentum = 0", full_step(c.model, c.problem, NO_MOMENTUM)),
+        ("batch_size = 8", full_step(c.model, c.problem, replace(WORK, batch_size=8))),
+        ('means = "auto"', cheapest(step, c.problem, TaskLoss(), AUTO)[0]),
+    ):
+        assert f"{words} ({mib(cost_of(changed, c.problem).peak_bytes)} MiB)" in error
+    least = cheapest(full_step(c.model, c.problem, replace(NO_MOMENTUM, batch_size=8)), c.problem, TaskLoss(), AUTO)[0]
+    least = replace(least, means=replace(least.means, bfloat16=True))
+    assert f"all of these ({mib(cost_of(least, c.problem).peak_bytes)} MiB)" in error
+    assert "more blocks" in error
 
 
 # Against what was measured

@@ -111,5 +111,6 @@ class FedAvg:
             low, high = (middle, high) if fits else (low, middle)
         if low == 0:
             least = self._least(model.at_width(1 / WIDTH_STEPS), problem)
-            raise budget_error(f"{model.name} at width 1/{WIDTH_STEPS}", least.cost, budget_bytes)
+            what = f"{model.name} at width 1/{WIDTH_STEPS}"
+            raise budget_error(what, least, problem, TaskLoss(), budget_bytes)
         return model.at_width(low / WIDTH_STEPS)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from scalefl.blocks import Blocks, Layer, Span, blocks_by_count, blocks_by_hand, blocks_from_ends
 from scalefl.errors import ConfigError
 from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
-from scalefl.memory import Cost
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.methods.common import initial_params, make_plan
 from scalefl.models.output import OutputSpec
@@ -261,7 +260,7 @@ class ScaleFL:
         last = blocks_by_count(model, problem, 1).ends[0]
 
         def fits(start: int, end: int) -> bool:
-            return self._unit_cost(model, problem, start, end, last).peak_bytes <= budget
+            return self._units(model, problem, start, end, last).cost.peak_bytes <= budget
 
         ends: list[int] = []
         while not ends or ends[-1] < last:
@@ -271,8 +270,9 @@ class ScaleFL:
             while end < last and fits(start, end + 1):
                 end += 1
             if end < start:
-                cost = self._unit_cost(model, problem, start, start, last)
-                raise budget_error(f"unit {start + 1} of {last + 1} of {model.name}", cost, budget)
+                floor = self._units(model, problem, start, start, last)
+                what = f"unit {start + 1} of {last + 1} of {model.name}"
+                raise budget_error(what, floor, problem, self.objective(floor.step), budget)
             ends.append(end)
         return blocks_from_ends(model, problem, tuple(ends))
 
@@ -281,10 +281,11 @@ class ScaleFL:
         step = self.stage_step(blocks, span, problem, layers)
         return Choice(*cheapest(step, problem, self.objective(step), ladder_of(self.means)), _label(blocks, span))
 
-    def _unit_cost(self, model: ModelSpec, problem: Problem, start: int, end: int, last: int) -> Cost:
+    def _units(self, model: ModelSpec, problem: Problem, start: int, end: int, last: int) -> Choice:
+        """Units `start` to `end` as a block, with least memory."""
         ends = sorted({*([start - 1] if start else []), end, last})
         blocks = blocks_from_ends(model, problem, tuple(ends))
-        return self._cheapest(blocks, _single(ends.index(end)), problem).cost
+        return self._cheapest(blocks, _single(ends.index(end)), problem)
 
 
 def _single(block: int) -> Span:
