@@ -251,12 +251,17 @@ def _stage_costs(subject: Subject, work: LocalWork, count: int, *, least: bool) 
         if not least:
             found.append(step_cost(step, subject.problem, method.objective(step)))
             continue
-        costs = [_least(step, subject, method)]
-        tilings = method._parts(state, block) if count > 4 else []
-        if tilings:  # all parts have their turn, so the dearest counts
-            costs.append(max((_least(o.step, subject, method) for o in tilings[-1]), key=lambda c: c.peak_bytes))
-        found.append(min(costs, key=lambda c: c.peak_bytes))
+        tilings = method.tilings(state, block)[: None if count > 4 else 1]
+        # The tiles of a block all have their turn, so the dearest counts.
+        dearest = [
+            max((_least(o.step, subject, method) for o in tiles), key=lambda c: c.peak_bytes) for tiles in tilings
+        ]
+        found.append(min(dearest, key=lambda c: c.peak_bytes))
     return found
+
+
+def _peak(cost: Cost) -> int:
+    return cost.peak_bytes
 
 
 def _least(step: Step, subject: Subject, method: ScaleFL) -> Cost:
@@ -321,7 +326,7 @@ def tenth_steps(subject: Subject, work: LocalWork, count: int, budget: int) -> I
     state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
     usable = budget - max(round(0.03 * budget), 4 * MIB)
     for block in range(count):
-        for offers in ([method._offer(state, Span(block, block))], *method._parts(state, block)):
+        for offers in method.tilings(state, block):
             found = [_fitting(o, subject.problem, method, usable) for o in offers]
             if all(found):
                 for offer, (words, step, cost) in zip(offers, found, strict=True):

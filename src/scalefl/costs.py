@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -301,16 +300,24 @@ def estimate(step: Step, problem: Problem) -> int:
     held = own + _prefix_bytes(step) + trained * (bool(step.work.momentum) + step.splits)
     units = _units_of(step, problem)
     found = _slices(step.part.model, problem) if units else None
-    return held if found is None or step.means.bfloat16 else held + _passing(step, units, found)
+    return held if found is None or step.means.bfloat16 else held + _passing(step, units, found, problem)
 
 
-def _passing(step: Step, units: range, found: Slices) -> int:
+def _passing(step: Step, units: range, found: Slices, problem: Problem) -> int:
     """About what the activations of a step come to: of the units that it trains all of."""
     rows = step.largest_micro_batch
     if not step.means.recompute:
         return found.peak(units, rows)
-    ends = [rows * inner.blank.zeros(1).nbytes for inner in step.part.inner]
-    return found.recomputed_peak(units, rows, list(accumulate(ends, initial=0))[-len(units) :])
+    # Each stretch between two starts runs alone, beside the tensors that those before it left.
+    cuts = partition(step.part.model, problem).cuts
+    kept, start, highest = 0, units[0], 0
+    for inner in step.part.inner:
+        after = cuts.index(inner.cut) + 1
+        if start < after <= units[-1]:
+            highest = max(highest, kept + found.peak(range(start, after), rows))
+            start = after
+        kept += rows * inner.blank.zeros(1).nbytes
+    return max(highest, kept + found.peak(range(start, units[-1] + 1), rows))
 
 
 def _units_of(step: Step, problem: Problem) -> range:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,15 +141,8 @@ class Slices:
     def peak(self, units: range, num_examples: int) -> int:
         """About what the activations of some units come to, without what they leave to later ones."""
         sizes = _sizes(num_examples, num_examples)
-        return max(self._peak(u, sizes) for u in units) - int(self.before[units[0]] @ sizes)
-
-    def recomputed_peak(self, units: range, num_examples: int, kept: Sequence[int]) -> int:
-        """The same where no unit but one keeps activations; `kept`: bytes that each finds kept by those before."""
-        sizes = _sizes(num_examples, num_examples)
-        return max(self._peak(u, sizes) - int(self.before[u] @ sizes) + k for u, k in zip(units, kept, strict=True))
-
-    def _peak(self, unit: int, sizes: Array) -> int:
-        return int((self.during[unit] @ sizes).max(initial=0))
+        highest = max(int((self.during[u] @ sizes).max(initial=0)) for u in units)
+        return highest - int(self.before[units[0]] @ sizes)
 
 
 @dataclass

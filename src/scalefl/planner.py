@@ -131,24 +131,18 @@ def _cheapest(
 
 def _least_variants(step: Step, problem: Problem, ladder: Ladder) -> list[Step]:
     """Those of a step's variants that may need least memory, the likeliest first."""
-    sizes = ladder.micro_sizes(step.work.batch_size)
-    found: dict[Means, tuple[int, Step]] = {}
     # A single example: what fits on disk for no client at all is not the least.
     variants = list(_variants(step, problem, ladder, 0, 1))
+    sizes = ladder.micro_sizes(step.work.batch_size)
     freed = {variant.means for variant in variants if variant.means.free_gradients}
-    for variant in variants:
-        means = variant.means
-        # Smaller micro-batches never take more: of those that split, the smallest.
-        if means.micro_batch_size not in (sizes[0], sizes[-1]):
-            continue
-        # Nor does it take more to free gradients as they come. Recomputation may: there the estimate decides.
-        if replace(means, free_gradients=True) in freed and not means.free_gradients:
-            continue
-        alike = replace(means, recompute=False)
-        size = estimate(variant, problem)
-        if alike not in found or size < found[alike][0]:
-            found[alike] = (size, variant)
-    return [variant for _, variant in sorted(found.values(), key=lambda pair: pair[0])]
+    found = [
+        variant
+        for variant in variants
+        # Smaller micro-batches never take more: of those that split, the smallest. Nor does it to free gradients.
+        if variant.means.micro_batch_size in (sizes[0], sizes[-1])
+        and (variant.means.free_gradients or replace(variant.means, free_gradients=True) not in freed)
+    ]
+    return sorted(found, key=lambda variant: estimate(variant, problem))
 
 
 def _variants(step: Step, problem: Problem, ladder: Ladder, round: int, num_examples: int) -> Iterator[Step]:

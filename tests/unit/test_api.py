@@ -48,7 +48,9 @@ def test_plan_takes_names_factories_paths_and_modules(model):
 
 
 def test_plan_of_an_impossible_budget_says_what_the_cheapest_part_needs():
-    with pytest.raises(BudgetError, match=r"of block \d.*MiB \(weights .*activations .*on offer is 0\.00 MiB.*batch_size = 16 \("):
+    with pytest.raises(
+        BudgetError, match=r"of block \d.*MiB \(weights .*activations .*on offer is 0\.00 MiB.*batch_size = 16 \("
+    ):
         scalefl.plan(small, torch.zeros(2, 3, 16, 16), budget="1KiB", blocks=2)
 
 

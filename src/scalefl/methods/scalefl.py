@@ -93,18 +93,14 @@ class ScaleFL:
         longest = 1 if self.spans == "single" else len(blocks)
         spans = [s for s in _spans(blocks) if len(s) <= longest]
         offers = [self._offer(state, span) for span in spans]
-        if self.parts:
-            offers += [o for b in range(len(blocks)) for tiles in self._parts(state, b) for o in tiles]
-        return offers
+        return offers + [o for b in range(len(blocks)) for tiles in self.tilings(state, b)[1:] for o in tiles]
 
     def floor_bytes(self, state: ServerState) -> int:
         """What the block in turn takes at the least; with elastic spans, what the cheapest block takes."""
         blocks = self.blocks_of(state)
         stages = [self._progress(state).stage] if self.spans == "single" else range(len(blocks))
-        offers = [self._offer(state, _single(block)) for block in stages]
-        for block in stages:
-            tilings = self._parts(state, block) if self.parts else []
-            offers += tilings[-1] if tilings else []
+        tilings = [self.tilings(state, block) for block in stages]
+        offers = [offer for found in tilings for tiles in (found[0], found[-1]) for offer in tiles]
         return least_of(tuple(offers), state.problem, self.objective).cost.peak_bytes
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
@@ -149,6 +145,21 @@ class ScaleFL:
             return blocks_by_hand(state.model, state.problem, self.blocks)
         return blocks_from_ends(state.model, state.problem, tuple(state.aux.values["ends"]))
 
+    def tilings(self, state: ServerState, block: int) -> list[list[Offer]]:
+        """A block whole; then, with `parts`, in halves of its layers, in quarters, …: the largest parts first."""
+        blocks = self.blocks_of(state)
+        groups = blocks.layer_groups(_single(block)) if self.parts else []
+        found = [[self._offer(state, _single(block))]]
+        length = len(groups)
+        while length > 1:
+            length = -(-length // 2)
+            parts = [_flat(groups[start : start + length]) for start in range(0, len(groups), length)]
+            labels = [f"part {n + 1}/{len(parts)} of block {block + 1}" for n in range(len(parts))]
+            steps = [_span_step(self, blocks, _single(block), state.problem, 0, layers) for layers in parts]
+            ladder = ladder_of(self.means)
+            found.append([Offer(n, (("", s),), ladder, fallback=True) for n, s in zip(labels, steps, strict=True)])
+        return found
+
     def stage_step(self, blocks: Blocks, span: Span, problem: Problem, coadapted_layers: int | None = None) -> Step:
         """The step that trains a span, before means are chosen for it; by default with all co-adapted layers.
 
@@ -177,7 +188,7 @@ class ScaleFL:
 
     def _fit_part(self, state: ServerState, turn: int, stage: int, budget: int, num_examples: int) -> Choice | None:
         """The largest part of a block that fits; parts take turns."""
-        for tiles in self._parts(state, stage) if self.parts else ():
+        for tiles in self.tilings(state, stage)[1:]:
             if found := self._fit(state, tiles, turn, budget, num_examples):
                 return found
         return None
@@ -211,35 +222,6 @@ class ScaleFL:
             ("" if n == most else f", {n} co-adapted", self.stage_step(blocks, span, state.problem, n)) for n in counts
         ]
         return Offer(_label(blocks, span), tuple(ways), ladder_of(self.means))
-
-    def _parts(self, state: ServerState, block: int) -> list[list[Offer]]:
-        """A block in halves of its layers, in quarters, …, each tiling the block; largest parts first."""
-        blocks = self.blocks_of(state)
-        groups = blocks.layer_groups(_single(block))
-        found = []
-        length = len(groups)
-        while length > 1:
-            length = -(-length // 2)
-            starts = range(0, len(groups), length)
-            found.append(
-                [
-                    Offer(
-                        f"part {number + 1}/{len(starts)} of block {block + 1}",
-                        (
-                            (
-                                "",
-                                _span_step(
-                                    self, blocks, _single(block), state.problem, 0, _flat(groups, start, length)
-                                ),
-                            ),
-                        ),
-                        ladder_of(self.means),
-                        fallback=True,
-                    )
-                    for number, start in enumerate(starts)
-                ]
-            )
-        return found
 
     def _output(self, blocks: Blocks, block: int, problem: Problem) -> OutputSpec | None:
         projection = self.mentor.projection if self.mentor else "none"
@@ -308,8 +290,8 @@ def _distance(span: Span, block: int) -> int:
     return max(span.first - block, block - span.last, 0)
 
 
-def _flat(groups: Sequence[tuple[Layer, ...]], start: int, length: int) -> tuple[Layer, ...]:
-    return tuple(layer for group in groups[start : start + length] for layer in group)
+def _flat(groups: Sequence[tuple[Layer, ...]]) -> tuple[Layer, ...]:
+    return tuple(layer for group in groups for layer in group)
 
 
 @lru_cache(maxsize=1024)
