@@ -135,7 +135,12 @@ def plan(
     experiment = Experiment(_load(config, settings))
     found = experiment.plan().to_json()
     classes = [
-        {"name": member.name, "budget_bytes": member.memory_bytes, "share": member.share}
+        {
+            "name": member.name,
+            "budget_bytes": member.memory_bytes,
+            "planned_bytes": found["budgets_bytes"][member.name],
+            "share": member.share,
+        }
         for member in experiment.population.classes
     ]
     base = base_bytes()

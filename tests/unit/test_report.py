@@ -146,10 +146,19 @@ def test_memory_table() -> None:
     assert memory_table({**PLAN, "full": {**PLAN["full"], "fits": {}}}).rows[0][-1] == "none"
 
 
-def test_class_table_tells_the_base_where_it_is_known() -> None:
-    classes = [{"name": "small", "budget_bytes": 5 * MIB, "share": 0.5}]
-    assert class_table(classes, 10 * MIB, 300 * MIB).rows == (("small", "5.00", "50 %", "50 %", "300"),)
-    assert class_table(classes, 10 * MIB, None).rows[0][-1] == NOTHING
+def test_class_table_tells_base_and_total_where_the_base_is_known() -> None:
+    classes = [{"name": "small", "budget_bytes": 5 * MIB, "planned_bytes": 5 * MIB, "share": 0.5}]
+    found = class_table(classes, 10 * MIB, 300 * MIB)
+    assert found.rows == (("small", "5.00", "5.00", "50 %", "50 %", "300", "305"),)
+    assert len(found.notes) == 1
+    assert class_table(classes, 10 * MIB, None).rows[0][-2:] == (NOTHING, NOTHING)
+
+
+def test_class_table_tells_the_margin_under_a_cap() -> None:
+    classes = [{"name": "small", "budget_bytes": 5 * MIB, "planned_bytes": MIB, "share": 0.5}]
+    found = class_table(classes, 10 * MIB, 300 * MIB)
+    assert found.rows[0][:4] == ("small", "5.00", "1.00", "10 %")
+    assert "4 MiB" in found.notes[-1]
 
 
 def test_summary_table(finished: Run, unfinished: Run) -> None:

@@ -131,26 +131,33 @@ def memory_table(plan: Mapping[str, Any]) -> Table:
     )
 
 
-def class_table(classes: Iterable[Mapping[str, Any]], full_bytes: int, base_bytes: int | None) -> Table:
-    """The memory classes: their budgets, and the base that a budget comes on top of.
+def class_table(classes: Sequence[Mapping[str, Any]], full_bytes: int, base_bytes: int | None) -> Table:
+    """The memory classes: their budgets, what of them is planned with, and the base that they come on top of.
 
     Args:
-        classes: each with `name`, `budget_bytes` and `share`.
+        classes: each with `name`, `budget_bytes`, `planned_bytes` and `share`.
         full_bytes: predicted peak of full training.
         base_bytes: what a worker holds without it, None where it can't be measured.
     """
-    base = NOTHING if base_bytes is None else _mib(base_bytes)
+
+    def row(c: Mapping[str, Any]) -> tuple[str, ...]:
+        budget, planned = c["budget_bytes"], c["planned_bytes"]
+        base, total = (NOTHING, NOTHING) if base_bytes is None else (_mib(base_bytes), _mib(base_bytes + budget))
+        return c["name"], _mib(budget), _mib(planned), _percent(planned / full_bytes), _percent(c["share"]), base, total
+
+    notes = [
+        "A budget is what training may add to a warmed-up worker. The base is what such a worker holds "
+        "without it (interpreter, torch, scalefl), measured here after a first task on a tiny ResNet.",
+    ]
+    if any(c["planned_bytes"] < c["budget_bytes"] for c in classes):
+        notes.append(
+            "Planned: a hard cap leaves 3 % of a budget, or 4 MiB if that is more, to what no plan knows."
+        )
     return Table(
         "Memory classes",
-        ("class", "budget\nMiB", "budget\nof full", "share of\nclients", "base\nMiB"),
-        tuple(
-            (c["name"], _mib(c["budget_bytes"]), _percent(c["budget_bytes"] / full_bytes), _percent(c["share"]), base)
-            for c in classes
-        ),
-        (
-            "A budget is what training may add to a warmed-up worker. The base is what such a worker holds "
-            "without it (interpreter, torch, scalefl), measured here after a first task on a tiny ResNet.",
-        ),
+        ("class", "budget\nMiB", "planned\nMiB", "planned\nof full", "share of\nclients", "base\nMiB", "total\nMiB"),
+        tuple(map(row, classes)),
+        tuple(notes),
     )
 
 
