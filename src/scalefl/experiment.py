@@ -324,7 +324,8 @@ def _check_budgets(experiment: Experiment, state: ServerState) -> None:
         objective = experiment.method.objective
         floor = least_of(lacking, state.problem, objective)
         what = f"{floor.rung} of {state.model.name}"
-        raise budget_error(what, floor, state.problem, objective(floor.step), largest)
+        budget = experiment.population.largest_memory_bytes
+        raise budget_error(what, floor, state.problem, objective(floor.step), budget, budget - largest)
 
 
 def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:

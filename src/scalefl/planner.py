@@ -190,7 +190,9 @@ def _loss(step: Step, cost: Cost) -> tuple[int, ...]:
     return (cost.flops, DISK[step.means.prefix], -(step.means.micro_batch_size or 0))
 
 
-def budget_error(what: str, floor: Choice, problem: Problem, objective: Objective, largest_bytes: int) -> BudgetError:
+def budget_error(
+    what: str, floor: Choice, problem: Problem, objective: Objective, largest_bytes: int, margin_bytes: int = 0
+) -> BudgetError:
     """An error that says what the least on offer needs, by term, and what would lower it.
 
     Args:
@@ -198,14 +200,16 @@ def budget_error(what: str, floor: Choice, problem: Problem, objective: Objectiv
         floor: how it is done with least memory.
         problem, objective: of its step.
         largest_bytes: the largest budget.
+        margin_bytes: what of it may not be planned with.
     """
+    margin = f", of which a hard cap keeps {mib(margin_bytes)} MiB as a margin" if margin_bytes else ""
     terms = ", ".join(f"{term} {mib(size)}" for term, size in floor.cost.terms if size)
     lower = [f"{words} ({mib(peak)} MiB)" for words, peak in _lower(floor, problem, objective)]
     if floor.step.part.inner:
-        lower.append("more blocks")
+        lower.append("training in (more) blocks")
     return BudgetError(
         f"{what} needs {mib(floor.cost.peak_bytes)} MiB ({terms}); the largest budget on offer is "
-        f"{mib(largest_bytes)} MiB. What would lower it: {', '.join(lower) or 'nothing but a smaller model'}"
+        f"{mib(largest_bytes)} MiB{margin}. What would lower it: {', '.join(lower) or 'nothing but a smaller model'}"
     )
 
 

@@ -370,7 +370,7 @@ def test_a_run_under_a_cap_and_its_resumption_are_the_same(tmp_path):
 
 
 def test_a_budget_that_the_margin_eats_is_refused_at_the_start(tmp_path):
-    with pytest.raises(BudgetError, match=r"largest budget on offer is 0\.0 MiB"):
+    with pytest.raises(BudgetError, match=r"on offer is 4\.00 MiB, of which a hard cap keeps 4\.00 MiB"):
         run(settings("4MiB", engine={"workers": 1, "cap": "hard"}), tmp_path / "run")
     experiment = Experiment(settings("24MiB", engine={"workers": 1, "cap": "hard"}))
     assert experiment.plan().budgets == {"class 0": 20 * MIB}

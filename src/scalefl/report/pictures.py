@@ -115,7 +115,7 @@ def memory_picture(plan: Mapping[str, Any], name: str) -> Figure:
             handles.append(
                 Line2D([], [], color=QUIET, linewidth=1.2, linestyle=DASHED, label="budget of a memory class")
             )
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
         far = [f"{label} ({digits(budget)} MiB)" for label, budget in budgets.items() if label not in near]
         if far:
             axes.set_xlabel(f"predicted training peak (MiB)\nnot shown, as they hold all of it: {', '.join(far)}")

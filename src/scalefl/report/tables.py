@@ -150,9 +150,7 @@ def class_table(classes: Sequence[Mapping[str, Any]], full_bytes: int, base_byte
         "without it (interpreter, torch, scalefl), measured here after a first task on a tiny ResNet.",
     ]
     if any(c["planned_bytes"] < c["budget_bytes"] for c in classes):
-        notes.append(
-            "Planned: a hard cap leaves 3 % of a budget, or 4 MiB if that is more, to what no plan knows."
-        )
+        notes.append("Planned: a hard cap leaves 3 % of a budget, or 4 MiB if that is more, to what no plan knows.")
     return Table(
         "Memory classes",
         ("class", "budget\nMiB", "planned\nMiB", "planned\nof full", "share of\nclients", "base\nMiB", "total\nMiB"),
