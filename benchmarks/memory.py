@@ -1,6 +1,6 @@
 """Memory: predicted against measured, what each model needs by each means, and a tenth of full training for real.
 
-    python benchmarks/memory.py prediction|models|tenth|floors|federation --out docs/benchmarks
+    python benchmarks/memory.py prediction|models|tenth|floors|rungs|federation --out docs/benchmarks
 
 Each command writes its section and a CSV file to OUT/memory/, and puts the sections together as OUT/memory.md.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.client import Residents, run_task
 from scalefl.config import load_config
 from scalefl.costs import step_cost
 from scalefl.data import Devices, MemoryClass
@@ -38,7 +39,7 @@ from scalefl.steps import full_step
 from scalefl.types import AUTO, ClientLoss, ClientTask, ClientUpdate, LocalWork, Means, Offer, Step, described
 from scalefl.units import MIB
 
-ORDER = ("prediction", "models", "tenth", "floors", "federation")
+ORDER = ("prediction", "models", "tenth", "floors", "rungs", "federation")
 STAGES = {
     "resnet18": ("layer1.1", "layer2.1", "layer3.1"),
     "resnet34": ("layer1.2", "layer2.3", "layer3.5"),
@@ -351,6 +352,59 @@ def _fitting(offer: Offer, problem: Problem, method: ScaleFL, usable: int) -> tu
     return ", ".join(words), choice.step, choice.cost
 
 
+# What each rung costs.
+
+RUNGS = {
+    "none": Means(),
+    "micro-batch 32": Means(micro_batch_size=32),
+    "micro-batch 8": Means(micro_batch_size=8),
+    "recomputed": Means(recompute=True),
+    "chunked prefix": Means(prefix="chunked"),
+    "streamed prefix": Means(prefix="streamed"),
+    "cached prefix, 2 epochs": Means(prefix="cached"),
+    "freed gradients": Means(free_gradients=True),
+    "bfloat16": Means(bfloat16=True),
+}
+REPEATS = 3
+
+
+def rungs(folder: Path) -> None:
+    """Tasks of one block by each rung, in turns in one process: two batches, two epochs."""
+    subject, work = Subject("resnet18"), LocalWork(batch_size=128, epochs=2)
+    method, block = tenth_method(work, 4), 2
+    state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
+    step = method.stage_step(method.blocks_of(state), Span(block, block), subject.problem)
+    data, residents = NoiseClient(subject.problem, 2 * work.batch_size), Residents()
+    seconds: dict[str, list[float]] = {name: [] for name in RUNGS}
+    for _ in range(REPEATS + 1):
+        for name, means in RUNGS.items():
+            task = ClientTask(0, 0, (replace(step, means=means),), seed=1)
+            params = {tensor: state.params[tensor].clone() for tensor in step.part.names()}
+            update = run_task(method, subject.problem, residents, task, params, data.examples(0))
+            seconds[name].append(update.receipt.seconds / 4)
+    lines = [
+        "## What each rung costs",
+        "",
+        f"Seconds a step of block {block + 1} of 4 of ResNet-18, batch 128, mentor and one co-adapted layer on: "
+        f"{REPEATS} tasks of four steps by each rung, in turns in one process, after one that does not count. Peak: predicted.",
+        "",
+        "| rung | median | range | of none | peak, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    rows = []
+    for name, means in RUNGS.items():
+        times = seconds[name][1:]
+        ratio = statistics.median(t / plain for t, plain in zip(times, seconds["none"][1:], strict=True))
+        peak = step_cost(replace(step, means=means), subject.problem, method.objective(step)).peak_bytes
+        rows.append([name, statistics.median(times), min(times), max(times), ratio, peak])
+        lines.append(
+            f"| {name} | {rows[-1][1]:.2f} | {min(times):.2f}-{max(times):.2f} | {_percent(ratio, 0)} | {_mib(peak)} |"
+        )
+        print(lines[-1], flush=True)
+    _write_csv(folder / "rungs.csv", ["rung", "median_seconds", "least", "most", "ratio", "predicted_bytes"], rows)
+    _write_section(folder, "rungs", lines)
+
+
 # The smallest caps.
 
 SETTINGS = {
@@ -481,7 +535,14 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = options.out / "memory"
     folder.mkdir(parents=True, exist_ok=True)
-    commands = {"prediction": prediction, "models": models, "tenth": tenth, "floors": floors, "federation": federation}
+    commands = {
+        "prediction": prediction,
+        "models": models,
+        "tenth": tenth,
+        "floors": floors,
+        "rungs": rungs,
+        "federation": federation,
+    }
     commands[options.what](folder)
 
 
