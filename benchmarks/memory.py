@@ -386,7 +386,8 @@ def rungs(folder: Path) -> None:
         "## What each rung costs",
         "",
         f"Seconds a step of block {block + 1} of 4 of ResNet-18, batch 128, mentor and one co-adapted layer on: "
-        f"{REPEATS} tasks of four steps by each rung, in turns in one process, after one that does not count. Peak: predicted.",
+        f"{REPEATS} tasks of four steps by each rung, in turns in one process, after one that does not count. "
+        "Peak: predicted.",
         "",
         "| rung | median | range | of none | peak, MiB |",
         "|---|---|---|---|---|",
