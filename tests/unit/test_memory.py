@@ -303,6 +303,9 @@ def test_a_budget_error_says_what_is_needed_and_what_would_lower_it() -> None:
     least = replace(least, means=replace(least.means, bfloat16=True))
     assert f"all of these ({mib(cost_of(least, c.problem).peak_bytes)} MiB)" in error
     assert "training in (more) blocks" in error
+    without = full_step(c.model, c.problem, NO_MOMENTUM)
+    choice = Choice(without, cost_of(without, c.problem), "block 1")
+    assert "momentum" not in str(budget_error("block 1", choice, c.problem, TaskLoss(), MIB)), "that changes nothing"
 
 
 # Against what was measured
