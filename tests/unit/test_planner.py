@@ -100,3 +100,13 @@ def test_no_estimate_rules_out_what_fits(name: str) -> None:
             for step in _variants(way, c.problem, ladder, 0, 1):
                 true = step_cost(step, c.problem, method.objective(step)).peak_bytes
                 assert estimate(step, c.problem) <= NEAR * true, (offer.label, step.means)
+
+
+def test_no_estimate_rules_out_the_head_alone() -> None:
+    """In the whole model its input needs a gradient and stays for others; trained alone it takes half as much."""
+    c = built_in("vit", 0.5, image_size=32, depth=2)
+    method = ScaleFL(work=replace(WORK, batch_size=128), blocks=2)
+    state = method.init(c.model, c.problem, seed=0, smallest_memory_bytes=0)
+    head = replace(method.tilings(state, 1)[-1][-1].step, means=Means(prefix="cached"))
+    true = step_cost(head, c.problem, method.objective(head)).peak_bytes
+    assert estimate(head, c.problem) <= NEAR * true
