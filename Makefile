@@ -52,7 +52,7 @@ bench-accuracy bench-tuning bench-tenth: bench-%: $(STAMP)
 	$(BIN)/python benchmarks/grid.py benchmarks/$*.toml --out docs/benchmarks/$*
 
 bench-memory: $(STAMP)
-	for what in prediction models tenth floors rungs federation; do $(BIN)/python benchmarks/memory.py $$what --out docs/benchmarks || exit 1; done
+	for what in planning prediction models tenth floors rungs federation; do $(BIN)/python benchmarks/memory.py $$what --out docs/benchmarks || exit 1; done
 
 bench-engine: $(STAMP)
 	$(BIN)/python benchmarks/engine.py --out docs/benchmarks/engine

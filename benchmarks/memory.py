@@ -1,6 +1,6 @@
 """Memory: predicted against measured, what each model needs by each means, and a tenth of full training for real.
 
-    python benchmarks/memory.py prediction|models|tenth|floors|rungs|federation --out docs/benchmarks
+    python benchmarks/memory.py planning|prediction|models|tenth|floors|rungs|federation --out docs/benchmarks
 
 Each command writes its section and a CSV file to OUT/memory/, and puts the sections together as OUT/memory.md.
 """
@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,7 +43,7 @@ from scalefl.steps import full_step
 from scalefl.types import AUTO, ClientLoss, ClientTask, ClientUpdate, LocalWork, Means, Offer, Step, described
 from scalefl.units import MIB
 
-ORDER = ("prediction", "models", "tenth", "floors", "rungs", "federation")
+ORDER = ("planning", "prediction", "models", "tenth", "floors", "rungs", "federation")
 STAGES = {
     "resnet18": ("layer1.1", "layer2.1", "layer3.1"),
     "resnet34": ("layer1.2", "layer2.3", "layer3.5"),
@@ -76,6 +80,10 @@ class Subject:
 
 SMALL = [Subject(name) for name in ("resnet18", "resnet34", "vgg11_bn", "squeezenet", "vit")]
 LARGE = Subject("resnet34", 224)
+
+
+REPEATS = 3
+"""Of what is timed."""
 
 
 class NoiseClient:
@@ -119,6 +127,48 @@ def done_in_a_worker(
         params = {name: state.params[name] for name in step.part.names()}
         (answer,) = engine.fit(method, [(ClientTask(0, 0, (step,), seed=1), params)])
     return answer
+
+
+# How long planning takes.
+
+PLANNING = """
+import time
+start = time.perf_counter()
+import torch
+from scalefl import plan
+plan({model!r}, torch.zeros(128, 3, 32, 32), batch_size=128, num_classes=10{more})
+print(time.perf_counter() - start)
+"""
+PLANNED = {"resnet18": "", "resnet34": "", "vit": ", image_size=32"}
+
+
+def planning(folder: Path) -> None:
+    lines = [
+        "## How long planning takes",
+        "",
+        "`plan(model, …)` at batch 128 in four blocks: every span of blocks, by every exact means, in a fresh process; "
+        f"wall seconds, imports included, medians of {REPEATS} (range). From cold: with an empty cache. Again: in "
+        "another process, from the cache that the first has left.",
+        "",
+        "| model | from cold | again |",
+        "|---|---|---|",
+    ]
+    rows = []
+    for model, more in PLANNED.items():
+        seconds: dict[str, list[float]] = {"cold": [], "again": []}
+        for _ in range(REPEATS):
+            with tempfile.TemporaryDirectory() as cache:
+                for which in seconds:
+                    command = [sys.executable, "-c", PLANNING.format(model=model, more=more)]
+                    about = {**os.environ, "SCALEFL_CACHE": cache, "OMP_NUM_THREADS": "1"}
+                    done = subprocess.run(command, env=about, capture_output=True, text=True, check=True)
+                    seconds[which].append(float(done.stdout))
+        found = [f"{statistics.median(s):.1f} ({min(s):.1f}-{max(s):.1f})" for s in seconds.values()]
+        lines.append(f"| {model} | {' | '.join(found)} |")
+        rows.append([model, *(statistics.median(s) for s in seconds.values())])
+        print(lines[-1], flush=True)
+    _write_csv(folder / "planning.csv", ["model", "cold_seconds", "again_seconds"], rows)
+    _write_section(folder, "planning", lines)
 
 
 # Predicted against measured.
@@ -365,28 +415,27 @@ RUNGS = {
     "freed gradients": Means(free_gradients=True),
     "bfloat16": Means(bfloat16=True),
 }
-REPEATS = 3
 
 
 def rungs(folder: Path) -> None:
-    """Tasks of one block by each rung, in turns in one process: two batches, two epochs."""
+    """Tasks of one block by each rung, in turns in one process: one batch, two epochs."""
     subject, work = Subject("resnet18"), LocalWork(batch_size=128, epochs=2)
     method, block = tenth_method(work, 4), 2
     state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
     step = method.stage_step(method.blocks_of(state), Span(block, block), subject.problem)
-    data, residents = NoiseClient(subject.problem, 2 * work.batch_size), Residents()
+    data, residents = NoiseClient(subject.problem, work.batch_size), Residents()
     seconds: dict[str, list[float]] = {name: [] for name in RUNGS}
     for _ in range(REPEATS + 1):
         for name, means in RUNGS.items():
             task = ClientTask(0, 0, (replace(step, means=means),), seed=1)
             params = {tensor: state.params[tensor].clone() for tensor in step.part.names()}
             update = run_task(method, subject.problem, residents, task, params, data.examples(0))
-            seconds[name].append(update.receipt.seconds / 4)
+            seconds[name].append(update.receipt.seconds / work.epochs)
     lines = [
         "## What each rung costs",
         "",
         f"Seconds a step of block {block + 1} of 4 of ResNet-18, batch 128, mentor and one co-adapted layer on: "
-        f"{REPEATS} tasks of four steps by each rung, in turns in one process, after one that does not count. "
+        f"{REPEATS} tasks of two steps by each rung, in turns in one process, after one that does not count. "
         "Peak: predicted.",
         "",
         "| rung | median | range | of none | peak, MiB |",
@@ -537,6 +586,7 @@ def main() -> None:
     folder = options.out / "memory"
     folder.mkdir(parents=True, exist_ok=True)
     commands = {
+        "planning": planning,
         "prediction": prediction,
         "models": models,
         "tenth": tenth,

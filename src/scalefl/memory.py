@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from scalefl.fakes import UNKNOWN, RememberingFakes
 from scalefl.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensor,
-    FakeTensorMode,
     TorchDispatchMode,
 )
 from scalefl.units import TERMS, Term
@@ -157,8 +157,11 @@ class _Entry:
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows live storages by term, and notes how much there was after each operation that took some."""
 
-    def __init__(self, symbols: Symbols | None = None, *, fingerprint: bool = False) -> None:
+    def __init__(
+        self, symbols: Symbols | None = None, fakes: RememberingFakes | None = None, *, fingerprint: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._fakes = fakes
         self._symbols = symbols
         self._done = hashlib.sha256()
         self._fingerprint = fingerprint
@@ -247,7 +250,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if self._fingerprint:
             self._done.update(repr((str(func), *map(_shapes, (args, kwargs or {})))).encode())
-        result = func(*args, **(kwargs or {}))
+        result = UNKNOWN if self._fakes is None else self._fakes.recall(func, args, kwargs or {})
+        if result is UNKNOWN:
+            result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else (result,)
         new = False
         for output in outputs:
@@ -298,16 +303,16 @@ def profile(step: Callable[[Ledger], None], symbols: Symbols) -> Profile | None:
     Control flow that depends on data cannot.
     """
     try:
-        return _watched(step, Ledger(symbols), FakeTensorMode(allow_non_fake_inputs=True))
+        return _watched(step, Ledger(symbols, fakes := RememberingFakes()), fakes)
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
 
 
 def slices(step: Callable[[Ledger], None], symbols: Symbols, num_units: int) -> Slices | None:
     """What the units of a model take in `step`, which marks them; None where it can't run on fake tensors."""
-    ledger = Ledger(symbols, fingerprint=True)
+    ledger = Ledger(symbols, fakes := RememberingFakes(), fingerprint=True)
     try:
-        _watched(step, ledger, FakeTensorMode(allow_non_fake_inputs=True))
+        _watched(step, ledger, fakes)
     except (DataDependentOutputException, DynamicOutputShapeException):
         return None
     return ledger.slices(num_units)
@@ -316,7 +321,7 @@ def slices(step: Callable[[Ledger], None], symbols: Symbols, num_units: int) -> 
 def predict(step: Callable[[Ledger], None], num_examples: int) -> Cost:
     """The cost of `step` at the sizes that it has; on fake tensors, or for real, on zeros, where it must."""
     try:
-        found = _watched(step, Ledger(), FakeTensorMode(allow_non_fake_inputs=True))
+        found = _watched(step, Ledger(None, fakes := RememberingFakes()), fakes)
     except (DataDependentOutputException, DynamicOutputShapeException):
         found = _watched(step, Ledger(), contextlib.nullcontext())
     return cost_of(found.peak(0, 0), int(found.flops[0]), num_examples)

@@ -252,7 +252,7 @@ def output_module(
     later = blocks.partition.shapes_after(blocks.ends[block])
     spec = OutputSpec(cut.module, cut.shape, light_targets(cut.shape, later), problem.num_classes)
     through = span_step(blocks, Span(block, len(blocks) - 1), None, work)
-    limit = step_cost(through, problem, _WithProjection())
+    limit = step_cost(through, problem, TaskLoss())
     narrower = PROJECTIONS[PROJECTIONS.index(projection) :]
     candidates = [replace(spec, layers=layers, projection=head) for head in narrower for layers in LAYERS]
     costs = {}

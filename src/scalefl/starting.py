@@ -71,7 +71,9 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
     Tried for real, on random examples and initial weights, in eval and in train mode: something besides the one
     tensor may pass a cut without a gradient (a mask that a skipped module computes), the modules after it may write
     into the tensor, or read a tensor that a skipped module holds. Nor may the modules before it couple examples.
+    Last to first: a run that comes to the same tensor at a proven entry ends in the same logits.
     """
+    found = list(entries)
     try:
         module = model.build(0)
         batch = _random(problem.example(NUM_EXAMPLES))
@@ -79,18 +81,17 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
         for training in (False, True):
             module.train(training)
             whole = _whole_run(module, batch, problem, entries)
-            entries = tuple(
-                entry if entry and i in whole.kept and _alike(module, batch, problem, entry, whole, i) else None
-                for i, entry in enumerate(entries)
-            )
-            if not training:
-                entries = tuple(
-                    entry if entry and _alone(fewer.kept[i].given, whole.kept[i].given) else None
-                    for i, entry in enumerate(entries)
-                )
+            following: int | None = None
+            for i, entry in reversed(list(enumerate(found))):
+                reached = entry is not None and i in whole.kept
+                alone = training or (reached and i in fewer.kept and _alone(fewer.kept[i], whole.kept[i]))
+                if reached and alone and _alike(module, batch, problem, entries, i, following, whole):
+                    following = i
+                else:
+                    found[i] = None
     except Exception:  # a model that only runs on real data: it then runs from the input
         return (None,) * len(entries)
-    return entries
+    return tuple(found)
 
 
 class _Kept(NamedTuple):
@@ -124,16 +125,36 @@ def _whole_run(module: nn.Module, batch: Batch, problem: Problem, entries: tuple
         return _Whole(_logits(module, batch, problem), kept)
 
 
-def _alone(fewer: Tensor, more: Tensor) -> bool:
+def _alone(fewer: _Kept, more: _Kept) -> bool:
     """Whether the features of an example are its own: a prefix may then run on few at a time, up to rounding."""
-    same = more[: len(fewer)]
-    return bool((fewer - same).nan_to_num().norm() <= 0.01 * same.nan_to_num().norm())
+    same = more.given[: len(fewer.given)]
+    return bool((fewer.given - same).nan_to_num().norm() <= 0.01 * same.nan_to_num().norm())
 
 
-def _alike(module: nn.Module, batch: Batch, problem: Problem, entry: Entry, whole: _Whole, number: int) -> bool:
+class _Came(Exception):  # control flow, not an error
+    """The run is at the tensor that it is judged by."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
+def _alike(
+    module: nn.Module,
+    batch: Batch,
+    problem: Problem,
+    entries: tuple[Entry | None, ...],
+    number: int,
+    following: int | None,
+    whole: _Whole,
+) -> bool:
+    """Whether a run from an entry comes to the same tensor at the following one; None: to the same logits."""
+    entry = entries[number]
+    assert entry is not None
     given, rng_state = whole.kept[number]
     if not entry.blank.batched or given.shape != (NUM_EXAMPLES, *entry.blank.shape):
         return False  # features are kept and cut into pieces by example
+    expected = whole.logits if following is None else whole.kept[following].given
     version = given._version
     skeleton = Skeleton(module)
     skipped = {n: t.to("meta") for n, t in tensors(module).items() if entry.covers(n.rpartition(".")[0])}
@@ -142,14 +163,38 @@ def _alike(module: nn.Module, batch: Batch, problem: Problem, entry: Entry, whol
             with seeded(0), torch.no_grad(), skipping(module, entry, [given], wrong=wrong):
                 torch.set_rng_state(rng_state)
                 skeleton.lay(skipped if wrong else {})
-                logits = _logits(module, batch, problem)
-            if given._version != version or not torch.equal(logits.nan_to_num(), whole.logits.nan_to_num()):
+                came = _run_to(module, batch, problem, None if following is None else entries[following])
+            if given._version != version or not torch.equal(came.nan_to_num(), expected.nan_to_num()):
                 return False
     except Exception:  # whatever a user's forward makes of stand-ins
         return False
     finally:
         skeleton.clear()
     return True
+
+
+def _run_to(module: nn.Module, batch: Batch, problem: Problem, end: Entry | None) -> Tensor:
+    """The tensor at an entry, or the logits."""
+    if end is None:
+        return _logits(module, batch, problem)
+    child, position = module.get_submodule(end.cut.module), end.cut.position
+    forward, own = child.forward, vars(child).get("forward")
+
+    def stopping(*args: Any, **kwargs: Any) -> None:
+        raise _Came(floating(forward(*args, **kwargs))[position])
+
+    # No hook: there are modules that go another way where they see one.
+    vars(child)["forward"] = stopping
+    try:
+        _logits(module, batch, problem)
+    except _Came as came:
+        return came.tensor
+    finally:
+        if own is None:
+            del vars(child)["forward"]
+        else:
+            vars(child)["forward"] = own
+    raise AssertionError("the run went past its end")
 
 
 def _logits(module: nn.Module, batch: Batch, problem: Problem) -> Tensor:

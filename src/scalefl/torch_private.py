@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch._subclasses.fake_tensor import in_kernel_invocation_manager as on_meta
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "on_meta",
     "quiet_fakes",
 ]
 
