@@ -524,9 +524,7 @@ def federation(folder: Path) -> None:
         "",
         "`benchmarks/capped.toml`: ResNet-10 (32 channels, batch norm), 4,000 MNIST digits on 50 clients whose memory "
         "goes with their labels, 100 rounds of 10 clients, each task in a worker that the system allows its client's "
-        "budget and no more. One seed. Utilisation: the largest measured peak of a task as a share of its budget. "
-        "By all exact means full training takes 20.4 MiB, with which the second strongest class just misses it "
-        "(20.2 MiB to plan with).",
+        "budget and no more. One seed. Utilisation: the largest measured peak of a task as a share of its budget.",
         "",
         "| method | tasks | over the cap | clients | utilisation | test accuracy | low-memory clients' data |",
         "|---|---|---|---|---|---|---|",
