@@ -81,7 +81,7 @@ def fitting_means(
         budget_bytes: what the client may add to its worker.
         ladder: the means that it may use.
         round: rounds done, by which statistics may be frozen.
-        num_examples: the client's, by which features on disk are sized; 0: unknown, then nothing is cached.
+        num_examples: the client's, by which features on disk are sized; 0: of no client yet, then they fit.
     """
     tiers: dict[tuple[int, ...], list[Step]] = {}
     for variant in _variants(step, problem, ladder, round, num_examples):
@@ -131,8 +131,7 @@ def _cheapest(
 
 def _least_variants(step: Step, problem: Problem, ladder: Ladder) -> list[Step]:
     """Those of a step's variants that may need least memory, the likeliest first."""
-    # A single example: what fits on disk for no client at all is not the least.
-    variants = list(_variants(step, problem, ladder, 0, 1))
+    variants = list(_variants(step, problem, ladder, 0, 0))
     sizes = ladder.micro_sizes(step.work.batch_size)
     freed = {variant.means for variant in variants if variant.means.free_gradients}
     found = [
@@ -174,7 +173,7 @@ def _prefixes(step: Step, problem: Problem, ladder: Ladder, num_examples: int) -
         return ["resident"]
     # Features are those of the examples as they are: augmentation would freeze one random draw of them.
     on_disk = num_examples * feature_bytes(step.part)
-    can_cache = not problem.augments and 0 < on_disk <= ladder.cache_bytes
+    can_cache = not problem.augments and on_disk <= ladder.cache_bytes
     if ladder.prefix == "cached":
         return ["cached" if can_cache else "streamed"]
     if ladder.prefix != "auto":

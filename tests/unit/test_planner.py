@@ -12,7 +12,7 @@ from scalefl.costs import NEAR, estimate, step_cost
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.methods.scalefl import ScaleFL
 from scalefl.objectives import TaskLoss
-from scalefl.planner import _variants, fitting_means
+from scalefl.planner import _variants, cheapest, fitting_means
 from scalefl.steps import full_step, span_step
 from scalefl.types import AUTO, Ladder, LocalWork, Means, Step
 
@@ -34,7 +34,6 @@ def test_features_are_cached_where_that_saves_work_and_nothing_forbids_it() -> N
     c = built_in("resnet10", 0.25)
     step = last_block(c)
     assert means_of(step, c, AUTO, num_examples=EXAMPLES) == Means(16, prefix="cached")
-    assert means_of(step, c, AUTO) == Means(16), "how many examples there are is not known"
     assert means_of(step, c, replace(AUTO, cache_bytes=1000), num_examples=EXAMPLES) == Means(16)
     augmented = Case(c.model, replace(c.problem, augmentation=("flip",)))
     assert means_of(last_block(augmented), augmented, AUTO, num_examples=EXAMPLES) == Means(16)
@@ -110,3 +109,15 @@ def test_no_estimate_rules_out_the_head_alone() -> None:
     head = replace(method.tilings(state, 1)[-1][-1].step, means=Means(prefix="cached"))
     true = step_cost(head, c.problem, method.objective(head)).peak_bytes
     assert estimate(head, c.problem) <= NEAR * true
+
+
+def test_who_knows_no_client_yet_plans_as_if_features_fitted_on_disk() -> None:
+    """A run whose budgets only a cached prefix meets must not be refused before it starts."""
+    c = built_in("resnet10", 0.25)
+    blocks = blocks_by_count(c.model, c.problem, 5)
+    step = span_step(blocks, Span(4, 4), None, WORK)  # the prefix takes more than what trains
+    floor = cheapest(step, c.problem, TaskLoss(), AUTO)[1].peak_bytes
+    assert cheapest(step, c.problem, TaskLoss(), replace(AUTO, prefix="streamed"))[1].peak_bytes > floor
+    found = means_of(step, c, AUTO, floor)
+    assert found is not None and found.prefix == "cached"
+    assert means_of(step, c, AUTO, floor, num_examples=10**9) is None
