@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.models.spec import ModelSpec
-from scalefl.params import Params, num_bytes, select
+from scalefl.params import CPU, Params, moved, num_bytes, select
 from scalefl.parts import PartRunner, Resident, Taps
 from scalefl.prefix import Prefix, from_input, prefix_of
 from scalefl.problem import Batch, Problem, num_rows, take
-from scalefl.rng import derive, generator, seeded
+from scalefl.rng import RngState, derive, generator, rng_state, seeded, set_rng_state
 from scalefl.sgd import SGD
 from scalefl.types import ClientTask, ClientUpdate, Means, Method, Objective, Receipt, Step
 
 
 class Residents:
-    """The skeletons that a worker keeps, one for each model that its tasks have named."""
+    """The skeletons that a worker keeps, one for each model that its tasks have named, and where it runs them."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
         self._residents: dict[ModelSpec, Resident] = {}
 
     def __getitem__(self, model: ModelSpec) -> Resident:
@@ -44,9 +45,9 @@ def run_task(
         problem: what is learned.
         residents: the worker's skeletons.
         task: the steps.
-        params: the tensors that the steps need. Those in `task.moving` are changed in place: they must be the
-            caller's own.
-        examples: the client's data.
+        params: the tensors that the steps need, on the worker's device. Those in `task.moving` are changed in place:
+            they must be the caller's own.
+        examples: the client's data, on the CPU; batches of it go to the device.
     """
     start = time.perf_counter()
     received = num_bytes(params)
@@ -55,7 +56,7 @@ def run_task(
         for number, step in enumerate(task.steps):
             seed = derive(task.seed, "step", number)
             metrics = _train(residents, step, params, examples, problem, method.objective(step), seed)
-    upload = select(params, sorted(task.moving))
+    upload = moved(select(params, sorted(task.moving)), CPU)
     receipt = Receipt(received, num_bytes(upload), time.perf_counter() - start)
     return ClientUpdate(task.client_id, upload, num_rows(examples), metrics, receipt)
 
@@ -73,11 +74,12 @@ def _train(
     sums: dict[str, list[Tensor | int]] = {}
     with contextlib.ExitStack() as stack:
         runner, trained = stack.enter_context(holding(residents[step.part.model], step, params))
-        prefix = stack.enter_context(prefix_of(step, runner, params, examples, problem))
+        prefix = stack.enter_context(prefix_of(step, runner, params, examples, problem, residents.device))
         optimizer = make_optimizer(trained, step)
         for epoch in range(step.work.epochs):
             sums = {}
             for batch, rows in _batches(examples, step.work.batch_size, derive(seed, "epoch", epoch), problem):
+                batch = moved(batch, residents.device)
                 found = train_batch(runner, optimizer, batch, problem, objective, step.means, prefix, rows)
                 for name, (value, weight) in found.items():
                     entry = sums.setdefault(name, [0, 0])
@@ -94,10 +96,12 @@ def without_prefix(step: Step) -> bool:
 @contextlib.contextmanager
 def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[PartRunner, dict[str, nn.Parameter]]]:
     """Lay out what a step holds by its means, in the precision that they ask for."""
-    means = step.means
+    means, device = step.means, params[min(step.trainable)].device
+    # Without its cache: that keeps the weights of the first step for as long as the block lasts.
     with (
-        # Without its cache: that keeps the weights of the first step for as long as the block lasts.
-        torch.autocast("cpu", torch.bfloat16, enabled=means.bfloat16, cache_enabled=False),
+        torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        if means.bfloat16
+        else contextlib.nullcontext(),
         resident.holding(
             step.part,
             params,
@@ -145,7 +149,7 @@ def train_batch(
     divisor, total_weight = pull.weight if pull else num_rows(batch), 0
     for number, (micro, micro_rows) in enumerate(micros):
         if pull:
-            torch.set_rng_state(pull.rng_states[number])  # dropout as in the first pass
+            set_rng_state(pull.rng_states[number])  # dropout as in the first pass
         taps = runner(micro, problem, prefix(micro, micro_rows), recompute=means.recompute)
         loss, weight = objective.sample_terms(taps, micro, problem)
         total_weight += weight
@@ -181,7 +185,7 @@ class _Pull(NamedTuple):
 
     gradients: Mapping[str, tuple[Tensor, ...]]
     weight: int
-    rng_states: list[Tensor]
+    rng_states: list[RngState]
 
     def on(self, taps: Taps, number: int) -> Tensor | None:
         """A scalar whose gradient with respect to a micro-batch's taps is its slice of the batch's."""
@@ -205,7 +209,7 @@ def _pull_of_batch(
     leaves: dict[str, Tensor] = {}
     with torch.no_grad(), runner.keep_statistics():
         for micro, rows in micros:
-            states.append(torch.get_rng_state())
+            states.append(rng_state())
             taps = runner(micro, problem, prefix(micro, rows))
             weight += objective.sample_terms(taps, micro, problem)[1]
             for name in ("x", *objective.coupled):

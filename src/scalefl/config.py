@@ -60,11 +60,13 @@ class EngineConfig:
         workers: processes beside this one; 0 runs clients in this one. Results do not depend on it.
         threads: torch's threads for each process. Results depend on it in the last bits.
         cap: "hard": a client that takes more than its budget is lost. Needs workers, and Linux.
+        device: where clients train and models are measured: "cpu", "cuda" or "cuda:1". Budgets are of its memory.
     """
 
     workers: int = 0
     threads: int = 1
     cap: Cap = "none"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_range("workers", self.workers, 0)

@@ -12,7 +12,7 @@ from scalefl.client import Residents
 from scalefl.data.partitioners import largest_remainder
 from scalefl.hsic import Form, centred_kernel, normalised
 from scalefl.models.spec import ModelSpec
-from scalefl.params import Params
+from scalefl.params import Params, moved
 from scalefl.partition import Cut
 from scalefl.parts import Part
 from scalefl.problem import Batch, Problem, num_rows, without_padding
@@ -29,8 +29,8 @@ def evaluate(
     """The problem's metrics over `examples`, the model in eval mode."""
     sums: dict[str, list[float]] = {}
     part = Part(model, None, None, None, None, active=(), held=tuple(params))
-    with residents[model].holding(part, params) as (runner, _), torch.no_grad():
-        for batch in _slices(examples):
+    with residents[model].holding(part, moved(params, residents.device)) as (runner, _), torch.no_grad():
+        for batch in _slices(examples, residents.device):
             for name, (value, weight) in problem.metrics(runner(batch, problem).logits, batch).items():
                 entry = sums.setdefault(name, [0.0, 0.0])
                 entry[0] += float(value)
@@ -63,8 +63,9 @@ def nhsic_plane(
         seed: of the permutations.
     """
     part = Part(model, None, None, None, source, active=(), held=tuple(params))
-    with residents[model].holding(part, params) as (runner, _), torch.no_grad():
-        seen = [runner.features(batch, problem, tuple(cuts)) for batch in _slices(probe)]
+    probe = moved(probe, residents.device)
+    with residents[model].holding(part, moved(params, residents.device)) as (runner, _), torch.no_grad():
+        seen = [runner.features(batch, problem, tuple(cuts)) for batch in _slices(probe, residents.device)]
         mask = problem.mask(probe)
 
         def kernel(pieces: Iterable[Tensor]) -> Tensor:
@@ -92,9 +93,9 @@ def nhsic_plane(
     ]
 
 
-def _slices(examples: Batch) -> Iterator[Batch]:
+def _slices(examples: Batch, device: torch.device) -> Iterator[Batch]:
     for start in range(0, num_rows(examples), EVALUATION_BATCH):
-        yield {name: column[start : start + EVALUATION_BATCH] for name, column in examples.items()}
+        yield moved({name: column[start : start + EVALUATION_BATCH] for name, column in examples.items()}, device)
 
 
 def stratified_rows(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -21,6 +21,7 @@ from scalefl.config import Config, make_config, to_plain
 from scalefl.costs import step_cost
 from scalefl.data import Dataset, FederatedData, Natural, PartitionedData, load
 from scalefl.data.population import SimulatedPopulation
+from scalefl.engines.gauge import device_of
 from scalefl.engines.local import LocalEngine, offered
 from scalefl.errors import CheckpointError, ConfigError, DataError, UncuttableModel
 from scalefl.evaluate import evaluate, nhsic_plane, rows_by_distribution, stratified_rows
@@ -177,7 +178,7 @@ def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) ->
         resume: go on from the last saved state, in the folder of a run of the same config.
 
     Raises:
-        ConfigError: the folder holds another run.
+        ConfigError: the folder holds another run; or this machine lacks the device, or can't cap memory.
         CheckpointError: the folder cannot be resumed from or written to.
     """
     files = RunFolder(folder)
@@ -187,15 +188,16 @@ def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) ->
 
 def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Generator[RunProgress]:
     config = experiment.config
+    residents = Residents(device_of(config.engine.device))
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
-    residents = Residents()
     with LocalEngine(
         experiment.data,
         experiment.population,
         workers=config.engine.workers,
         threads=config.engine.threads,
         cap=config.engine.cap,
+        device=config.engine.device,
     ) as engine:
         observer = _Observer(experiment, residents)
         if state.round == 0 and not files.state.exists():

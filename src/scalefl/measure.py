@@ -37,10 +37,14 @@ MARGIN_SHARE, MARGIN_BYTES = 0.03, 4 * _MIB
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+_SMALL_SEGMENTS = {f"PYTORCH_{kind}ALLOC_CONF": "expandable_segments:True" for kind in ("", "CUDA_")}
+"""Has torch's CUDA allocator take memory in pieces of 2 MiB; by default tensors of 1 MiB and more have it take 20."""
+
+
 def worker_environment(*, capped: bool = False) -> dict[str, str]:
     """The environment of a process that trains: it imports what this one can, and holds no more than it uses."""
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path, **TIGHT_MALLOC, **(_NO_KERNELS_KEPT if capped else {})}
+    return {**os.environ, "PYTHONPATH": path, **TIGHT_MALLOC, **(_NO_KERNELS_KEPT | _SMALL_SEGMENTS if capped else {})}
 
 
 @functools.cache

@@ -11,6 +11,9 @@ from torch import Tensor
 
 Params = Mapping[str, Tensor]
 
+CPU = torch.device("cpu")
+"""Where the server holds tensors, and clients their data."""
+
 ATTACHMENT = "@"
 """First character of names that do not belong to the user's model (output modules, exits)."""
 
@@ -40,6 +43,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def select(params: Params, names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors under `names`, not copied."""
     return {name: params[name] for name in names}
+
+
+def moved(params: Params, device: torch.device) -> dict[str, Tensor]:
+    """The tensors on a device; not copied where they are there already."""
+    return {name: t.to(device) for name, t in params.items()}
 
 
 def is_attachment(name: str) -> bool:

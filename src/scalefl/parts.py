@@ -17,6 +17,7 @@ from scalefl.models.stand_ins import Blank
 from scalefl.params import Params
 from scalefl.partition import Cut, Entry
 from scalefl.problem import Batch, Problem
+from scalefl.rng import RngState, rng_state, set_rng_state
 from scalefl.starting import skipping
 from scalefl.tracing import floating
 
@@ -243,11 +244,11 @@ class PartRunner:
         """Take the gradient through the units that kept nothing, last to first. Norms do not count them twice."""
         if not self._again:
             return
-        after = torch.get_rng_state()
+        after = rng_state()
         with self.keep_statistics():
             while self._again:
                 self._again.pop().backward(self._run)
-        torch.set_rng_state(after)
+        set_rng_state(after)
 
     def keep_statistics(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block, runs leave the norms' statistics as they were."""
@@ -295,7 +296,7 @@ class PartRunner:
     ) -> tuple[Entry | None, list[Tensor]]:
         """Run all units but the last without a graph; note how to run each again, and where the last one starts."""
         for inner in self._part.inner:
-            state = torch.get_rng_state()
+            state = rng_state()
             with torch.no_grad():
                 self._run(args, kwargs, entry, list(given), inner.cut)
             following = self._seen.pop("z").requires_grad_()
@@ -362,12 +363,12 @@ class _Rerun(NamedTuple):
     given: list[Tensor]
     stop: Cut
     end: Tensor
-    rng_state: Tensor
+    rng_state: RngState
     seen: dict[str, Tensor]
 
     def backward(self, run: Any) -> None:
         """Run it again with a graph, from the random state that it had, and take the gradient through it."""
-        torch.set_rng_state(self.rng_state)
+        set_rng_state(self.rng_state)
         run(self.args, self.kwargs, self.entry, self.given, self.stop)
         gradient, self.end.grad = self.end.grad, None
         end = self.seen.pop("z")

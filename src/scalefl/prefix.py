@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scalefl.params import Params, bytes_of
+from scalefl.params import CPU, Params, bytes_of, moved
 from scalefl.parts import Features, PartRunner
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.types import Step
@@ -32,8 +32,10 @@ _Run = Callable[[Batch], Features]
 
 
 @contextlib.contextmanager
-def prefix_of(step: Step, runner: PartRunner, params: Params, examples: Batch, problem: Problem) -> Iterator[Prefix]:
-    """The prefix of a step as its means say; "cached" runs it here, for all examples.
+def prefix_of(
+    step: Step, runner: PartRunner, params: Params, examples: Batch, problem: Problem, device: torch.device = CPU
+) -> Iterator[Prefix]:
+    """The prefix of a step as its means say; "cached" runs it here, for all examples, on the device.
 
     Raises:
         OSError: the disk has no room for the cache; what was written of it is gone by then.
@@ -52,7 +54,7 @@ def prefix_of(step: Step, runner: PartRunner, params: Params, examples: Batch, p
         yield lambda batch, rows: partial(resident, batch)
     elif mode == "cached":
         # As many at a time as in chunks with each micro-batch: that is what is predicted.
-        with _Cache(streamed, examples, min(CHUNK, step.largest_micro_batch)) as cache:
+        with _Cache(streamed, examples, min(CHUNK, step.largest_micro_batch), device) as cache:
             yield lambda batch, rows: partial(cache.read, rows)
     else:
         run = resident if mode == "chunked" else streamed
@@ -84,12 +86,12 @@ def _room(piece: Tensor, rows: int) -> Tensor:
 class _Cache:
     """The features of all examples in unnamed files, which vanish with the process however it ends."""
 
-    def __init__(self, run: _Run, examples: Batch, chunk: int) -> None:
+    def __init__(self, run: _Run, examples: Batch, chunk: int, device: torch.device = CPU) -> None:
         with contextlib.ExitStack() as files:
             self._z = self._x = None
             for start in range(0, num_rows(examples), chunk):
                 rows = torch.arange(start, min(start + chunk, num_rows(examples)))
-                found = run(take(examples, rows))
+                found = run(moved(take(examples, rows), device))
                 self._z = self._z or _Rows(files, found.z)
                 self._z.append(found.z)
                 if found.x is not None:
@@ -115,11 +117,11 @@ class _Rows:
 
     def __init__(self, files: contextlib.ExitStack, like: Tensor) -> None:
         self._file = files.enter_context(tempfile.TemporaryFile(prefix="scalefl-", buffering=0))  # noqa: SIM115
-        self._shape, self._dtype = like.shape[1:], like.dtype
+        self._shape, self._dtype, self._device = like.shape[1:], like.dtype, like.device
         self._row_bytes = like[0].numel() * like.element_size()
 
     def append(self, values: Tensor) -> None:
-        content = bytes_of(values.contiguous())
+        content = bytes_of(values.cpu().contiguous())
         while content:
             content = content[self._file.write(content) :]
 
@@ -129,4 +131,4 @@ class _Rows:
         for i, row in enumerate(rows.tolist()):
             place = content[i * self._row_bytes : (i + 1) * self._row_bytes]
             os.preadv(self._file.fileno(), [place], row * self._row_bytes)
-        return found
+        return found.to(self._device)

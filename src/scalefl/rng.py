@@ -11,9 +11,11 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def derive(seed: int, *path: str | int) -> int:
@@ -25,6 +27,25 @@ def derive(seed: int, *path: str | int) -> int:
 def generator(seed: int, *path: str | int) -> torch.Generator:
     """A torch generator for the stream at `path`."""
     return torch.Generator().manual_seed(derive(seed, *path))
+
+
+class RngState(NamedTuple):
+    """The state of torch's global generators: the CPU's, and the current CUDA device's where CUDA is in use."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+
+def rng_state() -> RngState:
+    """Where dropout stands, so that it can be drawn again."""
+    return RngState(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)  # type: ignore[no-untyped-call]
+
+
+def set_rng_state(state: RngState) -> None:
+    """Draw on from where `rng_state` was."""
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(state.cuda)
 
 
 @contextlib.contextmanager

@@ -30,18 +30,18 @@ def skipping(module: nn.Module, entry: Entry, given: list[Tensor], *, wrong: boo
     both sides of the cut are in eval mode until it is reached: what they make of stand-ins draws no dropout and enters
     no statistics. `wrong` stand-ins are for proofs (see `filled`).
     """
-    num_examples = len(given[0])
+    num_examples, device = len(given[0]), given[0].device
     changed = [(module.get_submodule(path), template) for path, template in entry.skipped]
     before = [vars(child).get("forward") for child, _ in changed]
     around = [child for path, child in module.named_modules() if child.training and not entry.covers(path)]
 
     def before_cut(template: Template) -> Any:
-        return lambda *_args, **_kwargs: filled(template, num_examples, wrong=wrong)
+        return lambda *_args, **_kwargs: filled(template, num_examples, wrong=wrong, device=device)
 
     def at_cut(template: Template) -> Any:
         def forward(*_args: Any, **_kwargs: Any) -> Any:
             _set_training(around, training=True)
-            return filled(template, num_examples, entry.cut.position, given.pop(), wrong=wrong)
+            return filled(template, num_examples, entry.cut.position, given.pop(), wrong=wrong, device=device)
 
         return forward
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scalefl.client import Residents
 from scalefl.data import FederatedData
+from scalefl.engines.gauge import device_of
 from scalefl.engines.wire import Channel, InMemory
 from scalefl.engines.worker import cap_hit, logged, lost, run_safely, says_out_of_memory
 from scalefl.errors import ConfigError
@@ -83,20 +84,30 @@ class LocalEngine:
         workers: processes; 0 runs clients in this one.
         threads: torch's threads for each process that trains.
         cap: "hard": a client that asks its worker for more than its budget is refused, and lost.
+        device: on which clients train, "cpu" or "cuda"; budgets are of its memory.
 
     Raises:
-        ConfigError: a value is out of range; a cap without workers; or, from the first use on, the system can't cap.
+        ConfigError: a value is out of range; a cap without workers; no such device; or, from the first use on, the
+            system can't cap.
     """
 
     def __init__(
-        self, data: FederatedData, clients: Population, *, workers: int = 0, threads: int = 1, cap: Cap = "none"
+        self,
+        data: FederatedData,
+        clients: Population,
+        *,
+        workers: int = 0,
+        threads: int = 1,
+        cap: Cap = "none",
+        device: str = "cpu",
     ) -> None:
         if workers < 0 or threads < 1:
             raise ConfigError(f"workers ({workers}) must be at least 0 and threads ({threads}) at least 1")
         check_cap(cap, workers)
         self._data, self._clients = data, clients
         self._threads, self._cap = threads, cap
-        self._residents = Residents()
+        self._device = device_of(device)
+        self._residents = Residents(self._device)
         self._held: dict[str, Tensor] = {}
         self._workers: list[_Worker] = []
         self._num_workers = workers
@@ -135,13 +146,13 @@ class LocalEngine:
                 continue
             task, params, examples = order
             # Frozen tensors stay the server's; what training changes is copied, into memory that clients share in turn.
-            own = {name: self._own_copy(name, t) if name in task.moving else t for name, t in params.items()}
+            own = {n: self._own_copy(n, t) if n in task.moving else t.to(self._device) for n, t in params.items()}
             yield run_safely(method, self._data.problem, self._residents, task, own, examples)
 
     def _own_copy(self, name: str, tensor: Tensor) -> Tensor:
         held = self._held.get(name)
         if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            held = self._held[name] = torch.empty_like(tensor)
+            held = self._held[name] = torch.empty_like(tensor, device=self._device)
         return held.copy_(tensor)
 
     def _fit_beside(
@@ -186,7 +197,7 @@ class LocalEngine:
 
     def _started(self) -> list[_Worker]:
         while len(self._workers) < self._num_workers:
-            self._workers.append(_Worker(self._threads, self._cap))
+            self._workers.append(_Worker(self._threads, self._cap, self._device))
         return list(self._workers)
 
     def _stop(self) -> None:
@@ -209,8 +220,9 @@ class LocalEngine:
 class _Worker:
     """One process that trains, and the socket to it; starts again by itself when it has died."""
 
-    def __init__(self, threads: int, cap: Cap) -> None:
-        self._threads, self._cap = threads, cap
+    def __init__(self, threads: int, cap: Cap, device: torch.device) -> None:
+        self._arguments = [str(threads), cap, str(device)]
+        self._cap = cap
         self._is_warm = False
         self._start()
 
@@ -270,7 +282,7 @@ class _Worker:
         # unsafe, and a fresh one does not import the caller's main script again.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "scalefl.engines.worker", str(theirs.fileno()), str(self._threads), self._cap],
+            [sys.executable, "-m", "scalefl.engines.worker", str(theirs.fileno()), *self._arguments],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stderr=self._stderr,

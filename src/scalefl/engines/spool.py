@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scalefl.client import without_prefix
 from scalefl.engines.wire import Head, Read
-from scalefl.params import LazyParams, bytes_of
+from scalefl.params import CPU, LazyParams, bytes_of
 from scalefl.types import ClientTask
 from scalefl.units import mib
 
@@ -52,9 +52,10 @@ class MappedExamples(dict[str, Tensor]):
 
 
 class TaskParams(LazyParams):
-    """The tensors of a task: in memory, or in a file where no step holds them for as long as it trains."""
+    """The tensors of a task: on the worker's device, or in a file where no step holds them for as long as it trains."""
 
-    def __init__(self, task: ClientTask) -> None:
+    def __init__(self, task: ClientTask, device: torch.device = CPU) -> None:
+        self._device = device
         self._streamed = streamed_names(task)
         self._held: dict[str, Tensor] = {}
         self._heads: dict[str, Head] = {}
@@ -69,8 +70,9 @@ class TaskParams(LazyParams):
         """
         self._heads[head.name] = head
         if self._file is None or head.name not in self._streamed:
-            tensor = self._held[head.name] = head.empty()
+            tensor = head.empty()
             read(bytes_of(tensor))
+            self._held[head.name] = tensor.to(self._device)
             return
         self._places[head.name] = self._file.tell()
         try:
@@ -97,7 +99,7 @@ class TaskParams(LazyParams):
         while content:
             count = os.preadv(self._file.fileno(), [content], place)
             content, place = content[count:], place + count
-        return tensor
+        return tensor.to(self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._heads)

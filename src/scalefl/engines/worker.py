@@ -15,13 +15,13 @@ from typing import cast
 import torch
 
 from scalefl.client import Residents, run_task
+from scalefl.engines.gauge import cap_refusal, device_of, gauge_of
 from scalefl.engines.spool import MappedExamples, TaskParams
 from scalefl.engines.wire import Channel, Incoming
-from scalefl.measure import added_peak_bytes, cap_refusal, limited, start_peak
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import Params
+from scalefl.params import CPU, Params, moved
 from scalefl.parts import Part
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.types import ClientLoss, ClientTask, ClientUpdate, LocalWork, Method, Objective, Receipt, Step
@@ -30,12 +30,12 @@ from scalefl.units import mib
 _log = logging.getLogger("scalefl")
 
 
-def serve(channel: Channel, threads: int, *, capped: bool) -> None:
+def serve(channel: Channel, threads: int, device: torch.device, *, capped: bool) -> None:
     """Say why memory can't be capped, where it is to be; then answer until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
-    warm_up(threads)
-    channel.send(cap_refusal() if capped else None)
-    residents = Residents()
+    warm_up(threads, device)
+    channel.send(cap_refusal(device) if capped else None)
+    residents = Residents(device)
     while True:
         try:
             incoming = channel.receive()
@@ -56,7 +56,7 @@ _LINEAR = (
 """Rows, inputs and outputs of linear layers after which MKL, found by trying, has all the buffers that it keeps."""
 
 
-def warm_up(threads: int) -> None:
+def warm_up(threads: int, device: torch.device = CPU) -> None:
     """Do a tiny task as any other: what torch loads and keeps in a first step comes before budgets are counted."""
     torch.set_num_threads(threads)
     for rows, inputs, outputs in _LINEAR:
@@ -65,11 +65,11 @@ def warm_up(threads: int) -> None:
         ).sum().backward()  # type: ignore[no-untyped-call]
     problem = Classification(2, (Column("x", (3, 16, 16), "float32"),))
     model = ModelSpec.of("scalefl.models.resnet:resnet10", num_classes=2, width=0.0625)
-    params = {name: t.clone() for name, t in tensors(model.build(0)).items()}
+    params = {name: t.clone() for name, t in moved(tensors(model.build(0)), device).items()}
     part = Part(model, stop=None, output=None, feature=None, source=None, active=("",), held=tuple(params))
     trained = frozenset(name for name, t in params.items() if name.endswith(("weight", "bias")))
     task = ClientTask(0, 0, (Step(part, trained, trained, (), LocalWork(batch_size=64)),), 0)
-    run_task(cast(Method, _Rehearsal()), problem, Residents(), task, params, problem.example(64))
+    run_task(cast(Method, _Rehearsal()), problem, Residents(device), task, params, problem.example(64))
 
 
 class _Rehearsal:
@@ -81,7 +81,7 @@ class _Rehearsal:
 
 def _answer(incoming: Incoming, residents: Residents) -> ClientUpdate | ClientLoss:
     method, problem, task, cap_bytes = incoming.header
-    before = None
+    gauge = gauge_of(residents.device)
     try:
         try:
             # Examples and the code of the model are what a client has anyway: the task is what comes on top.
@@ -90,18 +90,18 @@ def _answer(incoming: Incoming, residents: Residents) -> ClientUpdate | ClientLo
             examples = MappedExamples()
             incoming.receive(examples)
             gc.collect()
-            before = start_peak()
-            with limited(before, cap_bytes), contextlib.closing(TaskParams(task)) as params:
+            gauge.start()
+            with gauge.limited(cap_bytes), contextlib.closing(TaskParams(task, residents.device)) as params:
                 incoming.receive(params)
                 update = run_task(method, problem, residents, task, params, examples)
         finally:
             incoming.discard()
     except Exception as error:
-        receipt = Receipt(peak_bytes=added_peak_bytes(before))
+        receipt = Receipt(peak_bytes=gauge.added_peak_bytes())
         if cap_bytes is not None and (isinstance(error, MemoryError) or says_out_of_memory(str(error))):
             return cap_hit(task, cap_bytes, receipt, "".join(traceback.format_exception(error)))
         return replace(lost(task, error), receipt=receipt)
-    receipt = replace(update.receipt, peak_bytes=added_peak_bytes(before))
+    receipt = replace(update.receipt, peak_bytes=gauge.added_peak_bytes())
     if cap_bytes is not None and (receipt.peak_bytes or 0) > cap_bytes:
         return cap_hit(task, cap_bytes, receipt)  # by shared memory, which no limit of the system counts
     return replace(update, receipt=receipt)
@@ -153,4 +153,5 @@ def logged(loss: ClientLoss) -> ClientLoss:
 
 
 if __name__ == "__main__":
-    serve(Channel(socket.socket(fileno=int(sys.argv[1]))), int(sys.argv[2]), capped=sys.argv[3] == "hard")
+    _descriptor, _threads, _cap, _device = sys.argv[1:]
+    serve(Channel(socket.socket(fileno=int(_descriptor))), int(_threads), device_of(_device), capped=_cap == "hard")

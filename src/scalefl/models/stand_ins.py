@@ -40,10 +40,10 @@ class Blank:
         shape = (num_examples, *self.shape) if self.batched else self.shape
         return torch.zeros(shape, dtype=getattr(torch, self.dtype))
 
-    def filled(self, num_examples: int, value: float = 0) -> Tensor:
+    def filled(self, num_examples: int, value: float = 0, device: torch.device | None = None) -> Tensor:
         """One value in every place, in the memory of one."""
         shape = (num_examples, *self.shape) if self.batched else self.shape
-        return torch.full((), value, dtype=getattr(torch, self.dtype)).expand(shape)
+        return torch.full((), value, dtype=getattr(torch, self.dtype), device=device).expand(shape)
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,36 @@ def blanks(template: Template) -> list[Blank]:
 
 
 def filled(
-    template: Template, num_examples: int, position: int = -1, given: Tensor | None = None, *, wrong: bool = False
+    template: Template,
+    num_examples: int,
+    position: int = -1,
+    given: Tensor | None = None,
+    *,
+    wrong: bool = False,
+    device: torch.device | None = None,
 ) -> Any:
     """The output that a template describes: zeros, and `given` as its floating-point tensor number `position`.
 
     With `wrong`, NaN instead of zeros, and 1 where there is no NaN: whoever reads a stand-in will show it.
     """
-    return _filled(template, itertools.count(), num_examples, position, given, wrong)
+    return _filled(template, itertools.count(), num_examples, position, given, wrong, device)
 
 
 # Not a closure that calls itself: that is a cycle, which would hold the tensor until Python's collector comes by.
 def _filled(
-    part: Template, floating: Iterator[int], num_examples: int, position: int, given: Tensor | None, wrong: bool
+    part: Template,
+    floating: Iterator[int],
+    num_examples: int,
+    position: int,
+    given: Tensor | None,
+    wrong: bool,
+    device: torch.device | None,
 ) -> Any:
     if part is None:
         return None
     if isinstance(part, Blank):
         is_given = part.is_floating_point and next(floating) == position
         value = 0.0 if not wrong else math.nan if part.is_floating_point else 1.0
-        return given if is_given else part.filled(num_examples, value)
-    items = [_filled(item, floating, num_examples, position, given, wrong) for item in part.items]
+        return given if is_given else part.filled(num_examples, value, device)
+    items = [_filled(item, floating, num_examples, position, given, wrong, device) for item in part.items]
     return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
