@@ -55,15 +55,6 @@ class Total:
         for name, tensor in params.items():
             self._add(name, tensor, weight, coords[name], largest[name])
 
-    def merge(self, other: Total) -> None:
-        """Add what another total of the same round holds."""
-        for name, theirs in other._sums.items():
-            mine = self._sums.setdefault(name, self._zero(name, isinstance(theirs.weight, Tensor)))
-            mine.fine += theirs.fine
-            mine.weight = mine.weight + theirs.weight
-            if theirs.coarse is not None:
-                mine.coarse = theirs.coarse + (0 if mine.coarse is None else mine.coarse)
-
     def mean(self, base: Params) -> dict[str, Tensor]:
         """The mean of every tensor that moved; coordinates that nobody trained keep the bits of `base`."""
         return {name: self._mean(base[name], total) for name, total in self._sums.items()}

@@ -69,18 +69,18 @@ class Symbols:
     batch: int
 
     def growth(self, size: int) -> tuple[int, ...]:
-        """`size` as (constant, by a micro-batch's examples, by a batch's, and by the squares of both)."""
+        """`size` as (constant, by a micro-batch's examples, by a batch's, by the squares of both, and by the cubes)."""
         found = [0] * SHAPES
         for count, place in ((self.batch, 2), (self.later, 1), (self.first, 1)):
             if size and size % count == 0:
-                squared = size % count**2 == 0
-                found[place + 2 * squared] = size // (count**2 if squared else count)
+                power = next(power for power in (3, 2, 1) if size % count**power == 0)
+                found[place + 2 * (power - 1)] = size // count**power
                 return tuple(found)
         found[0] = size
         return tuple(found)
 
 
-SHAPES = 5
+SHAPES = 7
 # Numbers that share no factor and have a prime factor in the thousands each, as no layer's width does.
 SPLIT = Symbols(first=8462, later=8461, batch=16923)
 WHOLE = Symbols(first=8191, later=8191, batch=8191)
@@ -110,12 +110,13 @@ class Profile:
 
     def total_flops(self, micro: int, batch: int) -> int:
         """FLOPs of the step on the whole batch."""
-        constant, each, of_batch, each_square, batch_square = (int(f) for f in self.flops)
-        return constant + (each + of_batch + each_square * micro) * batch + batch_square * batch**2
+        constant, each, of_batch, each_square, batch_square, each_cube, batch_cube = (int(f) for f in self.flops)
+        for_each = each + each_square * micro + each_cube * micro**2
+        return constant + for_each * batch + of_batch * batch + batch_square * batch**2 + batch_cube * batch**3
 
 
 def _sizes(micro: int, batch: int) -> Array:
-    return np.array([1, micro, batch, micro**2, batch**2], dtype=np.int64)
+    return np.array([1, *(count**power for power in (1, 2, 3) for count in (micro, batch))], dtype=np.int64)
 
 
 def _largest(bytes_by_moment: Array) -> Array:
@@ -240,7 +241,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         waiting = np.stack(self._waiting) if self._waiting else np.zeros_like(moments[:1])
         flops = self._flops.copy()
         if self._symbols and self._symbols.first != self._symbols.batch:
-            flops[[1, 3]] //= 2  # two micro-batches were run, and each counted for an example
+            flops[[1, 3, 5]] //= 2  # two micro-batches were run, and each counted for an example
         return Profile(_undominated(moments), waiting, flops)
 
     def __torch_dispatch__(

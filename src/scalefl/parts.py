@@ -104,6 +104,9 @@ class Features(NamedTuple):
     x: Tensor | None
 
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
 class _Reached(Exception):  # control flow, not an error
     """The end of the run: the modules after it never run."""
 
@@ -177,6 +180,11 @@ class Resident:
                 module = self._module.get_submodule(cut.module)
                 hooks.callback(module.register_forward_hook(passing(number, cut)).remove)
             yield
+
+    def has_static_norms(self, part: Part) -> bool:
+        """Whether batch norms without statistics train: they normalise by the batch, and nothing else tells of them."""
+        active = [self._module.get_submodule(path) for path in (*part.active, *part.straddling)]
+        return any(isinstance(module, BATCH_NORMS) and not module.track_running_stats for module in active)
 
     def _output(self, spec: OutputSpec) -> tuple[OutputModule, Skeleton]:
         if spec not in self._outputs:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from torch import nn
 
 from models import Case, built_in
 from scalefl.blocks import Span, blocks_by_count
-from scalefl.costs import NEAR, estimate, step_cost
+from scalefl.costs import NEAR, couples, estimate, step_cost
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.methods.scalefl import ScaleFL
+from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.planner import _variants, cheapest, fitting_means
 from scalefl.steps import full_step, span_step
@@ -58,6 +60,28 @@ def test_batch_norm_keeps_whole_batches_as_long_as_they_fit(norm: str, expected:
     budget = max(cost(replace(step, means=m), c) for m in (Means(16, recompute=True), Means(8)))
     assert budget < cost(replace(step, means=Means(16)), c)
     assert means_of(step, c, ladder, budget) == expected
+
+
+def with_static_norm() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    )
+
+
+def test_static_norms_see_the_batch_too() -> None:
+    """Batch norms without statistics, as of HeteroFL: nothing moves but what trains, and yet micro-batches matter."""
+    c = built_in("cnn")
+    model = ModelSpec.of(with_static_norm)
+    step = full_step(model, c.problem, WORK)
+    assert not step.statistics
+    assert couples(replace(step, means=Means(8)))
+    assert not couples(replace(step, means=Means(16)))
+    assert not couples(replace(full_step(c.model, c.problem, WORK), means=Means(8)))
 
 
 def cost(step: Step, c: Case) -> int:
