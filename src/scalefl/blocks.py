@@ -139,6 +139,7 @@ class Blocks:
             source=self.partition.source,
             source_blank=self.partition.source_blank,
             active=(),
+            static_norms=not self.partition.static_norms.isdisjoint(self._running(span)),
             held=tuple(self.held(span)),
             prefix=self._stretches(entries, before) if entry else (),
             entry=entry,

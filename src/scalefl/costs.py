@@ -283,11 +283,6 @@ def feature_bytes(part: Part) -> int:
     return sum(blank.zeros(1).nbytes for blank in kept)
 
 
-def couples(step: Step) -> bool:
-    """Whether micro-batches change the numbers of a step: a norm in it sees each as it would see a batch."""
-    return step.splits and (bool(step.statistics) or _resident(step.part.model).has_static_norms(step.part))
-
-
 NEAR = 1.02
 """Estimates stay within so many times the truth."""
 

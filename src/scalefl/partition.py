@@ -78,6 +78,7 @@ class Partition:
         parameters: names of the trainable parameters; the user's own frozen ones are not among them.
         norms: those of `layers` that own vectors only (norms, scales): they go with the layer before them.
         statistics: names of the buffers that each norm with running statistics updates in train mode.
+        static_norms: batch norms without running statistics.
         source: the module whose output is the input features (token models); None where the input is.
         source_blank: what that output looks like.
         feature: the last feature before the model's own head.
@@ -93,6 +94,7 @@ class Partition:
     parameters: frozenset[str]
     norms: frozenset[str]
     statistics: Mapping[str, tuple[str, ...]]
+    static_norms: frozenset[str]
     source: str | None
     source_blank: Blank | None
     feature: Cut | None
@@ -308,6 +310,7 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
         parameters=trace.trainable,
         norms=_norms(trace),
         statistics=_statistics(module),
+        static_norms=_static_norms(module),
         source=graph.source_module,
         source_blank=_source_blank(trace, graph.source_module),
         feature=features[-1].cut() if features else None,
@@ -364,3 +367,9 @@ def _statistics(module: nn.Module) -> dict[str, tuple[str, ...]]:
         for path, child in module.named_modules()
         if getattr(child, "track_running_stats", False)
     }
+
+
+def _static_norms(module: nn.Module) -> frozenset[str]:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    found = {path: child for path, child in module.named_modules() if isinstance(child, kinds)}
+    return frozenset(path for path, child in found.items() if not child.track_running_stats)

@@ -51,6 +51,7 @@ class Part:
         start: the cut where the frozen prefix ends; None where there is none.
         straddling: modules that run on both sides of `start` (a shared dropout, the model itself): in eval mode
             before it and in train mode after it.
+        static_norms: whether batch norms without statistics run in what trains: they see the batch in any mode.
         held: names of the model's own tensors that the run needs.
         prefix: the frozen prefix in stretches that can run one by one; none where it must run with the rest.
         entry: where what trains can start from the prefix's features: `start`, or before co-adapted layers.
@@ -68,6 +69,7 @@ class Part:
     source_blank: Blank | None = None
     start: Cut | None = None
     straddling: tuple[str, ...] = ()
+    static_norms: bool = False
     prefix: tuple[Stretch, ...] = ()
     entry: Entry | None = None
     own: tuple[str, ...] = ()
@@ -102,9 +104,6 @@ class Features(NamedTuple):
 
     z: Tensor
     x: Tensor | None
-
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class _Reached(Exception):  # control flow, not an error
@@ -180,11 +179,6 @@ class Resident:
                 module = self._module.get_submodule(cut.module)
                 hooks.callback(module.register_forward_hook(passing(number, cut)).remove)
             yield
-
-    def has_static_norms(self, part: Part) -> bool:
-        """Whether batch norms without statistics train: they normalise by the batch, and nothing else tells of them."""
-        active = [self._module.get_submodule(path) for path in (*part.active, *part.straddling)]
-        return any(isinstance(module, BATCH_NORMS) and not module.track_running_stats for module in active)
 
     def _output(self, spec: OutputSpec) -> tuple[OutputModule, Skeleton]:
         if spec not in self._outputs:

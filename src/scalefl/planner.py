@@ -9,7 +9,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from scalefl.blocks import Blocks, Span
-from scalefl.costs import couples, estimate, feature_bytes, may_fit, step_cost
+from scalefl.costs import estimate, feature_bytes, may_fit, step_cost
 from scalefl.errors import BudgetError
 from scalefl.memory import Cost
 from scalefl.models.output import LAYERS, PROJECTIONS, OutputSpec, Projection, light_targets
@@ -102,7 +102,7 @@ def _tier(step: Step, objective: Objective) -> tuple[int, ...]:
     """What a step loses by its means, as far as is known before it is traced; less is better."""
     means = step.means
     more_passes = means.recompute or (step.splits and bool(objective.coupled))
-    return (means.bfloat16 + means.frozen_statistics, couples(step), more_passes, means.free_gradients)
+    return (means.bfloat16 + means.frozen_statistics, step.couples, more_passes, means.free_gradients)
 
 
 def cheapest(step: Step, problem: Problem, objective: Objective, ladder: Ladder) -> tuple[Step, Cost]:

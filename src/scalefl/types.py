@@ -206,6 +206,11 @@ class Step:
         return self.moving - self.trainable
 
     @property
+    def couples(self) -> bool:
+        """Whether micro-batches change its numbers: norms that train see each of them as they would see a batch."""
+        return self.splits and (bool(self.statistics) or self.part.static_norms)
+
+    @property
     def largest_micro_batch(self) -> int:
         """Examples in the largest of the nearly equal slices of a batch."""
         rows = self.work.batch_size
@@ -399,7 +404,7 @@ def described(step: Step) -> list[str]:
     """The means of a step in words; nothing where it has the memory that it likes."""
     means = step.means
     words = {
-        f"micro-batch {means.micro_batch_size}": step.splits,
+        f"micro-batch {means.micro_batch_size}{' (own norms)' if step.couples else ''}": step.splits,
         "recomputed": means.recompute,
         f"{means.prefix} prefix": means.prefix != "resident" and step.part.entry is not None,
         "freed gradients": means.free_gradients and not step.splits,

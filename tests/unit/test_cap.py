@@ -324,7 +324,7 @@ def test_a_round_in_which_all_run_out_of_memory_is_planned_again_for_less():
         losing = LosingOnce(engine)
         state, record = next(federate(method, losing, UniformSampler(3), state))
     assert (losing.asked, record.round, record.lost) == (2, 1, [])
-    assert record.rungs == {"full, micro-batch 4": [0, 1, 2]}
+    assert record.rungs == {"full, micro-batch 4 (own norms)": [0, 1, 2]}
     assert state.tightened == dict.fromkeys(range(3), int(0.9 * full_bytes()))
 
 

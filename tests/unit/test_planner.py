@@ -9,14 +9,14 @@ from torch import nn
 
 from models import Case, built_in
 from scalefl.blocks import Span, blocks_by_count
-from scalefl.costs import NEAR, couples, estimate, step_cost
+from scalefl.costs import NEAR, estimate, step_cost
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.methods.scalefl import ScaleFL
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.planner import _variants, cheapest, fitting_means
 from scalefl.steps import full_step, span_step
-from scalefl.types import AUTO, Ladder, LocalWork, Means, Step
+from scalefl.types import AUTO, Ladder, LocalWork, Means, Step, described
 
 WORK = LocalWork(epochs=3, batch_size=16)
 EXAMPLES = 50
@@ -79,9 +79,11 @@ def test_static_norms_see_the_batch_too() -> None:
     model = ModelSpec.of(with_static_norm)
     step = full_step(model, c.problem, WORK)
     assert not step.statistics
-    assert couples(replace(step, means=Means(8)))
-    assert not couples(replace(step, means=Means(16)))
-    assert not couples(replace(full_step(c.model, c.problem, WORK), means=Means(8)))
+    split = replace(step, means=Means(8))
+    assert split.couples
+    assert described(split) == ["micro-batch 8 (own norms)"]
+    assert not replace(step, means=Means(16)).couples
+    assert not replace(full_step(c.model, c.problem, WORK), means=Means(8)).couples
 
 
 def cost(step: Step, c: Case) -> int:
