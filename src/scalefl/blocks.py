@@ -56,6 +56,16 @@ class Blocks:
         """The span of all blocks."""
         return Span(0, len(self) - 1)
 
+    def spans(self) -> list[Span]:
+        """All of them, shortest first."""
+        return sorted((Span(a, b) for a in range(len(self)) for b in range(a, len(self))), key=len)
+
+    def label(self, span: Span) -> str:
+        """A span for people."""
+        if span == self.whole:
+            return "full"
+        return f"block {span}" if len(span) == 1 else f"blocks {span}"
+
     def cut(self, block: int) -> Cut | None:
         """The cut after a block; None after the last."""
         return self.partition.cuts[self.ends[block]] if block < len(self) - 1 else None

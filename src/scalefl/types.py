@@ -252,7 +252,7 @@ class RoundPlan:
         stage: what the round trains, for people.
         tasks: one for each client of the cohort that takes part.
         coords: where each client's tensors lie in the global ones; never leaves the server.
-        costs: predicted cost of each client's task (its dearest step).
+        costs: predicted cost of each client's task: the peak of its dearest step, the FLOPs of all.
         rungs: by which part and means each client takes part, for people.
         clients: the cohort.
     """

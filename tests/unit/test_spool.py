@@ -128,7 +128,7 @@ def done(engine: LocalEngine, client: int, step: Step) -> ClientUpdate:
 def answered(engine: LocalEngine, client: int, step: Step) -> ClientUpdate | ClientLoss:
     state = ServerState(step.part.model, PROBLEM, initial_params(step.part.model, 0), round=0, seed=0)
     choice = Choice(step, step_cost(step, PROBLEM, TaskLoss()), "step")
-    plan = make_plan(state, "step", [engine.population()[client]], {client: choice}, step.work)
+    plan = make_plan(state, "step", [engine.population()[client]], {client: (choice,)}, step.work)
     (answer,) = engine.fit(FedAvg(), [(t, extract(state.params, plan.coords[client])) for t in plan.tasks])
     return answer
 

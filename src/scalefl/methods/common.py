@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from scalefl.coords import whole
+from scalefl.memory import in_turn
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.rng import derive
@@ -23,20 +24,20 @@ def make_plan(
     state: ServerState,
     stage: str,
     cohort: Sequence[ClientInfo],
-    chosen: Mapping[int, Choice],
+    chosen: Mapping[int, tuple[Choice, ...]],
     work: LocalWork,
 ) -> RoundPlan:
-    """A plan in which each client of `chosen` does one step on whole tensors, at the round's learning rate."""
+    """A plan in which each client of `chosen` does its steps in turn, on whole tensors, at the round's learning rate."""
     work_now = work.at_round(state.round)
     tasks, coords, costs = [], {}, {}
-    steps = {choice.step: replace(choice.step, work=work_now) for choice in set(chosen.values())}
-    names = {step: whole(step.part.names()) for step in steps}
+    steps = {do: tuple(replace(choice.step, work=work_now) for choice in do) for do in set(chosen.values())}
+    names = {do: whole(name for choice in do for name in choice.step.part.names()) for do in steps}
     for client in cohort:
         if client.id not in chosen:
             continue
-        step, cost, _ = chosen[client.id]
+        do = chosen[client.id]
         seed = derive(state.seed, "task", state.round, client.id)
-        tasks.append(ClientTask(client.id, state.round, (steps[step],), seed))
-        coords[client.id], costs[client.id] = names[step], cost
-    rungs = {id: choice.rung for id, choice in chosen.items()}
+        tasks.append(ClientTask(client.id, state.round, steps[do], seed))
+        coords[client.id], costs[client.id] = names[do], in_turn([choice.cost for choice in do])
+    rungs = {id: " + ".join(choice.rung for choice in do) for id, do in chosen.items()}
     return RoundPlan(stage, tuple(tasks), coords, costs, rungs, {client.id: client for client in cohort})

@@ -77,7 +77,7 @@ class FedAvg:
             or least(offer, problem, self.objective)
             for budget in budgets
         }
-        chosen = {client.id: fits[client.memory_bytes] for client in cohort}
+        chosen = {client.id: (fits[client.memory_bytes],) for client in cohort}
         return make_plan(state, "full", cohort, chosen, self.work)
 
     def objective(self, step: Step) -> Objective:

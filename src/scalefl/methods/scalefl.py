@@ -91,7 +91,7 @@ class ScaleFL:
         """Each block, and parts of it; with elastic spans each longer span too."""
         blocks = self.blocks_of(state)
         longest = 1 if self.spans == "single" else len(blocks)
-        spans = [s for s in _spans(blocks) if len(s) <= longest]
+        spans = [s for s in blocks.spans() if len(s) <= longest]
         offers = [self._offer(state, span) for span in spans]
         return offers + [o for b in range(len(blocks)) for tiles in self.tilings(state, b)[1:] for o in tiles]
 
@@ -115,7 +115,7 @@ class ScaleFL:
         }
         turn = state.round // num_blocks
         fits = {want: self._choice(state, turn, *want) for want in sorted(set(wanted.values()))}
-        chosen = {c.id: fit for c in cohort if (fit := fits[wanted[c.id]]) is not None}
+        chosen = {c.id: (fit,) for c in cohort if (fit := fits[wanted[c.id]]) is not None}
         label = f"block {stage + 1}" if self.spans == "single" else "spans"
         return make_plan(state, label, cohort, chosen, self.work)
 
@@ -174,7 +174,7 @@ class ScaleFL:
         Deviation: the paper gives everybody the same block, and does not split blocks.
         """
         blocks = self.blocks_of(state)
-        spans = [_single(stage)] if self.spans == "single" else _spans(blocks)
+        spans = [_single(stage)] if self.spans == "single" else blocks.spans()
         for distance in sorted({_distance(span, stage) for span in spans}):
             near = [span for span in spans if _distance(span, stage) == distance]
             for length in sorted({len(span) for span in near}, reverse=True):
@@ -221,7 +221,7 @@ class ScaleFL:
         ways = [
             ("" if n == most else f", {n} co-adapted", self.stage_step(blocks, span, state.problem, n)) for n in counts
         ]
-        return Offer(_label(blocks, span), tuple(ways), ladder_of(self.means))
+        return Offer(blocks.label(span), tuple(ways), ladder_of(self.means))
 
     def _output(self, blocks: Blocks, block: int, problem: Problem) -> OutputSpec | None:
         projection = self.mentor.projection if self.mentor else "none"
@@ -261,7 +261,7 @@ class ScaleFL:
     def _cheapest(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
         layers = 0 if self.spans == "elastic" or not span.first else self.coadapted_layers
         step = self.stage_step(blocks, span, problem, layers)
-        return Choice(*cheapest(step, problem, self.objective(step), ladder_of(self.means)), _label(blocks, span))
+        return Choice(*cheapest(step, problem, self.objective(step), ladder_of(self.means)), blocks.label(span))
 
     def _units(self, model: ModelSpec, problem: Problem, start: int, end: int, last: int) -> Choice:
         """Units `start` to `end` as a block, with least memory."""
@@ -272,18 +272,6 @@ class ScaleFL:
 
 def _single(block: int) -> Span:
     return Span(block, block)
-
-
-def _spans(blocks: Blocks) -> list[Span]:
-    """All of them, shortest first."""
-    spans = [Span(a, b) for a in range(len(blocks)) for b in range(a, len(blocks))]
-    return sorted(spans, key=len)
-
-
-def _label(blocks: Blocks, span: Span) -> str:
-    if span == blocks.whole:
-        return "full"
-    return f"block {span}" if len(span) == 1 else f"blocks {span}"
 
 
 def _distance(span: Span, block: int) -> int:
