@@ -84,7 +84,7 @@ class Tally:
         rungs: dict[str, list[int]] = {}
         for client_id, _ in done:
             rungs.setdefault(plan.rungs[client_id], []).append(client_id)
-        epochs = {task.client_id: sum(step.work.epochs for step in task.steps) for task in plan.tasks}
+        epochs = {task.client_id: task.steps[0].work.epochs for task in plan.tasks}  # the run's: alike in all steps
         flops = {
             client_id: plan.costs[client_id].flops_per_example * d.num_examples * epochs[client_id]
             for client_id, d in done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ ALL: dict[str, dict[str, Any]] = {
     "fedavg all_small": {"name": "fedavg", "population": "all_small"},
     "fedavg micro": {"name": "fedavg", "means": {"micro_batch_size": "auto", "smallest_micro_batch": 2}},
     "fedavg adam": {"name": "fedavg", "server": {"kind": "fedadam"}},
+    "fedepth micro": {"name": "fedepth", "means": {"micro_batch_size": "auto", "smallest_micro_batch": 2}},
     "scalefl micro momentum": {
         "name": "scalefl",
         "means": {"micro_batch_size": "auto", "smallest_micro_batch": 2},
@@ -192,8 +194,9 @@ def test_gate_menu_and_plan_agree(case, engines):
             if settings.get("population") != "all":
                 assert cost.peak_bytes <= client.memory_bytes
             assert {step.work for step in task.steps} == {work}, "hyperparameters are the run's, not the client's"
-            label = plan.rungs[task.client_id].partition(",")[0]
-            assert offered[label].cost.peak_bytes <= cost.peak_bytes
+            labels = [rung.partition(",")[0] for rung in plan.rungs[task.client_id].split(" + ")]
+            assert len(labels) == len(task.steps)
+            assert all(offered[label].cost.peak_bytes <= cost.peak_bytes for label in labels)
             assert plan.coords[task.client_id].keys() >= task.moving
             assert plan.coords[task.client_id].keys() <= state.params.keys()
         # A client with a byte less than the floor could not have been planned for.
@@ -324,6 +327,31 @@ def fedavg() -> dict[str, Any]:
 @pytest.mark.parametrize("blocks", [1, []])
 def test_scalefl_with_one_block_is_fedavg(fedavg, spans, mentor, blocks):
     assert identical(params_of(make_method("scalefl", blocks=blocks, spans=spans, mentor=mentor)), fedavg)
+
+
+@pytest.mark.parametrize("blocks", [1, [], BLOCKS])
+def test_fedepth_where_the_whole_model_fits_is_fedavg(fedavg, blocks):
+    assert identical(params_of(make_method("fedepth", blocks=blocks)), fedavg)
+
+
+def test_a_client_of_fedepth_trains_all_blocks_one_after_another(fedavg):
+    budget = (int(0.95 * full_bytes()),)
+    clients, method = Clients(DATA, budget), make_method("fedepth", blocks=BLOCKS)
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    for task in method.plan(state, [clients[i] for i in range(COHORT)]).tasks:
+        trained = [step.trainable for step in task.steps]
+        assert len(trained) > 1
+        assert all(a.isdisjoint(b) for a, b in itertools.combinations(trained, 2))
+        assert frozenset().union(*trained) >= {name for name, _ in spec().build(0).named_parameters()}
+    assert not identical(params_of(method, budget), fedavg)
+
+
+def test_a_block_that_fits_by_no_means_is_left_out_by_fedepth():
+    method = make_method("fedepth", blocks=BLOCKS)
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    budget = method.floor_bytes(state)
+    (task,) = method.plan(state, [Clients(DATA, (budget,))[0]]).tasks
+    assert 0 < len(task.steps) < len(BLOCKS) + 1
 
 
 def test_scalefl_with_one_block_and_a_mentor_is_not_fedavg(fedavg):

@@ -7,6 +7,7 @@ from typing import Any
 
 METHODS: Mapping[str, str] = {
     "fedavg": "scalefl.methods.fedavg:FedAvg",
+    "fedepth": "scalefl.methods.fedepth:FeDepth",
     "scalefl": "scalefl.methods.scalefl:ScaleFL",
 }
 """Short name -> "package.module:Class"."""

@@ -27,7 +27,7 @@ def make_plan(
     chosen: Mapping[int, tuple[Choice, ...]],
     work: LocalWork,
 ) -> RoundPlan:
-    """A plan in which each client of `chosen` does its steps in turn, on whole tensors, at the round's learning rate."""
+    """A plan in which each client of `chosen` does its steps in turn, on whole tensors, at the round's rate."""
     work_now = work.at_round(state.round)
     tasks, coords, costs = [], {}, {}
     steps = {do: tuple(replace(choice.step, work=work_now) for choice in do) for do in set(chosen.values())}
