@@ -49,7 +49,7 @@ clean:
 
 # Experiments: minutes to hours; small results are committed in docs/benchmarks. SCALEFL_DATA names the data folder.
 bench-accuracy bench-tuning bench-tenth bench-norms: bench-%: $(STAMP)
-	$(BIN)/python benchmarks/grid.py benchmarks/$*.toml --out docs/benchmarks/$*
+	$(BIN)/scalefl compare benchmarks/$*.toml --out docs/benchmarks/$*
 
 bench-memory: $(STAMP)
 	for what in planning prediction models tenth floors rungs federation; do $(BIN)/python benchmarks/memory.py $$what --out docs/benchmarks || exit 1; done

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from scalefl.costs import step_cost
 from scalefl.data import Devices, MemoryClass
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
+from scalefl.errors import BudgetError
 from scalefl.experiment import Experiment, environment, run
 from scalefl.measure import MARGIN_BYTES, MARGIN_SHARE
 from scalefl.memory import Cost
@@ -40,7 +42,18 @@ from scalefl.planner import cheapest, fit
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.run_folder import RunFolder
 from scalefl.steps import full_step
-from scalefl.types import AUTO, ClientLoss, ClientTask, ClientUpdate, LocalWork, Means, Offer, Step, described
+from scalefl.types import (
+    AUTO,
+    ClientLoss,
+    ClientTask,
+    ClientUpdate,
+    LocalWork,
+    Means,
+    Objective,
+    Offer,
+    Step,
+    described,
+)
 from scalefl.units import MIB
 
 ORDER = ("planning", "prediction", "models", "tenth", "floors", "rungs", "federation")
@@ -252,70 +265,123 @@ def prediction(folder: Path) -> None:
 
 
 def models(folder: Path) -> None:
-    batch = 128
+    rows = [_needs(subject) for subject in (*SMALL, LARGE)]
     lines = [
         "## What each model needs",
         "",
-        f"Predicted peaks in MiB at batch {batch} (ResNet-34 at 224: 32), SGD with momentum, mentor on. Stages: four "
-        "blocks, the paper's for ResNets, one co-adapted layer, no other means. Least: by all exact means, in four "
-        "blocks and in eight with parts of a block. Full, least: the same means for the full model, the honest "
-        "comparison. FLOPs: those of the dearest stage, mentor and output module included.",
+        "Predicted peaks in MiB at batch 128 (ResNet-34 at 224: 32), SGD with momentum; blocks with mentor and one "
+        "co-adapted layer, and the worst of them. Four blocks: the paper's for ResNets, else of equally many layers; "
+        "cut by memory: as the planner places four or eight, so that the worst is as small as can be. FLOPs: those of "
+        "the dearest of the four blocks, mentor and output module included, against full training.",
         "",
-        "| model | full | stages 1-4 | saved | full, least | four, least | eight and parts, least | FLOPs of full |",
+        "| model | full | four blocks | saved | cut by memory: four | saved | eight | saved | FLOPs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            f"{_mib(row[key])} | {_percent(1 - row[key] / row['full'], 0)}" for key in ("four", "four_cut", "eight_cut")
+        ]
+        lines.append(f"| {row['model']} | {_mib(row['full'])} | {' | '.join(cells)} | {_percent(row['flops'], 0)} |")
+    lines += [
+        "",
+        "With micro-batches of an eighth of the batch, the full model too: the honest comparison.",
+        "",
+        "| model | full | four blocks | saved | cut by memory: four | saved | eight | saved |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    rows = []
-    for subject in (*SMALL, LARGE):
-        work = LocalWork(batch_size=batch if subject is not LARGE else 32)
-        whole = full_step(subject.model, subject.problem, work)
-        full = step_cost(whole, subject.problem, TaskLoss())
-        full_least = cheapest(whole, subject.problem, TaskLoss(), AUTO)[1]
-        stages = _stage_costs(subject, work, 4, least=False)
-        four, eight = (max(c.peak_bytes for c in _stage_costs(subject, work, n, least=True)) for n in (4, 8))
-        worst = max(c.peak_bytes for c in stages)
-        dearest = max(c.flops for c in stages) / full.flops
-        peaks = " ".join(_mib(c.peak_bytes) for c in stages)
-        lines.append(
-            f"| {subject.title} | {_mib(full.peak_bytes)} | {peaks} | {_percent(1 - worst / full.peak_bytes, 0)} "
-            f"| {_mib(full_least.peak_bytes)} | {_mib(four)} | {_mib(eight)} | {_percent(dearest, 0)} |"
-        )
-        rows.append(
-            [
-                subject.title,
-                full.peak_bytes,
-                *(c.peak_bytes for c in stages),
-                full_least.peak_bytes,
-                four,
-                eight,
-                dearest,
-            ]
-        )
-        print(lines[-1], flush=True)
-    stage_names = [f"stage{i}_bytes" for i in range(1, 5)]
-    head = ["model", "full_bytes", *stage_names, "full_least_bytes", "four_least_bytes", "eight_least_bytes", "flops"]
-    _write_csv(folder / "models.csv", head, rows)
+    for row in rows:
+        full = row["full_micro"]
+        cells = [
+            f"{_mib(row[key])} | {_percent(1 - row[key] / full, 0)}"
+            for key in ("four_micro", "four_cut_micro", "eight_cut_micro")
+        ]
+        lines.append(f"| {row['model']} | {_mib(full)} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "By all exact means (docs/memory.md), without co-adapted layers; parts: some layers of a block at a time:",
+        "",
+        "| model | full | four blocks | saved | eight blocks in parts | saved |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        full = row["full_least"]
+        cells = [f"{_mib(row[key])} | {_percent(1 - row[key] / full, 0)}" for key in ("four_least", "eight_least")]
+        lines.append(f"| {row['model']} | {_mib(full)} | {' | '.join(cells)} |")
+    with (folder / "models.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     _write_section(folder, "models", lines)
 
 
-def _stage_costs(subject: Subject, work: LocalWork, count: int, *, least: bool) -> list[Cost]:
-    """The cost of each block, or of its dearest smallest part by the cheapest exact means."""
-    method = ScaleFL(work=work, blocks=count, coadapted_layers=0 if least else 1)
-    blocks = subject.blocks(count)
-    method = replace(method, blocks=tuple(cut.module for cut in map(blocks.cut, range(count - 1)) if cut))
+def _needs(subject: Subject) -> dict[str, Any]:
+    """Peaks of full training and of the worst of some blocks, in bytes."""
+    work = LocalWork(batch_size=32 if subject is LARGE else 128)
+    micro = Means(micro_batch_size=work.batch_size // 8)
+    whole = full_step(subject.model, subject.problem, work)
+    full = step_cost(whole, subject.problem, TaskLoss())
+    four = subject.blocks(4)
+    found: dict[str, Any] = {
+        "model": subject.title,
+        "full": full.peak_bytes,
+        "full_micro": step_cost(replace(whole, means=micro), subject.problem, TaskLoss()).peak_bytes,
+        "full_least": cheapest(whole, subject.problem, TaskLoss(), AUTO)[1].peak_bytes,
+    }
+    for name, blocks in (("four", four), ("four_cut", _cut(subject, work, 4)), ("eight_cut", _cut(subject, work, 8))):
+        steps = _stages(subject, work, blocks)
+        costs = [step_cost(step, subject.problem, objective) for step, objective in steps]
+        found[name] = max(cost.peak_bytes for cost in costs)
+        found[f"{name}_micro"] = max(
+            step_cost(replace(step, means=micro), subject.problem, objective).peak_bytes for step, objective in steps
+        )
+        if blocks is four:
+            found["flops"] = max(cost.flops for cost in costs) / full.flops
+    found["four_least"], found["eight_least"] = (_worst_least(subject, work, n) for n in (4, 8))
+    print(found, flush=True)
+    return found
+
+
+def _stages(subject: Subject, work: LocalWork, blocks: Blocks) -> list[tuple[Step, Objective]]:
+    method = ScaleFL(work=work, coadapted_layers=1)
+    steps = [method.stage_step(blocks, Span(b, b), subject.problem) for b in range(len(blocks))]
+    return [(step, method.objective(step)) for step in steps]
+
+
+def _cut(subject: Subject, work: LocalWork, count: int) -> Blocks:
+    """At most so many blocks, cut by memory: those for the smallest budget, to 1 %, that so many suffice for."""
+    method = ScaleFL(work=work, blocks="memory", spans="single", means="none", coadapted_layers=1)
+
+    def blocks_for(budget: int) -> Blocks | None:
+        try:
+            state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=budget)
+        except BudgetError:
+            return None
+        blocks = method.blocks_of(state)
+        return blocks if len(blocks) <= count else None
+
+    low, high = 0, step_cost(full_step(subject.model, subject.problem, work), subject.problem, TaskLoss()).peak_bytes
+    best = blocks_for(high)
+    while high - low > high // 100:
+        middle = (low + high) // 2
+        found = blocks_for(middle)
+        low, high = (low, middle) if found else (middle, high)
+        best = found or best
+    assert best is not None
+    return best
+
+
+def _worst_least(subject: Subject, work: LocalWork, count: int) -> int:
+    """The worst of some blocks by all exact means; of eight, each in the smallest parts where that takes less."""
+    method = ScaleFL(work=work, coadapted_layers=0)
+    cuts = tuple(cut.module for cut in map(subject.blocks(count).cut, range(count - 1)) if cut)
+    method = replace(method, blocks=cuts)
     state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
-    found = []
+    worst = 0
     for block in range(count):
-        step = method.stage_step(blocks, Span(block, block), subject.problem)
-        if not least:
-            found.append(step_cost(step, subject.problem, method.objective(step)))
-            continue
         tilings = method.tilings(state, block)[: None if count > 4 else 1]
         # The tiles of a block all have their turn, so the dearest counts.
-        dearest = [
-            max((_least(o.step, subject, method) for o in tiles), key=lambda c: c.peak_bytes) for tiles in tilings
-        ]
-        found.append(min(dearest, key=lambda c: c.peak_bytes))
-    return found
+        worst = max(worst, min(max(_least(o.step, subject, method).peak_bytes for o in tiles) for tiles in tilings))
+    return worst
 
 
 def _peak(cost: Cost) -> int:

@@ -28,6 +28,7 @@ from scalefl.run_folder import RunFolder
 from scalefl.units import mib
 
 if TYPE_CHECKING:
+    from scalefl.comparison import Comparison
     from scalefl.config import Config
     from scalefl.experiment import RunProgress
 
@@ -123,6 +124,34 @@ def run(
 
 
 @app.command()
+def compare(
+    config: ConfigFile,
+    settings: Settings = None,
+    runs: Annotated[Path, typer.Option("--runs", help="The folder of all runs.")] = DEFAULT_RUNS,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where tables and pictures go: by default beside the runs."),
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option("--parallel", min=1, help="Runs side by side: by default as many as there are cores.")
+    ] = None,
+) -> None:
+    """Run all variants of CONFIG for all its seeds and scenarios, side by side, and put them in one table.
+
+    What is finished is not run again: the same command goes on after an interruption.
+    """
+    from scalefl.comparison import load_comparison
+
+    console = _console()
+    comparison = load_comparison(config, tuple(settings or ()), runs=runs)
+    comparison.describe()
+    failed = _follow_jobs(console, comparison, parallel)
+    _conclude_comparison(console, comparison.path, out)
+    if failed:
+        raise ScaleFLError(f"{len(failed)} of {len(comparison.jobs)} runs failed:\n" + "\n".join(failed))
+
+
+@app.command()
 def plan(
     config: ConfigFile,
     settings: Settings = None,
@@ -160,18 +189,23 @@ def report(
         typer.Option("--out", metavar="DIR", help="Where to: by default the run's folder, or report/ beside several."),
     ] = None,
 ) -> None:
-    """Remake tables and pictures from the folders of one RUN, or of several to compare, and nothing else."""
-    from scalefl.report import compare, draw, read_run
+    """Remake tables and pictures from the folder of one RUN, of several, or of a comparison, and nothing else."""
+    from scalefl.report import compare as compare_runs
+    from scalefl.report import draw, is_comparison, read_run
     from scalefl.report.tables import comparison, memory_table, show, summary_table
 
-    console, found = _console(), [read_run(folder) for folder in runs]
+    console = _console()
+    if len(runs) == 1 and is_comparison(runs[0]):
+        _conclude_comparison(console, runs[0], out)
+        return
+    found = [read_run(folder) for folder in runs]
     if len(found) == 1:
         show(console, memory_table(found[0].plan))
         show(console, summary_table(found[0]))
         written = draw(found[0], out or runs[0])
     else:
         show(console, comparison(found))
-        written = compare(found, out or runs[0].parent / "report")
+        written = compare_runs(found, out or runs[0].parent / "report")
     _print_files(console, written)
 
 
@@ -322,6 +356,43 @@ def _follow_plainly(console: Console, rounds: Iterator[RunProgress], folder: Pat
         if done in (first, progress.rounds) or done % tenth == 0 or now - printed > PLAIN_SECONDS:
             console.print(", ".join(texts), highlight=False, soft_wrap=True)
             printed = now
+
+
+def _follow_jobs(console: Console, comparison: Comparison, parallel: int | None) -> list[str]:
+    """Run a comparison's jobs, and show how many are done; returns what went wrong, a text for each failed run."""
+    failed: list[str] = []
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=float("inf"),
+        disable=not console.is_terminal,
+    )
+    with bar, closing(comparison.run(parallel)) as ended:
+        task = bar.add_task(comparison.name, total=len(comparison.jobs))
+        for number, one in enumerate(ended, 1):
+            bar.update(task, completed=number)
+            if one.error:
+                failed.append(f"{one.job.folder}: {one.error.removeprefix('error: ')}")
+            console.print(
+                f"{number}/{len(comparison.jobs)} {one.job.folder}{': failed' if one.error else ''}",
+                highlight=False,
+                soft_wrap=True,
+            )
+    return failed
+
+
+def _conclude_comparison(console: Console, folder: Path, out: Path | None) -> None:
+    from scalefl.report.comparison import read_results, tables, write
+    from scalefl.report.tables import show
+
+    results = read_results(folder)
+    for scenario in results.runs:
+        for table in tables(results, scenario):
+            show(console, table)
+    _print_files(console, write(results, out or folder))
 
 
 def _conclude(console: Console, folder: Path) -> None:

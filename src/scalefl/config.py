@@ -171,9 +171,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         ConfigError: the file is missing or malformed, a key is unknown, or a value has the wrong type; names the
             file, or the override that brought it about.
     """
-    path, stages, names = Path(path), [_read(Path(path))], [str(path)]
+    path, stages, names = Path(path), [read_settings(Path(path))], [str(path)]
     for override in overrides:
-        stages.append(_overridden(stages[-1], override))
+        stages.append(overridden(stages[-1], override))
         names.append(f"--set {override!r}")
     try:
         return make_config(stages[-1])
@@ -208,7 +208,12 @@ def convert(raw: Any, target: type[T], where: str) -> T:
         raise ConfigError(message) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The plain values in a TOML file, or in the `config.json` of a run.
+
+    Raises:
+        ConfigError: the file is missing or malformed.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -248,7 +253,7 @@ def _own_method(path: str) -> Any:
     raise ConfigError(f"no method {path!r}{nearest(path, known)}; known: {', '.join(sorted(known))}, {OWN}")
 
 
-def _overridden(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
+def overridden(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
     """Nested tables with `a.b.c=value` set; the value is TOML, or a bare string."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():

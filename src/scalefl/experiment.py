@@ -44,6 +44,8 @@ from scalefl.types import Method, Population, ServerState
 
 LOW_MEMORY_CLIENTS = 1000
 """So many clients, drawn at random, are asked at most for the label distribution of low-memory clients."""
+ASKED_CLIENTS = 1000
+"""Of so many clients, drawn at random, the accuracies are compared."""
 
 
 class Experiment:
@@ -93,6 +95,13 @@ class Experiment:
             for member in self.population.classes
         }
         return memory_plan(self.method, state or self.initial_state(), budgets)
+
+    @property
+    def mean_budget(self) -> float:
+        """The clients' mean budget as a share of what full training takes; more than that counts as that."""
+        classes, full_bytes = self.population.classes, self.full_cost.peak_bytes
+        held = sum(member.share * min(member.memory_bytes / full_bytes, 1.0) for member in classes)
+        return held / sum(member.share for member in classes)
 
     @cached_property
     def probe(self) -> Batch:
@@ -259,8 +268,10 @@ class _Observer:
             "rounds": state.round,
             "test": self._measure(model, params, experiment.data.test),
             "low_memory_test": self._measure(model, params, experiment.low_memory_test),
+            "client_test": self._over_clients(model, params),
             "validation": journal[-1]["validation"],
             "full_training_peak_bytes": experiment.full_cost.peak_bytes,
+            "mean_budget": experiment.mean_budget,
             "predicted_peak_bytes": max(line["predicted_peak_bytes"] for line in rounds),
             "measured_peak_bytes": max(measured, default=None),
             "num_clients": len(experiment.population),
@@ -269,6 +280,22 @@ class _Observer:
             **{k: sum(line[k] for line in rounds) for k in ("flops", "bytes_down", "bytes_up", "simulated_seconds")},
             "seconds": sum(line["seconds"] for line in rounds),
         }
+
+    def _over_clients(self, model: ModelSpec, params: Params) -> dict[str, float]:
+        """How test accuracy differs between clients: each expects that of its labels, in its own proportions."""
+        data, problem = self._experiment.data, self._experiment.problem
+        labels = problem.labels(data.test)
+        of_label = torch.zeros(problem.num_classes, dtype=torch.float64)
+        for label in set(labels.tolist()):
+            rows = (labels == label).nonzero().flatten()
+            of_label[label] = self._measure(model, params, take(data.test, rows))["accuracy"]
+        order = shuffled(len(self._experiment.population), derive(self._experiment.config.seed, "asked clients"))
+        counts = torch.stack([data.label_counts(i) for _, i in zip(range(ASKED_CLIENTS), order, strict=False)]).double()
+        counts[:, ~torch.isin(torch.arange(problem.num_classes), labels)] = 0  # no test example tells of them
+        held = counts.sum(1)
+        accuracies = (counts[held > 0] / held[held > 0, None]) @ of_label
+        quantiles = torch.quantile(accuracies, torch.tensor([0.1, 0.5], dtype=torch.float64)).tolist()
+        return dict(zip(("accuracy_p10", "accuracy_median"), quantiles, strict=True))
 
     def _measure(self, model: ModelSpec, params: Params, examples: Batch) -> dict[str, float]:
         return evaluate(self._residents, model, params, self._experiment.problem, examples)

@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def comparison(self) -> Path:
+        """In the folder of a comparison, in which runs lie: what is compared."""
+        return self.path / "comparison.json"
+
+    @property
     def lock(self) -> Path:
         """Held by the process that runs in the folder."""
         return self.path / ".lock"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from test_experiment import settings
 
-from scalefl.config import Config, convert, make_config
+from scalefl.comparison import Compare, load_comparison
+from scalefl.config import Config, convert, load_config, make_config
 from scalefl.experiment import run
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models import BUILT_IN
@@ -38,7 +39,7 @@ def test_the_method_in_the_guide_runs(tmp_path, monkeypatch):
 
 
 def test_the_schedule_in_the_config_page_works(tmp_path, monkeypatch):
-    (code,), (text,) = blocks("docs/config.md", "python"), blocks("docs/config.md", "toml")
+    (code,), (text, _) = blocks("docs/config.md", "python"), blocks("docs/config.md", "toml")
     (tmp_path / "handover.py").write_text(f"from dataclasses import dataclass\n\n{code}")
     monkeypatch.syspath_prepend(tmp_path)
     method = tomllib.loads(text.replace("my_package.schedules", "handover"))["method"]
@@ -54,12 +55,20 @@ def test_the_readme_config_is_valid(monkeypatch):
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("examples/*.toml"), *ROOT.glob("benchmarks/*.toml")], ids=lambda p: p.name)
-def test_every_config_is_valid(path):
-    raw = tomllib.loads(path.read_text())
-    variants = raw.pop("variants", {"": {}})
-    raw.pop("grid", None)
-    for changes in variants.values():
-        make_config({**raw, **changes})
+def test_every_config_is_valid(path, tmp_path):
+    if "variants" in tomllib.loads(path.read_text()):
+        assert load_comparison(path, runs=tmp_path).jobs
+    else:
+        load_config(path)
+
+
+def test_the_comparison_in_the_config_page_is_valid(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(blocks("docs/config.md", "toml")[1])
+    comparison = load_comparison(path, runs=tmp_path)
+    assert len(comparison.jobs) == 2 * 2 * 3
+    keys = Compare.__dataclass_fields__
+    assert all(f"| `{key}` |" in (ROOT / "docs" / "config.md").read_text() for key in keys)
 
 
 def test_the_config_page_names_every_key_and_every_name():

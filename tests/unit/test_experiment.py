@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import support
+from scalefl.checkpoint import load_deployed
 from scalefl.config import make_config
 from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundFailed
 from scalefl.experiment import Experiment, run, run_rounds
@@ -288,3 +289,19 @@ def test_damaged_files_are_named(tmp_path):
     save_file({"params/x": torch.zeros(1)}, files.state, {"scalefl": '{"format": "scalefl-state"}'})
     with pytest.raises(CheckpointError, match="damaged"):
         run(settings("200%"), tmp_path / "run", resume=True)
+
+
+def test_clients_are_compared_by_the_labels_that_they_hold(tmp_path):
+    config = settings("200%")
+    found = run(config, tmp_path / "run")["client_test"]
+    data = Experiment(config).data
+    model, params = load_deployed(tmp_path / "run" / "state.safetensors")
+    module = model.build(0).eval()
+    module.load_state_dict(dict(params))
+    labels = data.test["label"]
+    right = (module(data.test["x"]).argmax(1) == labels).double()
+    of_label = {k: float(right[labels == k].mean()) for k in labels.unique().tolist()}
+    held = [[k for k in data.examples(client)["label"].tolist() if k in of_label] for client in range(data.num_clients)]
+    accuracies = torch.tensor([sum(of_label[k] for k in own) / len(own) for own in held], dtype=torch.float64)
+    assert found["accuracy_p10"] == pytest.approx(float(accuracies.quantile(0.1)))
+    assert found["accuracy_median"] == pytest.approx(float(accuracies.quantile(0.5)))

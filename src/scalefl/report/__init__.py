@@ -64,6 +64,11 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def is_comparison(folder: Path) -> bool:
+    """Whether a folder is that of a comparison."""
+    return RunFolder(folder).comparison.exists()
+
+
 def draw(run: Run, out: Path) -> list[Path]:
     """Draw a run's pictures into a folder; those that its journal has nothing for are left out."""
     from scalefl.report.pictures import accuracy_picture, memory_picture, plane_picture, save

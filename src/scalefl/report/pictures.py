@@ -65,8 +65,8 @@ def accuracy_picture(runs: Sequence[Run]) -> Figure | None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.subplots()
-        _grid(axes, "both")
-        for (name, points), (line, colour) in zip(curves, _line_styles(), strict=False):
+        with_grid(axes, "both")
+        for (name, points), (line, colour) in zip(curves, line_styles(), strict=False):
             rounds, values = zip(*points, strict=True)
             marker = "o" if len(points) <= MANY_POINTS else None
             style = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.8}
@@ -91,7 +91,7 @@ def memory_picture(plan: Mapping[str, Any], name: str) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 2.1 + 0.34 * len(rows)), layout="constrained")
         axes = figure.subplots()
-        _grid(axes, "x")
+        with_grid(axes, "x")
         left = [0.0] * len(rows)
         for term in TERMS:
             sizes = [row[f"{term}_bytes"] / MIB for row in rows]
@@ -135,9 +135,9 @@ def plane_picture(run: Run) -> Figure | None:
         figure = Figure(figsize=(10, 4.4), layout="constrained")
         near, whole = figure.subplots(1, 2, width_ratios=(3, 2))
         for axes in (near, whole):
-            _grid(axes, "both")
+            with_grid(axes, "both")
             axes.set(xlabel="nHSIC(X; Z): kept of the input", ylabel="nHSIC(Y; Z): told of the label")
-            for (cut, points), (line, colour) in zip(paths.items(), _line_styles(), strict=False):
+            for (cut, points), (line, colour) in zip(paths.items(), line_styles(), strict=False):
                 _draw_path(axes, cut, points, line, colour)
         for axis, set_near, set_whole in (("x", near.set_xlim, whole.set_xlim), ("y", near.set_ylim, whole.set_ylim)):
             values = [p[axis] for points in paths.values() for p in points]
@@ -224,7 +224,7 @@ def _paths(run: Run) -> dict[str, list[dict[str, float]]]:
     return paths
 
 
-def _line_styles() -> Any:
+def line_styles() -> Any:
     """Pairs of line style and colour, all different for as long as that goes."""
     return cycle((line, colour) for line in ("-", "--", ":") for colour in PALETTE)
 
@@ -236,5 +236,6 @@ def _around(values: Sequence[float]) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def _grid(axes: Axes, axis: Any) -> None:
+def with_grid(axes: Axes, axis: Any) -> None:
+    """Draw a quiet grid behind."""
     axes.grid(axis=axis, color=GRID, linewidth=0.8)

@@ -1,0 +1,173 @@
+"""Compare methods: the same config in variants, for several seeds, under several budgets, side by side.
+
+A comparison is a run's config with three tables of its own: `[compare]` (seeds), `[variants.NAME]` and
+`[scenarios.NAME]`, each with tables of the config that replace its own. Every run is a process and a folder of its
+own: finished ones are not run again, and broken ones go on where they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scalefl.checkpoint import write_whole
+from scalefl.config import Config, convert, make_config, overridden, read_settings, to_plain
+from scalefl.errors import ConfigError, check_range
+from scalefl.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """The settings of a comparison.
+
+    Args:
+        seeds: each variant runs once with each.
+        target_accuracy: on validation data, up to which simulated seconds are counted; None: the highest that every
+            variant of a scenario reaches.
+        validation_only: leave test figures out of tables, for choices that must not depend on them.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    target_accuracy: float | None = None
+    validation_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"compare.seeds = {list(self.seeds)}: expected different numbers, one at least")
+        if self.target_accuracy is not None:
+            check_range("compare.target_accuracy", self.target_accuracy, 0.0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison."""
+
+    scenario: str
+    variant: str
+    seed: int
+    config: Config
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that has ended: how long it took here, and what went wrong; nothing where it had been done before."""
+
+    job: Job
+    error: str = ""
+
+
+@dataclass
+class Comparison:
+    """All runs of a comparison, under one folder.
+
+    Args:
+        name: of the comparison.
+        path: its folder.
+        settings: its own.
+        scenarios, variants: names, in the order of the file; a comparison without scenarios has one without a name.
+        jobs: the runs, seed by seed, so that each seed is a comparison already.
+    """
+
+    name: str
+    path: Path
+    settings: Compare
+    scenarios: tuple[str, ...]
+    variants: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    _running: set[subprocess.Popen[str]] = field(default_factory=set)
+
+    def describe(self) -> None:
+        """Write what is compared into the folder, for reports."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = {"name": self.name, "settings": asdict(self.settings)}
+        content |= {"scenarios": self.scenarios, "variants": self.variants}
+        write_whole(RunFolder(self.path).comparison, json.dumps(content, indent=2).encode())
+
+    def run(self, parallel: int | None = None) -> Generator[Ended]:
+        """Do what is not done yet, as many runs side by side as asked (or as there are cores); yield each that ends.
+
+        A run that fails does not stop the others. Whoever stops asking stops the runs that are under way; what they
+        have saved is found again.
+        """
+        with ThreadPoolExecutor(parallel or os.cpu_count() or 1) as pool:
+            futures = [pool.submit(self._done, job) for job in self.jobs]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+                for process in list(self._running):
+                    process.send_signal(signal.SIGINT)
+
+    def _done(self, job: Job) -> Ended:
+        files = RunFolder(job.folder)
+        if files.summary.exists():
+            return Ended(job)
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        path = job.folder.with_name(f"{job.folder.name}.json")
+        path.write_text(json.dumps({"config": to_plain(job.config)}))
+        command = [sys.executable, "-m", "scalefl.cli", "run", str(path), "--resume", "--runs", str(job.folder.parent)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
+        # A session of its own: Ctrl-C is ours to handle, and reaches the run once.
+        with subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            self._running.add(process)
+            _, said = process.communicate()
+            self._running.discard(process)
+        path.unlink(missing_ok=True)
+        return Ended(job, "" if process.returncode == 0 else said.strip() or f"exit status {process.returncode}")
+
+
+def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: Path) -> Comparison:
+    """A comparison from a TOML file, with "key=value" overrides; its runs lie in `runs`/NAME/….
+
+    Raises:
+        ConfigError: as `load_config`; names the variant and the scenario whose config is wrong, before anything runs.
+    """
+    raw = read_settings(Path(path))
+    for override in overrides:
+        raw = overridden(raw, override)
+    settings = convert(raw.pop("compare", {}), Compare, "compare")
+    variants, scenarios = (_tables(raw, name) for name in ("variants", "scenarios"))
+    if not variants:
+        raise ConfigError(f"{path}: a comparison needs variants, as [variants.fedavg] with method = {{ name = … }}")
+    name = str(raw.get("name", Path(path).stem))
+    jobs = []
+    for seed in settings.seeds:
+        for scenario, budgets in (scenarios or {"": {}}).items():
+            for variant, changes in variants.items():
+                folder = runs / name / scenario / f"{variant}-{seed}"
+                try:
+                    config = make_config({**raw, **budgets, **changes, "name": folder.name, "seed": seed})
+                except ConfigError as error:
+                    where = f"variant {variant!r}" + (f" in scenario {scenario!r}" if scenario else "")
+                    raise ConfigError(f"{path}: {where}: {error}") from error
+                jobs.append(Job(scenario, variant, seed, config, folder))
+    return Comparison(name, runs / name, settings, tuple(scenarios or {"": {}}), tuple(variants), tuple(jobs))
+
+
+def _tables(raw: dict[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
+    found = raw.pop(name, {})
+    if not isinstance(found, Mapping) or not all(isinstance(table, Mapping) for table in found.values()):
+        raise ConfigError(f"{name}: expected tables, as [{name}.NAME]")
+    for key in found:
+        if key in ("", ".", "..") or Path(key).name != key:
+            raise ConfigError(f"{name}.{key!r}: expected a name that can be a folder's, without slashes")
+    return dict(found)

@@ -1,0 +1,241 @@
+"""Comparisons: many runs from one file, side by side, in one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from scalefl.cli import app
+from scalefl.comparison import Comparison, load_comparison
+from scalefl.errors import ConfigError
+from scalefl.report.comparison import (
+    all_figures,
+    budgets_picture,
+    curves_picture,
+    figures,
+    read_results,
+    tables,
+    target_of,
+    write,
+)
+from scalefl.report.tables import NOTHING
+from scalefl.run_folder import RunFolder
+
+CLASS = '{{ name = "all", share = 1.0, memory = "{}", flops_per_second = 1e9, bandwidth_bytes_per_second = 1e6 }}'
+BASE = f"""
+name = "both"
+model = "support:tiny"
+rounds = 2
+clients_per_round = 2
+data = {{ source = {{ name = "test_experiment:make_data" }} }}
+devices = {{ classes = [{CLASS.format("200%")}] }}
+work = {{ batch_size = 8 }}
+
+[compare]
+seeds = [3, 5]
+
+[variants.fedavg]
+method = {{ name = "fedavg" }}
+
+[variants.own-blocks]
+method = {{ name = "fedepth", blocks = 2 }}
+"""
+SCENARIOS = f"""
+[scenarios.generous]
+[scenarios.tight]
+devices = {{ classes = [{CLASS.format("105%")}] }}
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "both.toml"
+    path.write_text(text)
+    return path
+
+
+def loaded(folder: Path, text: str = BASE, *overrides: str) -> Comparison:
+    return load_comparison(written(folder, text), overrides, runs=folder / "runs")
+
+
+def test_every_variant_runs_with_every_seed_in_every_scenario(tmp_path):
+    comparison = loaded(tmp_path, BASE + SCENARIOS)
+    jobs = [(job.seed, job.scenario, job.variant) for job in comparison.jobs]
+    assert jobs == [
+        (seed, scenario, variant)
+        for seed in (3, 5)
+        for scenario in ("generous", "tight")
+        for variant in ("fedavg", "own-blocks")
+    ]
+    for job in comparison.jobs:
+        assert job.config.seed == job.seed
+        assert job.config.name == f"{job.variant}-{job.seed}"
+        assert job.folder == tmp_path / "runs" / "both" / job.scenario / job.config.name
+        assert job.config.method["name"] == {"fedavg": "fedavg", "own-blocks": "fedepth"}[job.variant]
+        assert job.config.devices.classes[0].memory == {"generous": "200%", "tight": "105%"}[job.scenario]
+    assert {job.scenario for job in loaded(tmp_path).jobs} == {""}
+    assert [job.config.rounds for job in loaded(tmp_path, BASE, "rounds=7").jobs] == [7] * 4
+    assert len(loaded(tmp_path, BASE, "compare.seeds=[1]").jobs) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BASE.partition("[variants")[0], "a comparison needs variants"),
+        (BASE.replace("blocks = 2", "blokcs = 2"), r"variant 'own-blocks': unknown key 'method.blokcs': did you mean"),
+        (BASE + SCENARIOS.replace("105%", "90 parsecs"), "variant 'fedavg' in scenario 'tight': .*90 parsecs"),
+        (BASE.replace("[variants.own-blocks]", '[variants."../up"]'), r"variants.'../up': expected a name"),
+        (BASE.replace("seeds = [3, 5]", "seeds = [3, 3]"), "expected different numbers"),
+        (BASE.replace("seeds = [3, 5]", "seeds = []"), "one at least"),
+        (BASE.replace("seeds", "sedes"), "unknown key 'compare.sedes': did you mean 'seeds'"),
+        (BASE.replace("seeds = [3, 5]", "target_accuracy = nan"), "compare.target_accuracy = nan"),
+        ("variants = 3\n" + BASE.partition("[variants")[0], "variants: expected tables"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(tmp_path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loaded(tmp_path, text)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_finished_runs_are_not_run_again_and_broken_ones_go_on(tmp_path):
+    comparison = loaded(tmp_path)
+    comparison.describe()
+    ended = list(comparison.run(2))
+    assert {end.job.folder for end in ended} == {job.folder for job in comparison.jobs}
+    assert not any(end.error for end in ended)
+    assert sorted(path.name for path in comparison.path.iterdir()) == [
+        "comparison.json",
+        *(f"{variant}-{seed}" for variant in ("fedavg", "own-blocks") for seed in (3, 5)),
+    ]
+    states = {job.folder: (job.folder / "state.safetensors").read_bytes() for job in comparison.jobs}
+
+    broken = RunFolder(comparison.jobs[1].folder)
+    broken.summary.unlink()
+    kept = RunFolder(comparison.jobs[0].folder).summary
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "mark": 1}))
+    assert not any(end.error for end in comparison.run())
+    assert "mark" in json.loads(kept.read_text())
+    assert broken.summary.exists()
+    assert {job.folder: (job.folder / "state.safetensors").read_bytes() for job in comparison.jobs} == states
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path):
+    impossible = f"[variants.impossible]\ndevices = {{ classes = [{CLASS.format('1KiB')}] }}\n"
+    path = written(tmp_path, BASE.replace("seeds = [3, 5]", "seeds = [3]") + impossible)
+    done = CliRunner().invoke(app, ["compare", str(path), "--runs", str(tmp_path / "runs")])
+    assert done.exit_code == 1
+    assert "1 of 3 runs failed" in done.stderr
+    assert "impossible-3: " in done.stderr and "the largest budget on offer is" in done.stderr
+    assert "1 runs of the comparison are not finished" in done.stdout
+    (row,) = [line for line in (tmp_path / "runs/both/comparison.md").read_text().splitlines() if "impossible" in line][
+        :1
+    ]
+    assert set(row.replace("impossible", "").replace(" ", "")) <= {"|", "0", NOTHING}
+
+
+def test_an_interruption_stops_the_runs_and_loses_nothing(tmp_path):
+    path = written(tmp_path, BASE)
+    command = [sys.executable, "-m", "scalefl.cli", "compare", str(path), "--runs", str(tmp_path / "runs")]
+    command += ["--parallel", "1", "--set", "rounds=100000"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    journal = tmp_path / "runs" / "both" / "fedavg-3" / "journal.jsonl"
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (journal.exists() and len(journal.read_text().splitlines()) > 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    with RunFolder(journal.parent).locked():  # whoever ran there is gone
+        rounds = len(RunFolder(journal.parent).read_journal())
+    assert rounds > 3
+    assert not (journal.parent / "summary.json").exists()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    comparison = loaded(folder, BASE + SCENARIOS)
+    comparison.describe()
+    assert not any(end.error for end in comparison.run(2))
+    return comparison.path
+
+
+def test_the_figures_are_those_of_the_runs(done: Path) -> None:
+    results = read_results(done)
+    assert results.num_missing == 0
+    run = results.runs["tight"]["fedavg"][5]
+    summary: dict[str, Any] = json.loads((done / "tight" / "fedavg-5" / "summary.json").read_text())
+    journal = RunFolder(done / "tight" / "fedavg-5").read_journal()
+    accuracies = [line["validation"]["accuracy"] for line in journal]
+    seconds = [0.0, journal[1]["simulated_seconds"], journal[1]["simulated_seconds"] + journal[2]["simulated_seconds"]]
+
+    found = figures(run, accuracies[2], journal[1]["flops"])
+    assert found["test"] == summary["test"]["accuracy"]
+    assert found["p10"] == summary["client_test"]["accuracy_p10"]
+    assert found["seconds_to_target"] == next(s for s, a in zip(seconds, accuracies, strict=True) if a >= accuracies[2])
+    assert found["at_equal_flops"] == max(accuracies[:2])
+    assert figures(run, 2.0, 0.0)["seconds_to_target"] is None
+    assert figures(run, None, -1.0)["at_equal_flops"] is None
+
+    best = [
+        max(line["validation"]["accuracy"] for line in RunFolder(done / "tight" / f"{v}-{s}").read_journal())
+        for v in ("fedavg", "own-blocks")
+        for s in (3, 5)
+    ]
+    assert target_of(results, "tight") == min(best)
+    assert set(all_figures(results, "tight")) == {"fedavg", "own-blocks"}
+
+
+def test_tables_and_pictures_come_from_the_folders_alone(done: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(done), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    names = ["accuracy-generous.png", "accuracy-tight.png", "budgets.png", "comparison.csv", "comparison.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    with (tmp_path / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {row["seed"] for row in rows} == {"3", "5"}
+    first = json.loads((done / "generous" / "fedavg-3" / "summary.json").read_text())
+    assert float(rows[0]["test"]) == pytest.approx(first["test"]["accuracy"], rel=1e-5)
+    page = (tmp_path / "comparison.md").read_text()
+    assert page.count("## both: ") == 4
+    for scenario in ("generous", "tight"):
+        assert f"## both: {scenario}: accuracy" in page and f"## both: {scenario}: cost" in page
+
+
+def test_choices_that_must_not_see_test_data_do_not(done: Path, tmp_path: Path) -> None:
+    results = read_results(done)
+    hidden = type(results)(results.name, results.path, {**results.settings, "validation_only": True}, results.runs)
+    for scenario in hidden.runs:
+        headers = {name.partition("\n")[0] for table in tables(hidden, scenario) for name in table.header}
+        assert not headers & {"accuracy", "low-mem.", "10th pct."}
+        assert "validation" in headers
+    assert "test" not in write(hidden, tmp_path)[1].read_text().splitlines()[0].split(",")
+    picture = budgets_picture(hidden)
+    assert picture is not None and "validation" in picture.axes[0].get_ylabel()
+
+
+def test_what_has_not_run_has_no_picture(tmp_path: Path) -> None:
+    comparison = loaded(tmp_path)
+    comparison.describe()
+    results = read_results(comparison.path)
+    assert results.num_missing == 4
+    assert curves_picture(results, "") is None
+    assert budgets_picture(results) is None
+    assert [path.name for path in write(results, tmp_path)] == ["comparison.md", "comparison.csv"]
+    assert [row[1] for row in tables(results, "")[0].rows] == ["0", "0"]
