@@ -16,11 +16,13 @@ from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from scalefl.checkpoint import write_whole
 from scalefl.config import Config, convert, make_config, overridden, read_settings, to_plain
-from scalefl.errors import ConfigError, check_range
+from scalefl.errors import ConfigError, ScaleFLError, check_range
+from scalefl.experiment import check_same
 from scalefl.run_folder import RunFolder
 
 
@@ -59,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that has ended: how long it took here, and what went wrong; nothing where it had been done before."""
+    """A run that has ended, now or before, and what went wrong."""
 
     job: Job
     error: str = ""
@@ -84,6 +86,7 @@ class Comparison:
     variants: tuple[str, ...]
     jobs: tuple[Job, ...]
     _running: set[subprocess.Popen[str]] = field(default_factory=set)
+    _is_over: Event = field(default_factory=Event)
 
     def describe(self) -> None:
         """Write what is compared into the folder, for reports."""
@@ -98,12 +101,14 @@ class Comparison:
         A run that fails does not stop the others. Whoever stops asking stops the runs that are under way; what they
         have saved is found again.
         """
+        self._is_over.clear()
         with ThreadPoolExecutor(parallel or os.cpu_count() or 1) as pool:
             futures = [pool.submit(self._done, job) for job in self.jobs]
             try:
                 for future in as_completed(futures):
                     yield future.result()
             finally:
+                self._is_over.set()
                 for future in futures:
                     future.cancel()
                 for process in list(self._running):
@@ -112,6 +117,10 @@ class Comparison:
     def _done(self, job: Job) -> Ended:
         files = RunFolder(job.folder)
         if files.summary.exists():
+            try:
+                check_same(job.config, files)
+            except ScaleFLError as error:
+                return Ended(job, str(error))
             return Ended(job)
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         path = job.folder.with_name(f"{job.folder.name}.json")
@@ -129,6 +138,8 @@ class Comparison:
             start_new_session=True,
         ) as process:
             self._running.add(process)
+            if self._is_over.is_set():
+                process.send_signal(signal.SIGINT)
             _, said = process.communicate()
             self._running.discard(process)
         path.unlink(missing_ok=True)

@@ -238,6 +238,21 @@ def read_config(folder: Path) -> Config:
         raise ConfigError(f"{files.config}: {error}") from error
 
 
+def check_same(config: Config, files: RunFolder) -> None:
+    """Refuse to take the run in a folder for one of `config`.
+
+    Raises:
+        ConfigError: it names the settings that differ.
+        CheckpointError: there is no run in the folder, or it is of a newer format.
+    """
+    saved, asked = to_plain(read_config(files.path)), to_plain(config)
+    for content in (saved, asked):  # what the result does not depend on
+        del content["save_every"], content["engine"]["workers"]
+    differing = [key for key in asked if asked[key] != saved[key]]
+    if differing:
+        raise ConfigError(f"{files.path} holds a run whose {', '.join(differing)} differ: resume with its own config")
+
+
 class _Observer:
     """What is measured beside training."""
 
@@ -358,12 +373,7 @@ def _check_budgets(experiment: Experiment, state: ServerState) -> None:
 
 
 def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
-    saved, asked = to_plain(read_config(files.path)), to_plain(experiment.config)
-    for content in (saved, asked):  # what the result does not depend on
-        del content["save_every"], content["engine"]["workers"]
-    differing = [key for key in asked if asked[key] != saved[key]]
-    if differing:
-        raise ConfigError(f"{files.path} holds a run whose {', '.join(differing)} differ: resume with its own config")
+    check_same(experiment.config, files)
     if not files.state.exists():  # it was killed before its first save
         files.journal.unlink(missing_ok=True)
         return experiment.initial_state()

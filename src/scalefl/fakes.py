@@ -6,7 +6,7 @@ cost more than all the rest of a trace: with this one, traces take half the time
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ class RememberingFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
         try:
             key = _key_of(func, args, kwargs)
             if key not in _results and torch.Tag.inplace_view not in func.tags:
-                _results[key] = _noted(result, args)
+                _results[key] = _noted(result, args, kwargs)
         except (_Forgettable, TypeError):  # or an argument that can't be hashed
             pass
         return result
@@ -109,15 +109,27 @@ def _key(value: Any) -> Any:
     return type(value), value  # 1, 1.0 and True are equal
 
 
-def _noted(result: Any, args: Sequence[Any]) -> Any:
+def _noted(result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if result is None:
         return None
+    hidden = {id(t.untyped_storage()) for t in _tensors([a for a in args if isinstance(a, tuple | list)])}
+    hidden |= {id(t.untyped_storage()) for t in _tensors(list(kwargs.values()))}
+    if any(id(t.untyped_storage()) in hidden for t in _tensors([result])):
+        raise _Forgettable  # of an argument among others, or of one by name
     if not isinstance(result, tuple | list):
         return _noted_one(result, args)
     storages = [id(item.untyped_storage()) for item in result if isinstance(item, Tensor)]
     if type(result) not in (tuple, list) or len(set(storages)) < len(storages):
         raise _Forgettable
     return type(result)(None if item is None else _noted_one(item, args) for item in result)
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
 
 
 def _noted_one(result: Any, args: Sequence[Any]) -> _Made | _Argument:

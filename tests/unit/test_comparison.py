@@ -129,6 +129,15 @@ def test_finished_runs_are_not_run_again_and_broken_ones_go_on(tmp_path):
     assert {job.folder: (job.folder / "state.safetensors").read_bytes() for job in comparison.jobs} == states
 
 
+def test_a_finished_run_of_another_config_is_not_taken_for_this_one(tmp_path):
+    first = loaded(tmp_path, BASE, "compare.seeds=[3]")
+    assert not any(end.error for end in first.run())
+    changed = loaded(tmp_path, BASE, "compare.seeds=[3]", "work.lr=0.2")
+    ended = list(changed.run())
+    assert all("holds a run whose work differ" in end.error for end in ended)
+    assert not any(end.error for end in loaded(tmp_path, BASE, "compare.seeds=[3]", "engine.workers=1").run())
+
+
 def test_a_run_that_fails_stops_no_other(tmp_path):
     impossible = f"[variants.impossible]\ndevices = {{ classes = [{CLASS.format('1KiB')}] }}\n"
     path = written(tmp_path, BASE.replace("seeds = [3, 5]", "seeds = [3]") + impossible)

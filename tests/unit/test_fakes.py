@@ -62,6 +62,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "not a tensor": lambda x: x.numel(),
     "convolution": lambda x: F.conv1d(x, x, padding=1),
     "batch norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "into another": lambda x: torch.add(x, 1, out=torch.empty_like(x)),
     "resized": lambda x: x.clone().resize_(len(x) + 1, 2),
     "with a gradient": lambda x: torch.autograd.grad((x.requires_grad_() ** 2).sum(), x),
 }
@@ -93,6 +94,14 @@ def test_storages_are_as_they_would_be() -> None:
             assert view.untyped_storage()._cdata == x.untyped_storage()._cdata
             assert other.untyped_storage()._cdata != x.untyped_storage()._cdata
             assert other.untyped_storage().nbytes() == x.untyped_storage().nbytes() == 96
+
+
+def test_what_is_written_into_another_is_that_other() -> None:
+    for _ in range(2):
+        with (fakes := RememberingFakes()), Ledger(WHOLE, fakes):
+            x, other = torch.zeros(4, 6), torch.zeros(4, 6)
+            assert torch.add(x, 1, out=other) is other
+            assert torch.broadcast_tensors(x, other)[1].untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def test_a_number_that_is_known_stays_known() -> None:
