@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Generator, Mapping
@@ -112,7 +111,7 @@ class Comparison:
                 for future in futures:
                     future.cancel()
                 for process in list(self._running):
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()  # a run may be killed at any moment
 
     def _done(self, job: Job) -> Ended:
         files = RunFolder(job.folder)
@@ -127,7 +126,7 @@ class Comparison:
         path.write_text(json.dumps({"config": to_plain(job.config)}))
         command = [sys.executable, "-m", "scalefl.cli", "run", str(path), "--resume", "--runs", str(job.folder.parent)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
-        # A session of its own: Ctrl-C is ours to handle, and reaches the run once.
+        # A session of its own: Ctrl-C is ours to handle.
         with subprocess.Popen(
             command,
             env=environment,
@@ -139,7 +138,7 @@ class Comparison:
         ) as process:
             self._running.add(process)
             if self._is_over.is_set():
-                process.send_signal(signal.SIGINT)
+                process.terminate()
             _, said = process.communicate()
             self._running.discard(process)
         path.unlink(missing_ok=True)
