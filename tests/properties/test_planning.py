@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from torch import nn
 import support
 from scalefl.blocks import Span, blocks_by_count
 from scalefl.engines.local import LocalEngine
+from scalefl.harmonizer import Progress
 from scalefl.loop import federate
 from scalefl.methods.scalefl import ScaleFL
 from scalefl.models.spec import ModelSpec
@@ -68,6 +71,28 @@ def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels,
         own = blocks_by_count(spec_of(channels), support.PROBLEM, len(channels) + 1)
         trained.append(max((_blocks_trained(own, step.trainable) for step in steps), default=0))
     assert trained == sorted(trained)
+
+
+@MODEST
+@given(NETS, st.integers(1, 2), st.data())
+def test_a_block_is_trained_part_by_part_where_parts_of_it_all_fit(channels, count, data):
+    method = ScaleFL(work=support.WORK, blocks=count, spans="single", means="auto", coadapted_layers=0)
+    state = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
+    blocks = blocks_by_count(spec_of(channels), support.PROBLEM, count)
+    stage = data.draw(st.integers(0, count - 1))
+    growth = Progress(stage=stage).to_json()
+    state = replace(state, aux=replace(state.aux, values={**state.aux.values, "growth": growth}))
+    peaks = [
+        [least(offer, support.PROBLEM, method.objective).cost.peak_bytes for offer in tiles]
+        for tiles in method.tilings(state, stage)
+    ]
+    needed = min(max(tiles) for tiles in peaks)
+    for budget in (needed, needed - 1):
+        tasks = method.plan(state, [ClientInfo(0, 8, budget)]).tasks
+        steps = [step for task in tasks for step in task.steps]
+        trained = frozenset().union(*(step.trainable for step in steps))
+        assert (blocks.trainable(Span(stage, stage)) <= trained) == (budget == needed)
+        assert bool(steps) == (budget >= min(min(tiles) for tiles in peaks))
 
 
 def peaks_of(method, state) -> dict[str, int]:

@@ -55,7 +55,7 @@ class ScaleFL:
         mentor: the Curriculum Mentor; None trains on the task loss alone.
         growth: the order in which blocks have their turn: `RoundRobin`, `Sequential`, `Converged` or your own.
         coadapted_layers: weight layers before the block that train with it; with elastic spans, as many as fit.
-        parts: whether a client whose memory does not hold a block may train some of its layers, in turn.
+        parts: whether a client whose memory does not hold a block may train its layers part by part, in one round.
         server: what the server does with the mean.
     """
 
@@ -115,7 +115,7 @@ class ScaleFL:
         }
         turn = state.round // num_blocks
         fits = {want: self._choice(state, turn, *want) for want in sorted(set(wanted.values()))}
-        chosen = {c.id: (fit,) for c in cohort if (fit := fits[wanted[c.id]]) is not None}
+        chosen = {c.id: found for c in cohort if (found := fits[wanted[c.id]])}
         label = f"block {stage + 1}" if self.spans == "single" else "spans"
         return make_plan(state, label, cohort, chosen, self.work)
 
@@ -168,8 +168,8 @@ class ScaleFL:
         layers = self.coadapted_layers if coadapted_layers is None else coadapted_layers
         return _span_step(self, blocks, span, problem, layers)
 
-    def _choice(self, state: ServerState, turn: int, stage: int, budget: int, num_examples: int) -> Choice | None:
-        """The longest span that fits around the block in turn, or parts of that block; else of its neighbours.
+    def _choice(self, state: ServerState, turn: int, stage: int, budget: int, num_examples: int) -> tuple[Choice, ...]:
+        """The longest span that fits around the block in turn, or that block part by part; else of its neighbours.
 
         Deviation: the paper gives everybody the same block, and does not split blocks.
         """
@@ -179,40 +179,39 @@ class ScaleFL:
             near = [span for span in spans if _distance(span, stage) == distance]
             for length in sorted({len(span) for span in near}, reverse=True):
                 offers = [self._offer(state, span) for span in near if len(span) == length]
-                if found := self._fit(state, offers, turn, budget, num_examples):
-                    return found
+                if fits := self._fits(state, offers, budget, num_examples):
+                    return (fits[turn % len(fits)],)  # equals take turns
             for block in sorted({min(max(stage, span.first), span.last) for span in near}):
-                if found := self._fit_part(state, turn, block, budget, num_examples):
-                    return found
-        return None
+                if fits := self._part_by_part(state, block, budget, num_examples):
+                    return fits
+        return ()
 
-    def _fit_part(self, state: ServerState, turn: int, stage: int, budget: int, num_examples: int) -> Choice | None:
-        """The largest part of a block that fits; parts take turns."""
-        for tiles in self.tilings(state, stage)[1:]:
-            if found := self._fit(state, tiles, turn, budget, num_examples):
-                return found
-        return None
+    def _part_by_part(self, state: ServerState, block: int, budget: int, num_examples: int) -> tuple[Choice, ...]:
+        """The parts of a block, one after another in one round: the largest that all fit, else what fits of any."""
+        most: tuple[Choice, ...] = ()
+        for tiles in self.tilings(state, block)[1:]:
+            fits = self._fits(state, tiles, budget, num_examples)
+            if len(fits) == len(tiles):
+                return fits
+            most = fits or most
+        return most
 
-    def _fit(
-        self, state: ServerState, offers: Sequence[Offer], turn: int, budget: int, num_examples: int
-    ) -> Choice | None:
-        """That of equal offers whose turn it is among those that fit, with the round's coefficients."""
-        fits = [
-            found
+    def _fits(self, state: ServerState, offers: Sequence[Offer], budget: int, num_examples: int) -> tuple[Choice, ...]:
+        """Those of some offers that fit, with the round's coefficients."""
+        found = (
+            fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=num_examples)
             for offer in offers
-            if (
-                found := fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=num_examples)
-            )
-        ]
-        if not fits:
-            return None
-        step, cost, label = fits[turn % len(fits)]
+        )
+        return tuple(self._now(state, choice) for choice in found if choice)
+
+    def _now(self, state: ServerState, choice: Choice) -> Choice:
+        """The choice with the coefficients of the round."""
         if self.mentor is None:
-            return Choice(step, cost, label)
+            return choice
         blocks = self.blocks_of(state)
-        end = next(b for b in range(len(blocks)) if blocks.cut(b) == step.part.stop)
-        now = self.mentor.coefficients(end, len(blocks), state.round)
-        return Choice(replace(step, coefficients=now), cost, label)
+        end = next(b for b in range(len(blocks)) if blocks.cut(b) == choice.step.part.stop)
+        coefficients = self.mentor.coefficients(end, len(blocks), state.round)
+        return choice._replace(step=replace(choice.step, coefficients=coefficients))
 
     def _offer(self, state: ServerState, span: Span) -> Offer:
         blocks, most = self.blocks_of(state), self.coadapted_layers if span.first else 0
