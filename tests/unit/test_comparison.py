@@ -154,7 +154,11 @@ def test_a_run_that_fails_stops_no_other(tmp_path):
 
 def test_an_interruption_stops_the_runs_and_loses_nothing(tmp_path):
     path = written(tmp_path, BASE)
-    command = [sys.executable, "-m", "scalefl.cli", "compare", str(path), "--runs", str(tmp_path / "runs")]
+    # With SIGINT as a terminal has it: a shell's background jobs ignore it, and so do their children.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom scalefl.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "compare", str(path), "--runs", str(tmp_path / "runs")]
     command += ["--parallel", "1", "--set", "rounds=100000"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     journal = tmp_path / "runs" / "both" / "fedavg-3" / "journal.jsonl"
