@@ -93,6 +93,12 @@ def without_prefix(step: Step) -> bool:
     return step.means.prefix in ("streamed", "cached") and step.part.entry is not None
 
 
+def held_by(step: Step) -> frozenset[str]:
+    """The tensors that a step holds for as long as it trains."""
+    output = step.part.output.names() if step.part.output else ()
+    return frozenset((*(step.part.own if without_prefix(step) else step.part.held), *output))
+
+
 @contextlib.contextmanager
 def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[PartRunner, dict[str, nn.Parameter]]]:
     """Lay out what a step holds by its means, in the precision that they ask for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scalefl.client import holding, make_optimizer, train_batch
+from scalefl.client import held_by, holding, make_optimizer, train_batch
 from scalefl.errors import UncuttableModel
 from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, Slices, cost_of, predict, profile, slices
 from scalefl.models.spec import ModelSpec
@@ -51,6 +51,24 @@ def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
         passes = 2 if step.splits and objective.coupled else 1
         flops += round(of_prefix * rows * (1 / step.work.epochs if step.means.prefix == "cached" else passes))
     return cost_of(terms, flops, rows)
+
+
+def in_turn(steps: Sequence[Step], costs: Sequence[Cost]) -> Cost:
+    """The cost of a task whose steps run one after another: the fullest of them, and the FLOPs of all.
+
+    While one runs, the tensors of the others are there: what they have trained, and what they will start from.
+    """
+    sizes = {name: size for step in steps for name, size in _sizes_of(step.part).items()}
+    held = [held_by(step) for step in steps]
+    together = frozenset().union(*held)
+    waiting = [sum(sizes[name] for name in together - own) for own in held]
+    terms = [
+        np.array([size for _, size in cost.terms]) + _term("weights", more)
+        for cost, more in zip(costs, waiting, strict=True)
+    ]
+    return cost_of(
+        max(terms, key=lambda found: int(found.sum())), sum(cost.flops for cost in costs), costs[0].num_examples
+    )
 
 
 def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int) -> tuple[Array, float]:

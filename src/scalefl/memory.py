@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -326,12 +326,6 @@ def predict(step: Callable[[Ledger], None], num_examples: int) -> Cost:
     except (DataDependentOutputException, DynamicOutputShapeException):
         found = _watched(step, Ledger(), contextlib.nullcontext())
     return cost_of(found.peak(0, 0), int(found.flops[0]), num_examples)
-
-
-def in_turn(costs: Sequence[Cost]) -> Cost:
-    """The cost of steps that run one after another: the peak of the dearest, and the FLOPs of all."""
-    dearest = max(costs, key=lambda cost: cost.peak_bytes)
-    return replace(dearest, flops=sum(cost.flops for cost in costs))
 
 
 def cost_of(terms: Array, flops: int, num_examples: int) -> Cost:

@@ -87,11 +87,15 @@ def test_a_block_is_trained_part_by_part_where_parts_of_it_all_fit(channels, cou
         for tiles in method.tilings(state, stage)
     ]
     needed = min(max(tiles) for tiles in peaks)
-    for budget in (needed, needed - 1):
-        tasks = method.plan(state, [ClientInfo(0, 8, budget)]).tasks
-        steps = [step for task in tasks for step in task.steps]
+    others = sum(t.nbytes for t in state.params.values())  # what a part may hold of the others, at the most
+    for budget in (needed + others, needed + data.draw(st.integers(0, others)), needed, needed - 1):
+        plan = method.plan(state, [ClientInfo(0, 8, budget)])
+        steps = [step for task in plan.tasks for step in task.steps]
         trained = frozenset().union(*(step.trainable for step in steps))
-        assert (blocks.trainable(Span(stage, stage)) <= trained) == (budget == needed)
+        whole = blocks.trainable(Span(stage, stage)) <= trained
+        assert all(cost.peak_bytes <= budget for cost in plan.costs.values())
+        assert whole or budget < needed + others
+        assert not whole or budget >= needed
         assert bool(steps) == (budget >= min(min(tiles) for tiles in peaks))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models import Case, built_in, case, images, vectors
 from scalefl.blocks import Span, blocks_by_count, blocks_by_hand
-from scalefl.costs import step_cost
+from scalefl.costs import in_turn, step_cost
 from scalefl.memory import Cost, Ledger, predict
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.models import resolve
@@ -25,7 +25,7 @@ from scalefl.parts import Resident
 from scalefl.planner import budget_error, cheapest, fitting_means, output_module
 from scalefl.problem import Batch, Classification, Column, Problem, Weighted
 from scalefl.steps import full_step, span_step
-from scalefl.types import AUTO, NO_MEANS, Choice, Ladder, LocalWork, Means, Step
+from scalefl.types import AUTO, NO_MEANS, Choice, Ladder, LocalWork, Means, PrefixMode, Step
 from scalefl.units import MIB, mib
 
 WORK = LocalWork(batch_size=16)
@@ -232,6 +232,28 @@ def test_coadaptation_and_mentor_count() -> None:
 # FLOPs
 
 
+@pytest.mark.parametrize("prefix", ["resident", "streamed"])
+def test_steps_that_run_in_turn_hold_each_others_tensors(prefix: PrefixMode) -> None:
+    """A worker gets all tensors of a task at once; those of a streamed prefix only where no step trains them."""
+    c, work = built_in("resnet10", 0.25), LocalWork(batch_size=2)
+    steps = [replace(stage_step(c, 3, block, work), means=Means(prefix=prefix)) for block in range(3)]
+    costs = [cost_of(step, c.problem) for step in steps]
+    sizes = {name: t.nbytes for step in steps for name, t in Resident(c.model).empty(step.part).items()}
+    own = [set(step.part.own if step.part.entry and prefix == "streamed" else step.part.held) for step in steps]
+    for step, names in zip(steps, own, strict=True):
+        names.update(step.part.output.names() if step.part.output else ())
+    everything = set().union(*own)
+    expected = max(
+        cost.peak_bytes + sum(sizes[name] for name in everything - names)
+        for cost, names in zip(costs, own, strict=True)
+    )
+    found = in_turn(steps, costs)
+    assert found.peak_bytes == expected == sum(size for _, size in found.terms)
+    assert found.peak_bytes > max(cost.peak_bytes for cost in costs)
+    assert found.flops == sum(cost.flops for cost in costs)
+    assert in_turn(steps[:1], costs[:1]) == costs[0]
+
+
 def test_flops_of_linear_layers() -> None:
     """Forward 2 a multiply-add; backward as much for the weights, and again for an input that needs a gradient."""
     rows, problem = 10, by_hand(10)
@@ -334,7 +356,7 @@ from scalefl.models.skeleton import tensors
 from scalefl.objectives import TaskLoss
 from scalefl.params import is_attachment
 from scalefl.parts import Resident
-from scalefl.costs import step_cost
+from scalefl.costs import in_turn, step_cost
 from scalefl.planner import output_module
 from scalefl.steps import full_step, span_step
 from scalefl.sgd import SGD

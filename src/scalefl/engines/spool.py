@@ -16,7 +16,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from scalefl.client import without_prefix
+from scalefl.client import held_by
 from scalefl.engines.wire import Head, Read
 from scalefl.params import CPU, LazyParams, bytes_of
 from scalefl.types import ClientTask
@@ -110,11 +110,8 @@ class TaskParams(LazyParams):
 
 def streamed_names(task: ClientTask) -> frozenset[str]:
     """The tensors that a task needs, but that no step of it holds for as long as it trains."""
-    needed, held = set[str](), set(task.moving)
-    for step in task.steps:
-        needed.update(step.part.held)
-        held.update(step.part.own if without_prefix(step) else step.part.held)
-    return frozenset(needed - held)
+    needed = frozenset(name for step in task.steps for name in step.part.held)
+    return needed.difference(task.moving, *map(held_by, task.steps))
 
 
 def _unnamed_file() -> IO[bytes]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from scalefl.coords import whole
-from scalefl.memory import in_turn
+from scalefl.costs import in_turn
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.rng import derive
@@ -38,6 +38,9 @@ def make_plan(
         do = chosen[client.id]
         seed = derive(state.seed, "task", state.round, client.id)
         tasks.append(ClientTask(client.id, state.round, steps[do], seed))
-        coords[client.id], costs[client.id] = names[do], in_turn([choice.cost for choice in do])
+        coords[client.id], costs[client.id] = (
+            names[do],
+            in_turn([choice.step for choice in do], [choice.cost for choice in do]),
+        )
     rungs = {id: " + ".join(choice.rung for choice in do) for id, do in chosen.items()}
     return RoundPlan(stage, tuple(tasks), coords, costs, rungs, {client.id: client for client in cohort})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
 from scalefl.methods.common import initial_params, make_plan
@@ -16,7 +16,7 @@ from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import fit, least_of
+from scalefl.planner import fit, fitting_together, least_of
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
@@ -80,7 +80,10 @@ class FeDepth:
         """For each client its own blocks, front to back."""
         # Numbers of examples only decide whether a prefix's features fit on disk: their order of magnitude will do.
         wanted = {c.id: (c.memory_bytes, 1 << c.num_examples.bit_length()) for c in cohort}
-        found = {want: self._in_turn(state, *want) for want in set(wanted.values())}
+        found = {
+            (budget, num_examples): fitting_together(partial(self._own_blocks, state, num_examples), budget)
+            for budget, num_examples in set(wanted.values())
+        }
         chosen = {client.id: found[wanted[client.id]] for client in cohort if found[wanted[client.id]]}
         return make_plan(state, "own blocks", cohort, chosen, self.work)
 
@@ -97,7 +100,7 @@ class FeDepth:
         """The whole model, without skip heads."""
         return state.model, without_attachments(state.params)
 
-    def _in_turn(self, state: ServerState, budget: int, num_examples: int) -> tuple[Choice, ...]:
+    def _own_blocks(self, state: ServerState, num_examples: int, budget: int) -> tuple[Choice, ...]:
         """Blocks from the first on, each as long as fits; those that fit by no means are left out."""
         blocks = self._blocks(state.model, state.problem)
         found: list[Choice] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 from scalefl.blocks import Blocks, Layer, Span, blocks_by_count, blocks_by_hand, blocks_from_ends
@@ -20,7 +20,7 @@ from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import budget_error, cheapest, fit, least_of, output_module
+from scalefl.planner import budget_error, cheapest, fit, fitting_together, least_of, output_module
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
@@ -179,7 +179,7 @@ class ScaleFL:
             near = [span for span in spans if _distance(span, stage) == distance]
             for length in sorted({len(span) for span in near}, reverse=True):
                 offers = [self._offer(state, span) for span in near if len(span) == length]
-                if fits := self._fits(state, offers, budget, num_examples):
+                if fits := self._fits(state, offers, num_examples, budget):
                     return (fits[turn % len(fits)],)  # equals take turns
             for block in sorted({min(max(stage, span.first), span.last) for span in near}):
                 if fits := self._part_by_part(state, block, budget, num_examples):
@@ -190,13 +190,13 @@ class ScaleFL:
         """The parts of a block, one after another in one round: the largest that all fit, else what fits of any."""
         most: tuple[Choice, ...] = ()
         for tiles in self.tilings(state, block)[1:]:
-            fits = self._fits(state, tiles, budget, num_examples)
+            fits = fitting_together(partial(self._fits, state, tiles, num_examples), budget)
             if len(fits) == len(tiles):
                 return fits
             most = fits or most
         return most
 
-    def _fits(self, state: ServerState, offers: Sequence[Offer], budget: int, num_examples: int) -> tuple[Choice, ...]:
+    def _fits(self, state: ServerState, offers: Sequence[Offer], num_examples: int, budget: int) -> tuple[Choice, ...]:
         """Those of some offers that fit, with the round's coefficients."""
         found = (
             fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=num_examples)
