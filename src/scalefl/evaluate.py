@@ -15,7 +15,7 @@ from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, moved
 from scalefl.partition import Cut
 from scalefl.parts import Part
-from scalefl.problem import Batch, Problem, num_rows, without_padding
+from scalefl.problem import Batch, Problem, num_rows, take, without_padding
 from scalefl.rng import generator
 
 EVALUATION_BATCH = 128
@@ -36,6 +36,34 @@ def evaluate(
                 entry[0] += float(value)
                 entry[1] += weight
     return {name: value / weight for name, (value, weight) in sums.items()}
+
+
+def accuracy_of_labels(
+    residents: Residents, model: ModelSpec, params: Params, problem: Problem, examples: Batch
+) -> Tensor:
+    """Accuracy on the examples of each label, [K]; NaN where there are none, or the problem measures no accuracy."""
+    labels = problem.labels(examples)
+    found = torch.full((problem.num_classes,), torch.nan, dtype=torch.float64)
+    for label in set(labels.tolist()):
+        metrics = evaluate(residents, model, params, problem, take(examples, (labels == label).nonzero().flatten()))
+        found[label] = metrics.get("accuracy", torch.nan)
+    return found
+
+
+def accuracy_over_clients(of_label: Tensor, counts: Tensor) -> dict[str, float]:
+    """How accuracy differs between clients: each expects that of its labels, in its own proportions.
+
+    Args:
+        of_label: [K]; labels with NaN do not count.
+        counts: how many examples of each label each client has, [N, K].
+    """
+    counts = torch.where(of_label.isnan(), 0, counts).double()
+    held = counts.sum(1)
+    accuracies = (counts[held > 0] / held[held > 0, None]) @ of_label.nan_to_num()
+    if not len(accuracies):
+        return {}
+    quantiles = torch.quantile(accuracies, torch.tensor([0.1, 0.5], dtype=torch.float64)).tolist()
+    return dict(zip(("accuracy_p10", "accuracy_median"), quantiles, strict=True))
 
 
 def nhsic_plane(

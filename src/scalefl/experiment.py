@@ -24,7 +24,14 @@ from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.gauge import device_of
 from scalefl.engines.local import LocalEngine, offered
 from scalefl.errors import CheckpointError, ConfigError, DataError, UncuttableModel
-from scalefl.evaluate import evaluate, nhsic_plane, rows_by_distribution, stratified_rows
+from scalefl.evaluate import (
+    accuracy_of_labels,
+    accuracy_over_clients,
+    evaluate,
+    nhsic_plane,
+    rows_by_distribution,
+    stratified_rows,
+)
 from scalefl.loop import federate
 from scalefl.measure import base_bytes, usable_bytes
 from scalefl.memory import Cost
@@ -297,20 +304,11 @@ class _Observer:
         }
 
     def _over_clients(self, model: ModelSpec, params: Params) -> dict[str, float]:
-        """How test accuracy differs between clients: each expects that of its labels, in its own proportions."""
-        data, problem = self._experiment.data, self._experiment.problem
-        labels = problem.labels(data.test)
-        of_label = torch.zeros(problem.num_classes, dtype=torch.float64)
-        for label in set(labels.tolist()):
-            rows = (labels == label).nonzero().flatten()
-            of_label[label] = self._measure(model, params, take(data.test, rows))["accuracy"]
-        order = shuffled(len(self._experiment.population), derive(self._experiment.config.seed, "asked clients"))
-        counts = torch.stack([data.label_counts(i) for _, i in zip(range(ASKED_CLIENTS), order, strict=False)]).double()
-        counts[:, ~torch.isin(torch.arange(problem.num_classes), labels)] = 0  # no test example tells of them
-        held = counts.sum(1)
-        accuracies = (counts[held > 0] / held[held > 0, None]) @ of_label
-        quantiles = torch.quantile(accuracies, torch.tensor([0.1, 0.5], dtype=torch.float64)).tolist()
-        return dict(zip(("accuracy_p10", "accuracy_median"), quantiles, strict=True))
+        experiment, data = self._experiment, self._experiment.data
+        order = shuffled(len(experiment.population), derive(experiment.config.seed, "asked clients"))
+        counts = [data.label_counts(client) for _, client in zip(range(ASKED_CLIENTS), order, strict=False)]
+        of_label = accuracy_of_labels(self._residents, model, params, experiment.problem, data.test)
+        return accuracy_over_clients(of_label, torch.stack(counts))
 
     def _measure(self, model: ModelSpec, params: Params, examples: Batch) -> dict[str, float]:
         return evaluate(self._residents, model, params, self._experiment.problem, examples)

@@ -15,6 +15,9 @@ from scalefl.checkpoint import load_deployed
 from scalefl.config import make_config
 from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundFailed
 from scalefl.experiment import Experiment, run, run_rounds
+from scalefl.problem import Classification
+from scalefl.report import read_run
+from scalefl.report.comparison import Results, target_of, write
 from scalefl.run_folder import RunFolder
 
 
@@ -305,3 +308,30 @@ def test_clients_are_compared_by_the_labels_that_they_hold(tmp_path):
     accuracies = torch.tensor([sum(of_label[k] for k in own) / len(own) for own in held], dtype=torch.float64)
     assert found["accuracy_p10"] == pytest.approx(float(accuracies.quantile(0.1)))
     assert found["accuracy_median"] == pytest.approx(float(accuracies.quantile(0.5)))
+
+
+class WithoutAccuracy(Classification):
+    """Measures its loss only."""
+
+    def metrics(self, output, batch):
+        return {"loss": self.loss(output, batch)}
+
+
+def data_without_accuracy() -> support.MadeData:
+    data = make_data()
+    data.problem = WithoutAccuracy(3, support.PROBLEM.columns)
+    return data
+
+
+def test_a_problem_that_measures_no_accuracy_ends_all_the_same(tmp_path):
+    data = {"source": {"name": "test_experiment:data_without_accuracy"}}
+    summary = run(settings("200%", data=data), tmp_path / "run")
+    assert "accuracy" not in summary["test"] and summary["client_test"] == {}
+    results = Results(
+        "one",
+        tmp_path,
+        {"seeds": [0], "target_accuracy": None, "validation_only": False},
+        {"": {"a": {0: read_run(tmp_path / "run")}}},
+    )
+    assert [path.name for path in write(results, tmp_path / "out")] == ["comparison.md", "comparison.csv"]
+    assert target_of(results, "") is None

@@ -76,10 +76,10 @@ def figures(run: Run, target: float | None, equal_flops: float) -> dict[str, flo
     """
     summary = run.summary or {}
     return {
-        "test": summary["test"]["accuracy"],
-        "low_memory": summary["low_memory_test"]["accuracy"],
+        "test": summary["test"].get("accuracy"),
+        "low_memory": summary["low_memory_test"].get("accuracy"),
         "p10": summary.get("client_test", {}).get("accuracy_p10"),
-        "validation": summary["validation"]["accuracy"],
+        "validation": summary["validation"].get("accuracy"),
         "at_equal_flops": max((y for x, y in curve(run, "flops") if x <= equal_flops), default=None),
         "clients": summary["num_clients_seen"],
         "lost": summary["num_clients_lost"],
@@ -109,7 +109,9 @@ def curve(run: Run, axis: str) -> list[tuple[float, float]]:
     added = AXES[axis][1]
     spent = accumulate(added(line) if line["round"] else 0.0 for line in run.journal)
     return [
-        (x, line["validation"]["accuracy"]) for x, line in zip(spent, run.journal, strict=True) if "validation" in line
+        (x, line["validation"]["accuracy"])
+        for x, line in zip(spent, run.journal, strict=True)
+        if "accuracy" in line.get("validation", ())
     ]
 
 
@@ -120,9 +122,8 @@ def _seconds_to(run: Run, target: float | None) -> float | None:
 def target_of(results: Results, scenario: str) -> float | None:
     """The accuracy that counts as reached: as set, or the highest that every run of a scenario comes to."""
     chosen = results.settings["target_accuracy"]
-    best = [
-        max(y for _, y in curve(run, "rounds")) for found in results.runs[scenario].values() for run in found.values()
-    ]
+    curves = [curve(run, "rounds") for found in results.runs[scenario].values() for run in found.values()]
+    best = [max(y for _, y in points) for points in curves if points]
     return float(chosen) if chosen is not None else min(best, default=None)
 
 
@@ -247,7 +248,7 @@ def _write_csv(results: Results, path: Path) -> None:
 def curves_picture(results: Results, scenario: str) -> Figure | None:
     """Validation accuracy over rounds, FLOPs, bytes and simulated time: means over seeds, with the seeds' range."""
     runs = {variant: list(found.values()) for variant, found in results.runs[scenario].items() if found}
-    if not runs:
+    if not any(curve(run, "rounds") for found in runs.values() for run in found):
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 7.4), layout="constrained")
