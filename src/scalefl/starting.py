@@ -31,8 +31,6 @@ def skipping(module: nn.Module, entry: Entry, given: list[Tensor], *, wrong: boo
     no statistics. `wrong` stand-ins are for proofs (see `filled`).
     """
     num_examples, device = len(given[0]), given[0].device
-    changed = [(module.get_submodule(path), template) for path, template in entry.skipped]
-    before = [vars(child).get("forward") for child, _ in changed]
     around = [child for path, child in module.named_modules() if child.training and not entry.covers(path)]
 
     def before_cut(template: Template) -> Any:
@@ -46,17 +44,27 @@ def skipping(module: nn.Module, entry: Entry, given: list[Tensor], *, wrong: boo
         return forward
 
     _set_training(around, training=False)
-    for (path, template), (child, _) in zip(entry.skipped, changed, strict=True):
-        vars(child)["forward"] = (at_cut if path == entry.cut.module else before_cut)(template)
+    with contextlib.ExitStack() as undo:
+        undo.callback(_set_training, around, training=True)
+        for path, template in entry.skipped:
+            stand_in = (at_cut if path == entry.cut.module else before_cut)(template)
+            undo.enter_context(_doing(module.get_submodule(path), stand_in))
+        yield
+
+
+@contextlib.contextmanager
+def _doing(child: nn.Module, forward: Any) -> Iterator[None]:
+    """Inside the block, a module runs `forward` in place of its own."""
+    # Not by a hook: there are modules that go another way where they see one.
+    before = vars(child).get("forward")
+    vars(child)["forward"] = forward
     try:
         yield
     finally:
-        _set_training(around, training=True)
-        for (child, _), was in zip(changed, before, strict=True):
-            if was is None:
-                del vars(child)["forward"]
-            else:
-                vars(child)["forward"] = was
+        if before is None:
+            del vars(child)["forward"]
+        else:
+            vars(child)["forward"] = before
 
 
 def _set_training(modules: Sequence[nn.Module], *, training: bool) -> None:
@@ -102,9 +110,9 @@ class _Kept(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """A run from the input, with what was kept at each entry."""
+    """A run from the input: its logits, and what was kept at each entry."""
 
-    logits: Tensor
+    end: _Kept
     kept: dict[int, _Kept]
 
 
@@ -122,7 +130,7 @@ def _whole_run(module: nn.Module, batch: Batch, problem: Problem, entries: tuple
             if entry is not None:
                 child = module.get_submodule(entry.cut.module)
                 hooks.callback(child.register_forward_hook(keep(number, entry.cut.position)).remove)
-        return _Whole(_logits(module, batch, problem), kept)
+        return _Whole(_run_to(module, batch, problem, None), kept)
 
 
 def _alone(fewer: _Kept, more: _Kept) -> bool:
@@ -134,9 +142,9 @@ def _alone(fewer: _Kept, more: _Kept) -> bool:
 class _Came(Exception):  # control flow, not an error
     """The run is at the tensor that it is judged by."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, kept: _Kept) -> None:
         super().__init__()
-        self.tensor = tensor
+        self.kept = kept
 
 
 def _alike(
@@ -154,7 +162,7 @@ def _alike(
     given, rng_state = whole.kept[number]
     if not entry.blank.batched or given.shape != (NUM_EXAMPLES, *entry.blank.shape):
         return False  # features are kept and cut into pieces by example
-    expected = whole.logits if following is None else whole.kept[following].given
+    expected = whole.end if following is None else whole.kept[following]
     version = given._version
     skeleton = Skeleton(module)
     skipped = {n: t.to("meta") for n, t in tensors(module).items() if entry.covers(n.rpartition(".")[0])}
@@ -164,7 +172,7 @@ def _alike(
                 torch.set_rng_state(rng_state)
                 skeleton.lay(skipped if wrong else {})
                 came = _run_to(module, batch, problem, None if following is None else entries[following])
-            if given._version != version or not torch.equal(came.nan_to_num(), expected.nan_to_num()):
+            if given._version != version or not _same(came, expected):
                 return False
     except Exception:  # whatever a user's forward makes of stand-ins
         return False
@@ -173,28 +181,28 @@ def _alike(
     return True
 
 
-def _run_to(module: nn.Module, batch: Batch, problem: Problem, end: Entry | None) -> Tensor:
-    """The tensor at an entry, or the logits."""
+def _run_to(module: nn.Module, batch: Batch, problem: Problem, end: Entry | None) -> _Kept:
+    """What a run comes to at an entry, or at the logits."""
     if end is None:
-        return _logits(module, batch, problem)
+        return _Kept(_logits(module, batch, problem), torch.get_rng_state())
     child, position = module.get_submodule(end.cut.module), end.cut.position
-    forward, own = child.forward, vars(child).get("forward")
+    forward = child.forward
 
     def stopping(*args: Any, **kwargs: Any) -> None:
-        raise _Came(floating(forward(*args, **kwargs))[position])
+        raise _Came(_Kept(floating(forward(*args, **kwargs))[position], torch.get_rng_state()))
 
-    # No hook: there are modules that go another way where they see one.
-    vars(child)["forward"] = stopping
     try:
-        _logits(module, batch, problem)
+        with _doing(child, stopping):
+            _logits(module, batch, problem)
     except _Came as came:
-        return came.tensor
-    finally:
-        if own is None:
-            del vars(child)["forward"]
-        else:
-            vars(child)["forward"] = own
+        return came.kept
     raise AssertionError("the run went past its end")
+
+
+def _same(one: _Kept, other: _Kept) -> bool:
+    """Whether two runs have come to the same: dropout that follows is then drawn alike, too."""
+    alike = torch.equal(one.given.nan_to_num(), other.given.nan_to_num())
+    return alike and torch.equal(one.rng_state, other.rng_state)
 
 
 def _logits(module: nn.Module, batch: Batch, problem: Problem) -> Tensor:
