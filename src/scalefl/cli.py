@@ -190,8 +190,7 @@ def report(
     ] = None,
 ) -> None:
     """Remake tables and pictures from the folder of one RUN, of several, or of a comparison, and nothing else."""
-    from scalefl.report import compare as compare_runs
-    from scalefl.report import draw, is_comparison, read_run
+    from scalefl.report import draw, is_comparison, read_run, side_by_side
     from scalefl.report.tables import comparison, memory_table, show, summary_table
 
     console = _console()
@@ -205,7 +204,7 @@ def report(
         written = draw(found[0], out or runs[0])
     else:
         show(console, comparison(found))
-        written = compare_runs(found, out or runs[0].parent / "report")
+        written = side_by_side(found, out or runs[0].parent / "report")
     _print_files(console, written)
 
 
@@ -322,17 +321,7 @@ def _described(rounds: Iterator[RunProgress], folder: Path) -> Iterator[tuple[Ru
 
 
 def _follow_live(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        *(TextColumn(f"{{task.fields[{name}]}}") for name in ("loss", "accuracy", "moved")),
-        TimeRemainingColumn(),
-        console=console,
-        # Rounds may take minutes: the mean over all of them tells the time left.
-        speed_estimate_period=float("inf"),
-    )
-    with bar:
+    with _bar(console, "loss", "accuracy", "moved") as bar:
         task = bar.add_task("preparing", total=None, loss="", accuracy="", moved="")
         started = False
         for progress, words in _described(rounds, folder):
@@ -341,6 +330,21 @@ def _follow_live(console: Console, rounds: Iterator[RunProgress], folder: Path) 
                 bar.reset(task, total=progress.rounds, completed=done)
                 started = True
             bar.update(task, completed=done, description=stage, **words)
+
+
+def _bar(console: Console, *fields: str) -> Progress:
+    """A bar with fields of text beside it; only on a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        *(TextColumn(f"{{task.fields[{name}]}}") for name in fields),
+        TimeRemainingColumn(),
+        console=console,
+        # What is counted may take minutes: the mean over all of it tells the time left.
+        speed_estimate_period=float("inf"),
+        disable=not console.is_terminal,
+    )
 
 
 def _follow_plainly(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
@@ -361,18 +365,11 @@ def _follow_plainly(console: Console, rounds: Iterator[RunProgress], folder: Pat
 def _follow_jobs(console: Console, comparison: Comparison, parallel: int | None) -> list[str]:
     """Run a comparison's jobs, and show how many are done; returns what went wrong, a text for each failed run."""
     failed: list[str] = []
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=float("inf"),
-        disable=not console.is_terminal,
-    )
-    with bar, closing(comparison.run(parallel)) as ended:
+    with _bar(console) as bar, closing(comparison.run(parallel)) as ended:
         task = bar.add_task(comparison.name, total=len(comparison.jobs))
         for number, one in enumerate(ended, 1):
+            if one.before:  # the clock starts with what runs now
+                bar.reset(task, completed=number)
             bar.update(task, completed=number)
             if one.error:
                 failed.append(f"{one.job.folder}: {one.error.removeprefix('error: ')}")

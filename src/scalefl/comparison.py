@@ -60,10 +60,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that has ended, now or before, and what went wrong."""
+    """A run that has ended, now or `before`, and what went wrong."""
 
     job: Job
     error: str = ""
+    before: bool = False
 
 
 @dataclass
@@ -119,8 +120,8 @@ class Comparison:
             try:
                 check_same(job.config, files)
             except ScaleFLError as error:
-                return Ended(job, str(error))
-            return Ended(job)
+                return Ended(job, str(error), before=True)
+            return Ended(job, before=True)
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         path = job.folder.with_name(f"{job.folder.name}.json")
         path.write_text(json.dumps({"config": to_plain(job.config)}))

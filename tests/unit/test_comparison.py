@@ -123,7 +123,9 @@ def test_finished_runs_are_not_run_again_and_broken_ones_go_on(tmp_path):
     broken.summary.unlink()
     kept = RunFolder(comparison.jobs[0].folder).summary
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "mark": 1}))
-    assert not any(end.error for end in comparison.run())
+    again = list(comparison.run())
+    assert not any(end.error for end in again)
+    assert [end.job.folder for end in again if not end.before] == [broken.path]
     assert "mark" in json.loads(kept.read_text())
     assert broken.summary.exists()
     assert {job.folder: (job.folder / "state.safetensors").read_bytes() for job in comparison.jobs} == states

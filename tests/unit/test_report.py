@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from scalefl.errors import CheckpointError
-from scalefl.report import Run, compare, draw, read_run
+from scalefl.report import Run, draw, read_run, side_by_side
 from scalefl.report.pictures import accuracy_picture, memory_picture, plane_picture
 from scalefl.report.tables import (
     NOTHING,
@@ -272,7 +272,7 @@ def test_plane_of_a_journal_that_does_not_name_its_samples(finished: Run) -> Non
 
 
 def test_comparison_files(finished: Run, unfinished: Run, tmp_path: Path) -> None:
-    written = compare([finished, unfinished], tmp_path / "report")
+    written = side_by_side([finished, unfinished], tmp_path / "report")
     assert [path.name for path in written] == ["comparison.md", "accuracy.png"]
     assert "| a (sbt, 2 rounds) | 50.0 |" in written[0].read_text()
 

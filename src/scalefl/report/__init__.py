@@ -81,8 +81,8 @@ def draw(run: Run, out: Path) -> list[Path]:
     return [save(figure, out / name) for name, figure in pictures.items() if figure is not None]
 
 
-def compare(runs: Sequence[Run], out: Path) -> list[Path]:
-    """Write the comparison of several runs into a folder: a table and a picture of their accuracy."""
+def side_by_side(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Write several runs, whatever they are, into one table and one picture of their accuracy."""
     from scalefl.report.pictures import accuracy_picture, save
     from scalefl.report.tables import comparison, to_markdown
 
