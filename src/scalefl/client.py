@@ -54,6 +54,9 @@ def run_task(
     metrics: dict[str, tuple[float, float]] = {}
     with seeded(task.seed):
         for number, step in enumerate(task.steps):
+            if not step.trainable:
+                _collect(residents, step, params, examples, problem)
+                continue
             seed = derive(task.seed, "step", number)
             metrics = _train(residents, step, params, examples, problem, method.objective(step), seed)
     upload = moved(select(params, sorted(task.moving)), CPU)
@@ -88,6 +91,14 @@ def _train(
     return {name: (float(value), float(weight)) for name, (value, weight) in sums.items()}
 
 
+def _collect(residents: Residents, step: Step, params: Params, examples: Batch, problem: Problem) -> None:
+    """Let norms see a client's examples, in batches of nearly equal size."""
+    resident = residents[step.part.model]
+    with holding(resident, step, params) as (runner, _), torch.no_grad(), runner.collecting():
+        for batch, _ in _micro_batches(examples, torch.arange(num_rows(examples)), step.largest_micro_batch):
+            runner(moved(batch, residents.device), problem)
+
+
 def without_prefix(step: Step) -> bool:
     """Whether a step trains without holding its frozen prefix, whose tensors it asks for by name, unit by unit."""
     return step.means.prefix in ("streamed", "cached") and step.part.entry is not None
@@ -102,7 +113,7 @@ def held_by(step: Step) -> frozenset[str]:
 @contextlib.contextmanager
 def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[PartRunner, dict[str, nn.Parameter]]]:
     """Lay out what a step holds by its means, in the precision that they ask for."""
-    means, device = step.means, params[min(step.trainable)].device
+    means, device = step.means, params[min(step.moving)].device
     # Without its cache: that keeps the weights of the first step for as long as the block lasts.
     with (
         torch.autocast(device.type, torch.bfloat16, cache_enabled=False)

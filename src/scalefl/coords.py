@@ -34,6 +34,17 @@ def add(tensor: Tensor, window: Window | None, value: Tensor | int) -> None:
         tensor[_mesh(tensor, window)] += value
 
 
+def within(window: Window | None, inner: Window) -> Window:
+    """Where a window of a submodel's tensor lies in the global one, in which that tensor lies under `window`."""
+    if window is None:
+        return inner
+    return tuple(_picked(index, chosen) for index, chosen in zip(window, inner, strict=True))
+
+
+def _picked(index: Tensor | None, chosen: Tensor | None) -> Tensor | None:
+    return index if chosen is None else chosen if index is None else index[chosen]
+
+
 def _mesh(tensor: Tensor, window: Window) -> tuple[Tensor, ...]:
     indices = [torch.arange(size) if index is None else index for size, index in zip(tensor.shape, window, strict=True)]
     return torch.meshgrid(*indices, indexing="ij") if indices else ()

@@ -36,6 +36,8 @@ def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
     The step and its frozen prefix are traced apart, once for all batch sizes, and put together here: while the
     prefix runs, the step waits with what it holds.
     """
+    if not step.trainable:
+        return _cost_of_collecting(step, problem)
     rows = step.work.batch_size
     micro = step.largest_micro_batch
     found = _profile(_canonical(step), problem, objective, step.splits)
@@ -53,12 +55,22 @@ def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
     return cost_of(terms, flops, rows)
 
 
+def _cost_of_collecting(step: Step, problem: Problem) -> Cost:
+    """The cost of a step that trains nothing: one run in which norms collect statistics."""
+    rows = step.largest_micro_batch
+    part, moving = step.part, step.moving
+    found = _collecting_profile(part, moving, problem)
+    if found is None:
+        return predict(_collecting(part, moving, problem, rows), rows)
+    return cost_of(found.peak(rows, rows), found.total_flops(rows, rows), rows)
+
+
 def in_turn(steps: Sequence[Step], costs: Sequence[Cost]) -> Cost:
     """The cost of a task whose steps run one after another: the fullest of them, and the FLOPs of all.
 
     While one runs, the tensors of the others are there: what they have trained, and what they will start from.
     """
-    sizes = {name: size for step in steps for name, size in _sizes_of(step.part).items()}
+    sizes = {name: size for step in steps for name, size in sizes_of(step.part).items()}
     held = [held_by(step) for step in steps]
     together = frozenset().union(*held)
     waiting = [sum(sizes[name] for name in together - own) for own in held]
@@ -86,7 +98,7 @@ def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int
 
 def _laid_out(part: Part) -> Array:
     """Bytes of the weights that training from the prefix's features holds, by term."""
-    sizes, names = _sizes_of(part), (*part.own, *(part.output.names() if part.output else ()))
+    sizes, names = sizes_of(part), (*part.own, *(part.output.names() if part.output else ()))
     found = np.zeros(len(TERMS), dtype=np.int64)
     for name in names:
         found += _term(_term_of(name, "weights"), sizes[name])
@@ -202,6 +214,25 @@ def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile 
     return stored(fingerprint, ("prefix", part, problem, streamed), lambda: profile(run, WHOLE))
 
 
+@lru_cache(maxsize=256)
+def _collecting_profile(part: Part, moving: frozenset[str], problem: Problem) -> Profile | None:
+    run = _collecting(part, moving, problem, WHOLE.batch)
+    return stored(_fingerprint(part.model, problem), ("collecting", part, problem), lambda: profile(run, WHOLE))
+
+
+def _collecting(part: Part, moving: frozenset[str], problem: Problem, rows: int) -> Callable[[Ledger], None]:
+    resident = _resident(part.model)
+
+    def run(ledger: Ledger) -> None:
+        held = _zeros(resident.empty(part), ledger)
+        with resident.holding(part, held, moving=moving) as (runner, _), torch.no_grad(), runner.collecting():
+            with ledger.counting_as("activations"):
+                batch = problem.example(rows)
+            runner(batch, problem)
+
+    return run
+
+
 class _Coming(dict[str, Tensor]):
     """Tensors that come into being when they are asked for, as those of a streamed prefix do."""
 
@@ -282,12 +313,12 @@ def _prefix_bytes(step: Step) -> int:
     """Weights of the prefix that are held while training runs."""
     if step.means.prefix in WITHOUT_PREFIX:
         return 0
-    sizes = _sizes_of(step.part)
+    sizes = sizes_of(step.part)
     return sum(sizes[name] for name in set(step.part.held) - set(step.part.own))
 
 
 @lru_cache(maxsize=1024)
-def _sizes_of(part: Part) -> dict[str, int]:
+def sizes_of(part: Part) -> dict[str, int]:
     """Bytes of each tensor that a part needs."""
     return {name: t.numel() * t.element_size() for name, t in _resident(part.model).empty(part).items()}
 
@@ -312,7 +343,7 @@ def may_fit(step: Step, problem: Problem, budget_bytes: int) -> bool:
 
 def estimate(step: Step, problem: Problem) -> int:
     """What a step takes at the least: what it must hold, and what its units take where the whole model trains."""
-    sizes = _sizes_of(step.part)
+    sizes = sizes_of(step.part)
     own = sum(sizes[name] for name in (*step.part.own, *(step.part.output.names() if step.part.output else ())))
     trained = sum(sizes[name] for name in step.trainable)
     held = own + _prefix_bytes(step) + trained * (bool(step.work.momentum) + step.splits)

@@ -219,7 +219,13 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
         if state.round == 0 and not files.state.exists():
             _append(files.journal, {"round": 0, **observer.observe(state)})
             save_state(files.state, state, experiment.method.deploy(state))
-        rounds = federate(experiment.method, engine, UniformSampler(config.clients_per_round), state)
+        rounds = federate(
+            experiment.method,
+            engine,
+            UniformSampler(config.clients_per_round),
+            state,
+            is_looked_at=observer.is_due,
+        )
         while state.round < config.rounds:
             state, record = next(rounds)
             line = {**asdict(record), **observer.observe(state)}
@@ -265,18 +271,24 @@ class _Observer:
 
     def __init__(self, experiment: Experiment, residents: Residents) -> None:
         self._experiment, self._residents = experiment, residents
+        self._evaluation = experiment.config.evaluation
+
+    def is_due(self, round: int) -> bool:
+        """Whether anything is measured after a round."""
+        return self._is_due(round, self._evaluation.every) or self._is_due(round, self._evaluation.plane_every)
 
     def observe(self, state: ServerState) -> dict[str, Any]:
         """Validation metrics and the nHSIC plane, where this round is due for them."""
-        evaluation, rounds = self._experiment.config.evaluation, self._experiment.config.rounds
-        ends = state.round in (0, rounds)
         model, params = self._experiment.method.deploy(state)
         found: dict[str, Any] = {}
-        if ends or state.round % evaluation.every == 0:
+        if self._is_due(state.round, self._evaluation.every):
             found["validation"] = self._measure(model, params, self._experiment.data.validation)
-        if ends or (evaluation.plane_every and state.round % evaluation.plane_every == 0):
+        if self._is_due(state.round, self._evaluation.plane_every):
             found["plane"] = self._plane(model, params)
         return found
+
+    def _is_due(self, round: int, every: int) -> bool:
+        return round in (0, self._experiment.config.rounds) or (every > 0 and round % every == 0)
 
     def conclude(self, state: ServerState, journal: list[dict[str, Any]]) -> dict[str, Any]:
         """The final figures: test data is touched here and nowhere else."""

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from scalefl.aggregate import Total, check
-from scalefl.coords import extract
+from scalefl.coords import extract, take, within
 from scalefl.errors import BadUpdate, EmptyCohort, RoundFailed
+from scalefl.params import Params
 from scalefl.record import RoundRecord, Tally
 from scalefl.sampling import Sampler
-from scalefl.types import ClientInfo, ClientLoss, Engine, Method, Population, RoundPlan, ServerState
+from scalefl.types import (
+    ClientInfo,
+    ClientLoss,
+    Collects,
+    Coords,
+    Engine,
+    Method,
+    Population,
+    RoundPlan,
+    ServerState,
+)
 from scalefl.units import mib
 
 TIGHTER = 0.9
@@ -21,9 +32,20 @@ TIGHTER = 0.9
 
 
 def federate(
-    method: Method, engine: Engine, sample: Sampler, state: ServerState
+    method: Method,
+    engine: Engine,
+    sample: Sampler,
+    state: ServerState,
+    *,
+    is_looked_at: Callable[[int], bool] = lambda round: True,
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     """Yield the state and the record after each round, for as long as the caller keeps asking.
+
+    Args:
+        method, engine, sample: who does what, where, and with whom.
+        state: where to go on from.
+        is_looked_at: whether the model of that round will be measured or used: a method whose norms' statistics are
+            collected once weights are done collects them then.
 
     Raises:
         EmptyCohort: no client can take part in the next round.
@@ -45,7 +67,26 @@ def federate(
         after = method.aggregate(state, plan, total)
         _check_finite(state, after)
         state = replace(after, tightened=_tightened(state, plan, tally))
-        yield state, tally.record(plan, state.round, time.perf_counter() - start)
+        record = tally.record(plan, state.round, time.perf_counter() - start)
+        if isinstance(method, Collects) and is_looked_at(state.round):
+            state, record = _collected(method, engine, sample, state, record)
+        yield state, record
+
+
+def _collected(
+    method: Collects, engine: Engine, sample: Sampler, state: ServerState, record: RoundRecord
+) -> tuple[ServerState, RoundRecord]:
+    """The state with its norms' statistics, from the clients that come next and can run the model; and the record."""
+    start = time.perf_counter()
+    cohort = sample(_Tightened(engine.population(), state.tightened), 0, state)
+    plan = method.collection(state, cohort)
+    if plan is None or not plan.tasks:
+        return state, record
+    total, tally = _reduce(method, engine, state, plan)
+    if not tally.updates:
+        return state, replace(record, lost=[*record.lost, *tally.lost(plan)])
+    state = replace(method.collected(state, plan, total), tightened=_tightened(state, plan, tally))
+    return state, record.with_collection(tally.record(plan, state.round, time.perf_counter() - start))
 
 
 @dataclass(frozen=True)
@@ -89,7 +130,8 @@ def _check_finite(before: ServerState, after: ServerState) -> None:
 
 def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan) -> tuple[Total, Tally]:
     """Add updates up as they come: the server holds no client's tensors for longer than that takes."""
-    total = Total(state.params, sum(client.num_examples for client in plan.clients.values()))
+    weights = [1 if plan.is_uniform else client.num_examples for client in plan.clients.values()]
+    total = Total(state.params, sum(weights))
     tally = Tally()
     tasks = {task.client_id: task for task in plan.tasks}
     orders = ((task, extract(state.params, plan.coords[task.client_id])) for task in plan.tasks)
@@ -104,9 +146,20 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan)
         except BadUpdate as error:
             tally.lose(ClientLoss(answer.client_id, task.round, f"{error.name}: {error.why}", answer.receipt))
             continue
-        total.add(answer.params, answer.num_examples, coords, sizes)
+        weight = 1 if plan.is_uniform else answer.num_examples
+        params, coords = _counting(answer.params, coords, plan.counting.get(answer.client_id, {}))
+        total.add(params, weight, coords, sizes)
         tally.add(answer)
     return total, tally
+
+
+def _counting(params: Params, coords: Coords, counting: Coords) -> tuple[Params, Coords]:
+    """The tensors of an update without what does not count, and where they lie in the global ones."""
+    windows = {name: window for name, window in counting.items() if window is not None}
+    if not windows:
+        return params, coords
+    kept = {name: take(params[name], window) for name, window in windows.items()}
+    return {**params, **kept}, {**coords, **{name: within(coords[name], window) for name, window in windows.items()}}
 
 
 def _explained(loss: ClientLoss, plan: RoundPlan) -> ClientLoss:

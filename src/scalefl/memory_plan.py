@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from scalefl.costs import step_cost
+from scalefl.costs import sizes_of, step_cost
 from scalefl.data import parse_bytes
 from scalefl.errors import check_range
 from scalefl.memory import Cost
@@ -180,10 +180,8 @@ def _problem_for(model: ModelSpec, example: Tensor | Mapping[str, Tensor]) -> Pr
 def _row(
     state: ServerState, offer: Offer, objective: Callable[[Step], Objective], budgets: Mapping[str, int]
 ) -> PlanRow:
-    def size(names: Iterable[str]) -> int:
-        return sum(state.params[name].numel() * state.params[name].element_size() for name in names)
-
     step, problem = offer.step, state.problem
+    sizes = sizes_of(step.part)
     found = {name: fit(offer, problem, objective, budget) for name, budget in budgets.items()}
     stop = step.part.stop
     return PlanRow(
@@ -191,8 +189,8 @@ def _row(
         cost=step_cost(step, problem, objective(step)),
         least=_fit_of(least(offer, problem, objective), offer),
         fits={name: _fit_of(choice, offer) for name, choice in found.items() if choice},
-        bytes_down=size(step.part.names()),
-        bytes_up=size(step.moving),
+        bytes_down=sum(sizes[name] for name in step.part.names()),
+        bytes_up=sum(sizes[name] for name in step.moving),
         cut=stop.module if stop else None,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from scalefl.parts import Taps
@@ -26,3 +27,22 @@ class TaskLoss:
     def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
         """None."""
         return None
+
+
+@dataclass(frozen=True)
+class OwnClasses(TaskLoss):
+    """The problem's loss, in which the logits of classes that a client does not hold are 0.
+
+    Source: HeteroFL (Diao et al., ICLR 2021, section 3), masked cross-entropy.
+
+    Args:
+        classes: those that it holds.
+    """
+
+    classes: tuple[int, ...]
+
+    def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Weighted:
+        """The loss of the masked logits."""
+        foreign_K = torch.ones(taps.logits.shape[-1], dtype=torch.bool, device=taps.logits.device)
+        foreign_K[list(self.classes)] = False
+        return problem.loss(taps.logits.masked_fill(foreign_K, 0.0), batch)

@@ -14,6 +14,7 @@ from scalefl.models.output import OutputModule, OutputSpec, empty_output
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import Blank
+from scalefl.norm_statistics import collecting
 from scalefl.params import Params
 from scalefl.partition import Cut, Entry
 from scalefl.problem import Batch, Problem
@@ -255,6 +256,10 @@ class PartRunner:
     def keep_statistics(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block, runs leave the norms' statistics as they were."""
         return _kept(self._statistics)
+
+    def collecting(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, norms in train mode collect their statistics anew; see `norm_statistics`."""
+        return collecting(self._module)
 
     def prefix_features(self, batch: Batch, problem: Problem) -> Features:
         """What the frozen prefix, laid out with the rest, gives for a batch."""

@@ -40,6 +40,16 @@ def fit(
     return None
 
 
+def fitting_collection(step: Step, problem: Problem, budget_bytes: int) -> Choice | None:
+    """The largest batches in which a client's norms can collect statistics within a budget; None if none fits."""
+    for size in AUTO.micro_sizes(step.work.batch_size):
+        variant = replace(step, means=Means(micro_batch_size=size))
+        cost = step_cost(variant, problem, TaskLoss())
+        if cost.peak_bytes <= budget_bytes:
+            return Choice(variant, cost, "statistics")
+    return None
+
+
 def fitting_together(choose: Callable[[int], tuple[Choice, ...]], budget_bytes: int) -> tuple[Choice, ...]:
     """Steps for one task that fit a budget together; none where there are none.
 

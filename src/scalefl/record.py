@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scalefl.types import ClientInfo, ClientLoss, ClientUpdate, Receipt, RoundPlan
@@ -31,6 +31,7 @@ class RoundRecord:
         measured_peak_bytes: the largest measured one; None where none was.
         simulated_seconds: what the slowest client would take on its device, transfers included.
         seconds: what the round took here.
+        collected: clients whose norms collected statistics after it; what that cost is counted in.
     """
 
     round: int
@@ -47,6 +48,24 @@ class RoundRecord:
     measured_peak_bytes: int | None
     simulated_seconds: float
     seconds: float
+    collected: list[int] = field(default_factory=list)
+
+    def with_collection(self, other: RoundRecord) -> RoundRecord:
+        """The round with the statistics that were collected after it."""
+        measured = [p for p in (self.measured_peak_bytes, other.measured_peak_bytes) if p is not None]
+        return replace(
+            self,
+            lost=[*self.lost, *other.lost],
+            bytes_down=self.bytes_down + other.bytes_down,
+            bytes_up=self.bytes_up + other.bytes_up,
+            flops=self.flops + other.flops,
+            peaks=[*self.peaks, *other.peaks],
+            predicted_peak_bytes=max(self.predicted_peak_bytes, other.predicted_peak_bytes),
+            measured_peak_bytes=max(measured, default=None),
+            simulated_seconds=self.simulated_seconds + other.simulated_seconds,
+            seconds=self.seconds + other.seconds,
+            collected=sorted(i for ids in other.rungs.values() for i in ids),
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,10 @@ class Tally:
         common = Counter(loss.cause for loss in self.losses.values()).most_common(3)
         return "; ".join(f"{cause} ({count}×)" for cause, count in common)
 
+    def lost(self, plan: RoundPlan) -> list[dict[str, Any]]:
+        """The lost clients, as journalled."""
+        return [_lost(loss, plan) for _, loss in sorted(self.losses.items())]
+
     def record(self, plan: RoundPlan, round: int, seconds: float) -> RoundRecord:
         """The round's record. Clients are taken in the order of their numbers, so no sum depends on luck."""
         done = sorted(self.updates.items())
@@ -94,7 +117,7 @@ class Tally:
             round=round,
             stage=plan.stage,
             rungs=dict(sorted(rungs.items())),
-            lost=[_lost(loss, plan) for _, loss in sorted(self.losses.items())],
+            lost=self.lost(plan),
             train=_means([d.metrics for _, d in done]),
             num_examples=sum(d.num_examples for _, d in done),
             bytes_down=sum(d.receipt.bytes_down for _, d in done),

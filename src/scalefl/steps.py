@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from scalefl.blocks import Blocks, Layer, Span, blocks_by_count, blocks_by_hand
 from scalefl.errors import UncuttableModel
 from scalefl.models.output import OutputSpec
@@ -12,11 +14,28 @@ from scalefl.types import LocalWork, Step
 
 def full_step(model: ModelSpec, problem: Problem, work: LocalWork) -> Step:
     """Training of the whole model."""
-    try:
-        blocks = blocks_by_count(model, problem, 1)  # one block, with all cuts inside it: units can be recomputed
-    except UncuttableModel:
-        blocks = blocks_by_hand(model, problem, ())
+    blocks = _one_block(model, problem)
     return span_step(blocks, blocks.whole, None, work)
+
+
+def collecting_step(model: ModelSpec, problem: Problem, work: LocalWork) -> Step | None:
+    """One run of the whole model over a client's data, in which norms collect statistics and nothing trains.
+
+    None where no norm has statistics.
+    """
+    blocks = _one_block(model, problem)
+    step = span_step(blocks, blocks.whole, None, replace(work, epochs=1))
+    if not step.statistics:
+        return None
+    part = replace(step.part, active=tuple(sorted(blocks.partition.statistics)), inner=())
+    return replace(step, part=part, trainable=frozenset(), moving=step.statistics)
+
+
+def _one_block(model: ModelSpec, problem: Problem) -> Blocks:
+    try:
+        return blocks_by_count(model, problem, 1)  # with all cuts inside it: units can be recomputed
+    except UncuttableModel:
+        return blocks_by_hand(model, problem, ())
 
 
 def span_step(

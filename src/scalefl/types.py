@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -153,6 +153,7 @@ class ClientInfo:
         memory_bytes: bytes that training may add to its warmed-up worker.
         device: the name of its memory class.
         flops_per_second, bandwidth_bytes_per_second: its speed, for simulated time.
+        classes: the labels of which it has examples; None where it does not tell.
     """
 
     id: int
@@ -161,6 +162,7 @@ class ClientInfo:
     device: str = "device"
     flops_per_second: float = math.inf
     bandwidth_bytes_per_second: float = math.inf
+    classes: tuple[int, ...] | None = None
 
 
 class Population(Protocol):
@@ -187,10 +189,11 @@ class Step:
 
     Args:
         part: what runs.
-        trainable: parameters that receive gradients.
+        trainable: parameters that receive gradients; none where norms collect statistics.
         moving: what is uploaded: `trainable` and the statistics of norms in train mode.
         coefficients: numbers from which `Method.objective` makes the objective.
         work, means: what to do, and how.
+        classes: the labels that its objective tells apart, where that is the client's affair; None: all.
     """
 
     part: Part
@@ -199,6 +202,7 @@ class Step:
     coefficients: tuple[tuple[str, float], ...]
     work: LocalWork
     means: Means = Means()
+    classes: tuple[int, ...] | None = None
 
     @property
     def statistics(self) -> frozenset[str]:
@@ -255,6 +259,8 @@ class RoundPlan:
         costs: predicted cost of each client's task: the peak of its dearest step, the FLOPs of all.
         rungs: by which part and means each client takes part, for people.
         clients: the cohort.
+        counting: of a client's tensors, what enters the mean, as a window of its own tensor; all of those not named.
+        is_uniform: whether clients count alike in the mean, not by their numbers of examples.
     """
 
     stage: str
@@ -263,6 +269,8 @@ class RoundPlan:
     costs: Mapping[int, Cost]
     rungs: Mapping[int, str]
     clients: Mapping[int, ClientInfo]
+    counting: Mapping[int, Coords] = field(default_factory=dict)
+    is_uniform: bool = False
 
 
 @dataclass(frozen=True)
@@ -459,6 +467,19 @@ class Method(Protocol):
 
     def deploy(self, state: ServerState) -> tuple[ModelSpec, Params]:
         """What is evaluated and exported."""
+        ...
+
+
+@runtime_checkable
+class Collects(Method, Protocol):
+    """What a method has beside, if its norms' statistics are collected once weights are done, and not in training."""
+
+    def collection(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan | None:
+        """What clients do to collect them; None where there is nothing to collect."""
+        ...
+
+    def collected(self, state: ServerState, plan: RoundPlan, total: Totals) -> ServerState:
+        """The state with what was collected."""
         ...
 
 

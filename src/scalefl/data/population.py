@@ -43,6 +43,7 @@ class SimulatedPopulation:
             device=device.name,
             flops_per_second=device.flops_per_second,
             bandwidth_bytes_per_second=device.bandwidth_bytes_per_second,
+            classes=tuple(self._data.label_counts(index).nonzero().flatten().tolist()),
         )
 
     def device(self, index: int) -> ResolvedClass:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from scalefl.costs import in_turn
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.rng import derive
-from scalefl.types import Choice, ClientInfo, ClientTask, LocalWork, RoundPlan, ServerState
+from scalefl.types import Choice, ClientInfo, ClientTask, Coords, LocalWork, RoundPlan, ServerState
 
 
 def initial_params(model: ModelSpec, seed: int) -> dict[str, Tensor]:
@@ -26,8 +26,16 @@ def make_plan(
     cohort: Sequence[ClientInfo],
     chosen: Mapping[int, tuple[Choice, ...]],
     work: LocalWork,
+    coords_of: Callable[[int, ModelSpec], Coords] | None = None,
 ) -> RoundPlan:
-    """A plan in which each client of `chosen` does its steps in turn, on whole tensors, at the round's rate."""
+    """A plan in which each client of `chosen` does its steps in turn, at the round's rate.
+
+    Args:
+        state, stage, cohort: of the round.
+        chosen: what each client does.
+        work: of the run.
+        coords_of: where the tensors of a client's model lie in the global ones; None: they are whole.
+    """
     work_now = work.at_round(state.round)
     tasks, coords, costs = [], {}, {}
     steps = {do: tuple(replace(choice.step, work=work_now) for choice in do) for do in set(chosen.values())}
@@ -38,9 +46,10 @@ def make_plan(
         do = chosen[client.id]
         seed = derive(state.seed, "task", state.round, client.id)
         tasks.append(ClientTask(client.id, state.round, steps[do], seed))
-        coords[client.id], costs[client.id] = (
-            names[do],
-            in_turn([choice.step for choice in do], [choice.cost for choice in do]),
-        )
+        coords[client.id] = names[do]
+        if coords_of is not None:
+            windows = coords_of(client.id, do[0].step.part.model)
+            coords[client.id] = {name: windows.get(name) for name in names[do]}
+        costs[client.id] = in_turn([choice.step for choice in do], [choice.cost for choice in do])
     rungs = {id: " + ".join(choice.rung for choice in do) for id, do in chosen.items()}
     return RoundPlan(stage, tuple(tasks), coords, costs, rungs, {client.id: client for client in cohort})

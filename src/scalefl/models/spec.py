@@ -64,14 +64,14 @@ class ModelSpec:
     def build(self, seed: int) -> nn.Module:
         """The whole model with its own initial weights, drawn from `seed`."""
         with seeded(seed):
-            return self._make()
+            return self.make()
 
     def skeleton(self) -> nn.Module:
         """The model without memory: every tensor on the meta device."""
         with seeded(0):
             try:
                 with torch.device("meta"), _WithoutDraws():
-                    module = self._make().to("meta")
+                    module = self.make().to("meta")
                 if not _has_plain_tensors(module):
                     return module
             except (RuntimeError, NotImplementedError):
@@ -79,7 +79,7 @@ class ModelSpec:
             # A factory that looks at its own weights (an .item() in an initialiser) can't run on meta
             # tensors, and a tensor that is neither parameter nor buffer could not be laid on later: build
             # it once for real and let the memory go.
-            return self._make().to("meta")
+            return self.make().to("meta")
 
     def at_width(self, width: float) -> ModelSpec:
         """The same model with `width` times the channels.
@@ -107,7 +107,12 @@ class ModelSpec:
     def _callable(self) -> Factory:
         return load_object(self.factory) if isinstance(self.factory, str) else self.factory
 
-    def _make(self) -> nn.Module:
+    def make(self) -> nn.Module:
+        """The whole model, its weights drawn from the current default generators.
+
+        Raises:
+            ConfigError: the factory does not take the arguments, or returns no module.
+        """
         factory = self._callable()
         try:
             inspect.signature(factory).bind(**dict(self.arguments))
