@@ -26,7 +26,7 @@ from scalefl.params import Params
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.record import MEASURED, RoundRecord
 from scalefl.rng import generator
-from scalefl.sampling import UniformSampler
+from scalefl.sampling import Sampler, UniformSampler
 from scalefl.steps import full_step
 from scalefl.types import ClientInfo, LocalWork, Method, ServerState
 
@@ -176,13 +176,14 @@ def play(
     problem: Problem = PROBLEM,
     seed: int = 1,
     cohort: int = 4,
+    sample: Sampler | None = None,
 ) -> tuple[list[ServerState], list[RoundRecord]]:
     """The states from before the first round to after the last, and the records."""
     if state is None:
         least = engine.population().smallest_memory_bytes
         state = method.init(model or spec(), problem, seed=seed, smallest_memory_bytes=least)
     states, records = [state], []
-    going: Iterator[tuple[ServerState, RoundRecord]] = federate(method, engine, UniformSampler(cohort), state)
+    going: Iterator[tuple[ServerState, RoundRecord]] = federate(method, engine, sample or UniformSampler(cohort), state)
     for _ in range(rounds):
         state, record = next(going)
         states.append(state)

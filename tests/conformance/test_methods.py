@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from scalefl.checkpoint import load_deployed, load_state, save_state
+from scalefl.coords import extract
 from scalefl.engines.local import LocalEngine
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models.skeleton import tensors
@@ -22,7 +23,7 @@ from scalefl.planner import least
 from scalefl.record import RoundRecord
 from scalefl.rng import derive, generator
 from scalefl.sampling import UniformSampler
-from scalefl.types import ClientInfo, LocalWork, Method, RoundPlan, ServerState
+from scalefl.types import ClientInfo, Collects, LocalWork, Method, RoundPlan, ServerState
 from support import (
     PROBLEM,
     WORK,
@@ -38,6 +39,7 @@ from support import (
 )
 
 ROUNDS, COHORT = 4, 4
+IN_BLOCKS = ("fedepth", "scalefl", *PRESETS)
 BLOCKS = ["0", "1"]
 # Rows of each client: one batch, several, one row, a single leftover; client 3, 7, … have one class.
 SIZES = [8, 20, 5, 9, 17, 1, 12, 30]
@@ -71,6 +73,9 @@ ALL: dict[str, dict[str, Any]] = {
             "schedule": {"kind": "constant"},
         },
     },
+    "heterofl running": {"name": "heterofl", "statistics": "running", "own_classes": False, "rates": [1.0, 0.5, 0.2]},
+    "heterofl micro": {"name": "heterofl", "means": {"micro_batch_size": "auto", "smallest_micro_batch": 4}},
+    "fedrolex random": {"name": "fedrolex", "window": "random", "server": {"kind": "fedavgm"}},
     "scalefl counted": {"name": "scalefl", "blocks": 2},
     "scalefl memory": {
         "name": "scalefl",
@@ -85,8 +90,8 @@ ALL: dict[str, dict[str, Any]] = {
 def method_of(case: str) -> Method:
     settings = dict(ALL[case])
     name = settings.pop("name")
-    if "blocks" not in settings and name not in ("fedavg",):
-        settings["blocks"] = BLOCKS
+    if name in IN_BLOCKS:
+        settings.setdefault("blocks", BLOCKS)
     if case == "sbt":
         settings["growth"] = {"kind": "sequential", "rounds": 1}
     return make_method(name, work=replace(WORK, lr_schedule="cosine", lr_rounds=9), **settings)
@@ -116,6 +121,7 @@ class Played:
     records: list[RoundRecord]
     cohorts: list[list[ClientInfo]]
     plans: list[RoundPlan]
+    collections: list[RoundPlan | None]
 
 
 RUNS: dict[tuple[str, int], Played] = {}
@@ -129,8 +135,16 @@ def played(case: str, workers: int, engines: dict[int, LocalEngine]) -> Played:
         assert global_rng() == rng, "the global generators are not as before"
         cohorts = [UniformSampler(COHORT)(CLIENTS, method.floor_bytes(s), s) for s in states[:-1]]
         plans = [method.plan(s, c) for s, c in zip(states, cohorts, strict=False)]
-        RUNS[case, workers] = Played(method, states, records, cohorts, plans)
+        collections = [collection(method, s) for s in states[1:]]
+        RUNS[case, workers] = Played(method, states, records, cohorts, plans, collections)
     return RUNS[case, workers]
+
+
+def collection(method: Method, state: ServerState) -> RoundPlan | None:
+    """How norms' statistics are collected after a round, by methods that do so."""
+    if not isinstance(method, Collects):
+        return None
+    return method.collection(state, UniformSampler(COHORT)(CLIENTS, 0, state))
 
 
 each_case = pytest.mark.parametrize("case", ALL)
@@ -142,12 +156,13 @@ each_engine = pytest.mark.parametrize("workers", [0, 2])
 def test_rounds_train(case, workers, engines):
     """Finite loss, nobody lost, and only what was planned moves; all else keeps its bits, names, shapes, dtypes."""
     run = played(case, workers, engines)
-    for before, after, record, plan in zip(run.states, run.states[1:], run.records, run.plans, strict=False):
+    rounds = zip(run.states, run.states[1:], run.records, run.plans, run.collections, strict=False)
+    for before, after, record, plan, collection in rounds:
         assert record.lost == []
         assert (before.round + 1, after.round) == (record.round, record.round)
         assert all(math.isfinite(v) for v in record.train.values())
         assert 0 <= record.train["accuracy"] <= 1 and record.train["loss"] > 0
-        moving = frozenset().union(*(task.moving for task in plan.tasks))
+        moving = frozenset().union(*(task.moving for task in (*plan.tasks, *(collection.tasks if collection else ()))))
         assert before.params.keys() == after.params.keys()
         moved = {n for n in before.params if not identical({n: before.params[n]}, {n: after.params[n]})}
         assert moved and moved <= moving
@@ -161,17 +176,24 @@ def test_rounds_train(case, workers, engines):
 @each_engine
 def test_the_record_tells_the_truth(case, workers, engines):
     run = played(case, workers, engines)
-    for state, record, plan in zip(run.states, run.records, run.plans, strict=False):
-        down = sum(num_bytes({n: state.params[n] for n in plan.coords[task.client_id]}) for task in plan.tasks)
-        up = sum(num_bytes({n: state.params[n] for n in task.moving}) for task in plan.tasks)
+    for state, record, plan, after in zip(run.states, run.records, run.plans, run.collections, strict=False):
+        down = up = 0
+        for each in (plan, *([after] if after else [])):
+            for task in each.tasks:
+                sent = extract(state.params, each.coords[task.client_id])
+                down, up = down + num_bytes(sent), up + num_bytes({n: sent[n] for n in task.moving})
         assert (record.bytes_down, record.bytes_up) == (down, up)
+        assert record.collected == (sorted(task.client_id for task in after.tasks) if after else [])
         ids = sorted(task.client_id for task in plan.tasks)
         assert sorted(i for members in record.rungs.values() for i in members) == ids
         assert record.num_examples == sum(SIZES[i] for i in ids)
-        assert record.predicted_peak_bytes == max(plan.costs[i].peak_bytes for i in ids)
+        more = list(after.costs.values()) if after else []
+        assert record.predicted_peak_bytes == max(c.peak_bytes for c in [*(plan.costs[i] for i in ids), *more])
         assert record.stage == plan.stage
         epochs = method_of(case).work.epochs
-        assert record.flops == pytest.approx(sum(plan.costs[i].flops_per_example * SIZES[i] * epochs for i in ids))
+        flops = sum(plan.costs[i].flops_per_example * SIZES[i] * epochs for i in ids)
+        flops += sum(c.flops_per_example * SIZES[i] for i, c in after.costs.items()) if after else 0
+        assert record.flops == pytest.approx(flops)
         assert record.simulated_seconds > 0 and record.seconds > 0
 
 
@@ -193,7 +215,8 @@ def test_gate_menu_and_plan_agree(case, engines):
             assert sum(size for _, size in cost.terms) == cost.peak_bytes
             if settings.get("population") != "all":
                 assert cost.peak_bytes <= client.memory_bytes
-            assert {step.work for step in task.steps} == {work}, "hyperparameters are the run's, not the client's"
+            works = {replace(step.work, clip_norm=work.clip_norm) for step in task.steps}
+            assert works == {work}, "hyperparameters are the run's, not the client's"
             labels = [rung.partition(",")[0] for rung in plan.rungs[task.client_id].split(" + ")]
             assert len(labels) == len(task.steps)
             assert all(offered[label].cost.peak_bytes <= cost.peak_bytes for label in labels)

@@ -393,7 +393,7 @@ class Makes:
         self.model, self.devices = model, set()
 
     def __call__(self) -> nn.Module:
-        module = self.model._make()
+        module = self.model.make()
         self.devices |= {p.device.type for p in module.parameters()}
         return module
 

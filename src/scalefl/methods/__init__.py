@@ -8,6 +8,8 @@ from typing import Any
 METHODS: Mapping[str, str] = {
     "fedavg": "scalefl.methods.fedavg:FedAvg",
     "fedepth": "scalefl.methods.fedepth:FeDepth",
+    "fedrolex": "scalefl.methods.fedrolex:FedRolex",
+    "heterofl": "scalefl.methods.heterofl:HeteroFL",
     "scalefl": "scalefl.methods.scalefl:ScaleFL",
 }
 """Short name -> "package.module:Class"."""
