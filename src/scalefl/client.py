@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,8 +106,8 @@ def without_prefix(step: Step) -> bool:
 
 def held_by(step: Step) -> frozenset[str]:
     """The tensors that a step holds for as long as it trains."""
-    output = step.part.output.names() if step.part.output else ()
-    return frozenset((*(step.part.own if without_prefix(step) else step.part.held), *output))
+    own = step.part.own if without_prefix(step) else step.part.held
+    return frozenset((*own, *step.part.output_names()))
 
 
 @contextlib.contextmanager
@@ -238,7 +238,8 @@ def _pull_of_batch(
             start += len(rows)
     for name in objective.coupled:
         leaves[name].requires_grad_()
-    terms = objective.batch_terms(replace(taps, **leaves), batch, problem) if weight else None
+    whole: dict[str, Any] = dict(leaves)
+    terms = objective.batch_terms(replace(taps, **whole), batch, problem) if weight else None
     if terms is None:
         return _Pull({}, weight, states)
     found = torch.autograd.grad(terms, [leaves[name] for name in objective.coupled])

@@ -98,7 +98,7 @@ def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int
 
 def _laid_out(part: Part) -> Array:
     """Bytes of the weights that training from the prefix's features holds, by term."""
-    sizes, names = sizes_of(part), (*part.own, *(part.output.names() if part.output else ()))
+    sizes, names = sizes_of(part), (*part.own, *part.output_names())
     found = np.zeros(len(TERMS), dtype=np.int64)
     for name in names:
         found += _term(_term_of(name, "weights"), sizes[name])
@@ -155,12 +155,12 @@ def _cost_for_real(step: Step, problem: Problem, objective: Objective, micro: in
 def _traced(step: Step, problem: Problem, objective: Objective) -> Callable[[Ledger], None]:
     """The client's own loop over one batch, with the ledger told what is what."""
     resident = _resident(step.part.model)
-    held = {*step.part.own, *(step.part.output.names() if step.part.output else ())}
+    held = {*step.part.own, *step.part.output_names()}
     empty = {name: t for name, t in resident.empty(step.part).items() if name in held}
 
     def run(ledger: Ledger) -> None:
         params = _zeros(empty, ledger)
-        with holding(resident, step, params) as (runner, trained), _counting_output(runner.output, ledger):
+        with holding(resident, step, params) as (runner, trained), _counting_outputs(runner.outputs, ledger):
             for name, p in trained.items():
                 p.register_post_accumulate_grad_hook(_filing(ledger, name))  # type: ignore[no-untyped-call]
             optimizer = make_optimizer(trained, step)
@@ -194,7 +194,7 @@ def _waiting(part: Part, ledger: Ledger) -> Prefix:
 def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile | None:
     """What running the frozen prefix takes beside what is held: its weights only where they are streamed."""
     resident = _resident(part.model)
-    bare = replace(part, output=None)
+    bare = replace(part, output=None, exits=())
     empty = resident.empty(bare)
     names = part.own if streamed else part.held
 
@@ -276,19 +276,18 @@ def _zeros(empty: Params, ledger: Ledger) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _counting_output(module: nn.Module | None, ledger: Ledger) -> Iterator[None]:
-    """Inside the block, what the output module makes is filed as its own."""
-    if module is None:
-        yield
-        return
+def _counting_outputs(modules: Sequence[nn.Module], ledger: Ledger) -> Iterator[None]:
+    """Inside the block, what output modules make is filed as their own."""
     running = contextlib.ExitStack()
-    before = module.register_forward_pre_hook(lambda *_: running.enter_context(ledger.counting_as("output_module")))
-    after = module.register_forward_hook(lambda *_: running.close())
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            before = module.register_forward_pre_hook(
+                lambda *_: running.enter_context(ledger.counting_as("output_module"))
+            )
+            after = module.register_forward_hook(lambda *_: running.close())
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
         yield
-    finally:
-        before.remove()
-        after.remove()
 
 
 def _filing(ledger: Ledger, name: str) -> Callable[[Tensor], None]:
@@ -344,7 +343,7 @@ def may_fit(step: Step, problem: Problem, budget_bytes: int) -> bool:
 def estimate(step: Step, problem: Problem) -> int:
     """What a step takes at the least: what it must hold, and what its units take where the whole model trains."""
     sizes = sizes_of(step.part)
-    own = sum(sizes[name] for name in (*step.part.own, *(step.part.output.names() if step.part.output else ())))
+    own = sum(sizes[name] for name in (*step.part.own, *step.part.output_names()))
     trained = sum(sizes[name] for name in step.trainable)
     held = own + _prefix_bytes(step) + trained * (bool(step.work.momentum) + step.splits)
     units = _units_of(step, problem)

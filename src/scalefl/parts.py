@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from scalefl.models.output import OutputModule, OutputSpec, empty_output
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.models.stand_ins import Blank
+from scalefl.models.stand_ins import Blank, floating
 from scalefl.norm_statistics import collecting
 from scalefl.params import Params
 from scalefl.partition import Cut, Entry
 from scalefl.problem import Batch, Problem
 from scalefl.rng import RngState, rng_state, set_rng_state
 from scalefl.starting import skipping
-from scalefl.tracing import floating
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,13 @@ class Stretch:
     entry: Entry | None
     stop: Cut
     held: tuple[str, ...]
+
+
+class Exit(NamedTuple):
+    """A classifier on the way: where it reads, and what it is made of."""
+
+    cut: Cut
+    output: OutputSpec
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Part:
         entry: where what trains can start from the prefix's features: `start`, or before co-adapted layers.
         own: names of the model's own tensors that a run from `entry` needs.
         inner: cuts inside what trains at which a run can start.
+        exits: classifiers before the end, in order of execution; a run that starts or stops on the way has none.
     """
 
     model: ModelSpec
@@ -75,10 +82,20 @@ class Part:
     entry: Entry | None = None
     own: tuple[str, ...] = ()
     inner: tuple[Entry, ...] = ()
+    exits: tuple[Exit, ...] = ()
+
+    @property
+    def outputs(self) -> tuple[OutputSpec, ...]:
+        """What is beside the model's own modules: the exits', and the output module."""
+        return (*(e.output for e in self.exits), *(() if self.output is None else (self.output,)))
+
+    def output_names(self) -> list[str]:
+        """The tensors of those."""
+        return [name for output in self.outputs for name in output.names()]
 
     def names(self) -> list[str]:
-        """Every tensor that the run needs, the output module's included."""
-        return [*self.held, *(() if self.output is None else self.output.names())]
+        """Every tensor that the run needs, output modules' included."""
+        return [*self.held, *self.output_names()]
 
 
 @dataclass(frozen=True)
@@ -91,6 +108,7 @@ class Taps:
         z: the feature at the part's cut [B, ...].
         late: the features after the output module's light layers [B, ...]; z where there is none.
         projected: the projection head's output [B, d]; z where there is none.
+        exits: what the exits before the end say, each [B, K].
     """
 
     logits: Tensor
@@ -98,6 +116,7 @@ class Taps:
     z: Tensor
     late: Tensor
     projected: Tensor
+    exits: tuple[Tensor, ...] = ()
 
 
 class Features(NamedTuple):
@@ -123,9 +142,9 @@ class Resident:
         """The tensors that `part` needs, on the meta device: their shapes and dtypes."""
         own = tensors(self._module)
         params = {name: own[name] for name in part.held}
-        if part.output is not None:
-            module, _ = self._output(part.output)
-            params |= {part.output.prefix + name: t for name, t in tensors(module).items()}
+        for spec in part.outputs:
+            module, _ = self._output(spec)
+            params |= {spec.prefix + name: t for name, t in tensors(module).items()}
         return params
 
     @contextlib.contextmanager
@@ -149,18 +168,17 @@ class Resident:
         with contextlib.ExitStack() as undo:
             undo.callback(self._skeleton.clear)
             trained = self._skeleton.lay({name: params[name] for name in names}, trainable, moving)
-            output = None
-            if part.output is not None:
-                output, skeleton = self._output(part.output)
+            outputs = {}
+            for spec in part.outputs:
+                outputs[spec], skeleton = self._output(spec)
                 undo.callback(skeleton.clear)
-                prefix = part.output.prefix
-                inner = {name.removeprefix(prefix): params[name] for name in part.output.names()}
-                laid = skeleton.lay(inner, frozenset(n.removeprefix(prefix) for n in trainable))
-                trained |= {prefix + name: p for name, p in laid.items()}
+                inner = {name.removeprefix(spec.prefix): params[name] for name in spec.names()}
+                laid = skeleton.lay(inner, frozenset(n.removeprefix(spec.prefix) for n in trainable))
+                trained |= {spec.prefix + name: p for name, p in laid.items()}
             if frozen_statistics:
                 part = _without_statistics(part, self._module)
             _set_modes(self._module, part.active)
-            yield PartRunner(self._module, self._skeleton, part, output, moving), trained
+            yield PartRunner(self._module, self._skeleton, part, outputs, moving), trained
 
     @contextlib.contextmanager
     def marking(self, cuts: Sequence[Cut], mark: Callable[[tuple[str, int]], None]) -> Iterator[None]:
@@ -192,11 +210,17 @@ class PartRunner:
     """Runs a part that is laid out; made by `Resident.holding`."""
 
     def __init__(
-        self, module: nn.Module, skeleton: Skeleton, part: Part, output: OutputModule | None, moving: frozenset[str]
+        self,
+        module: nn.Module,
+        skeleton: Skeleton,
+        part: Part,
+        outputs: Mapping[OutputSpec, OutputModule],
+        moving: frozenset[str],
     ) -> None:
-        self._module, self._skeleton, self._part, self._output = module, skeleton, part, output
+        self._module, self._skeleton, self._part, self._outputs = module, skeleton, part, outputs
         self._statistics = [t for name, t in module.named_buffers() if name in moving]
         self._seen: dict[str, Tensor] = {}
+        self._exits: list[Tensor] = []
         self._again: list[_Rerun] = []
 
     def __call__(
@@ -219,7 +243,9 @@ class PartRunner:
         """
         args, kwargs = problem.inputs(batch)
         self._seen.clear()
+        self._exits.clear()
         self._again.clear()
+        mask = problem.mask(batch)
         entry, given, x = None, list[Tensor](), None
         if features is not None:
             entry = self._part.entry
@@ -228,20 +254,23 @@ class PartRunner:
             del z
         if recompute and torch.is_grad_enabled():
             entry, given = self._run_bare(args, kwargs, entry, given)
-        raw = self._run(args, kwargs, entry, given, self._part.stop)
+        with self._leaving(mask):
+            raw = self._run(args, kwargs, entry, given, self._part.stop)
         x = self._x(args, kwargs) if x is None else x
-        if self._output is not None:
+        exits = tuple(self._exits)
+        self._exits.clear()
+        if self._part.output is not None:
             z = self._seen.pop("z")
-            output = self._output(z, problem.mask(batch))
-            return Taps(output.logits, x, z, output.features, output.projected)
+            output = self._outputs[self._part.output](z, mask)
+            return Taps(output.logits, x, z, output.features, output.projected, exits)
         logits = problem.output(raw)
         z = self._seen.pop("z", logits)
-        return Taps(logits, x, z, z, z)
+        return Taps(logits, x, z, z, z, exits)
 
     @property
-    def output(self) -> OutputModule | None:
-        """The output module, if there is one."""
-        return self._output
+    def outputs(self) -> list[OutputModule]:
+        """The output module and those of exits."""
+        return list(self._outputs.values())
 
     def complete_backward(self) -> None:
         """Take the gradient through the units that kept nothing, last to first. Norms do not count them twice."""
@@ -333,6 +362,22 @@ class PartRunner:
             with contextlib.suppress(_Reached):
                 return self._module(*args, **kwargs)
         return None
+
+    @contextlib.contextmanager
+    def _leaving(self, mask: Tensor | None) -> Iterator[None]:
+        """Inside the block, each exit has its say as a run comes by."""
+
+        def leave(each: Exit) -> Any:
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                z = floating(output)[each.cut.position]
+                self._exits.append(self._outputs[each.output](z, mask).logits)
+
+            return hook
+
+        with contextlib.ExitStack() as hooks:
+            for each in self._part.exits:
+                hooks.callback(self._watch(each.cut.module, leave(each)).remove)
+            yield
 
     def _watch(self, path: str, hook: Any) -> Any:
         return self._module.get_submodule(path).register_forward_hook(hook)

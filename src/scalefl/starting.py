@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.models.stand_ins import Template, filled
+from scalefl.models.stand_ins import Template, filled, floating
 from scalefl.partition import Entry
 from scalefl.problem import Batch, Problem
 from scalefl.rng import generator, seeded
-from scalefl.tracing import PROBE_EXAMPLES, floating
+from scalefl.tracing import PROBE_EXAMPLES
 
 NUM_EXAMPLES = PROBE_EXAMPLES + 1
 """Of the proof: another number than the probe's, so that a stand-in of a fixed size shows."""

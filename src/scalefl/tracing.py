@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from scalefl.errors import ScaleFLError, UncuttableModel
 from scalefl.models.skeleton import lay_fakes
 from scalefl.models.spec import ModelSpec
-from scalefl.models.stand_ins import NoTemplate, Template, template_of
+from scalefl.models.stand_ins import NoTemplate, Template, floating, template_of
 from scalefl.problem import Problem
 from scalefl.torch_private import FakeTensorMode, quiet_fakes
 
@@ -63,19 +63,6 @@ class Trace:
 def num_outputs(model: ModelSpec, problem: Problem) -> int:
     """The number of logits that the model gives for an example."""
     return traced(model, problem).num_outputs
-
-
-def floating(output: Any) -> list[Tensor]:
-    """The floating-point tensors in a module's output, in order: of a tensor, tuple, list, dict or dataclass."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    elif not isinstance(output, tuple | list) and hasattr(output, "__dict__"):
-        output = list(vars(output).values())
-    if isinstance(output, tuple | list):
-        return [tensor for item in output for tensor in floating(item)]
-    return []
 
 
 def traced(model: ModelSpec, problem: Problem) -> Trace:

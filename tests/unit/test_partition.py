@@ -41,6 +41,7 @@ from scalefl.models.output import OutputSpec
 from scalefl.models.resnet import BasicBlock
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
+from scalefl.models.stand_ins import floating
 from scalefl.models.vit import Block
 from scalefl.objectives import TaskLoss
 from scalefl.partition import Cut, Partition, partition
@@ -49,7 +50,7 @@ from scalefl.planner import output_module
 from scalefl.problem import Classification, Column
 from scalefl.steps import full_step, span_step
 from scalefl.torch_private import FakeTensorMode
-from scalefl.tracing import floating, num_outputs
+from scalefl.tracing import num_outputs
 from scalefl.types import LocalWork
 
 IDS = Classification(NUM_CLASSES, (Column("input_ids", (6,), "int64"),))

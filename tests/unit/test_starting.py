@@ -20,14 +20,13 @@ from scalefl.methods.common import initial_params
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.models.stand_ins import NoTemplate, blanks, filled, template_of
+from scalefl.models.stand_ins import NoTemplate, blanks, filled, floating, template_of
 from scalefl.partition import Entry, partition
 from scalefl.parts import Resident
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.rng import seeded
 from scalefl.starting import proven, skipping
 from scalefl.steps import span_step
-from scalefl.tracing import floating
 from scalefl.types import ClientTask, ClientUpdate, LocalWork, Means
 from support import copied, identical
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scalefl.models.spec import ModelSpec
+from scalefl.models.spec import Factory, ModelSpec
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -17,16 +17,16 @@ def with_scaler(model: ModelSpec, rate: float) -> ModelSpec:
     Paper: Diao et al., HeteroFL, ICLR 2021, section 3: a model of width `rate` divides by it, so that what a wider one
     computes from the same weights is of the same size.
     """
-    return ModelSpec("scalefl.models.scaler:dividing", (("model", model), ("rate", rate)))
+    return model.around("scalefl.models.scaler:dividing", rate=rate)
 
 
-def dividing(model: ModelSpec, rate: float) -> nn.Module:
-    """The model with its scalers."""
+def dividing(factory: str | Factory, arguments: tuple[tuple[str, Any], ...], rate: float) -> nn.Module:
+    """A model with its scalers."""
 
     def divided(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return (args[0] / rate, *args[1:]) if norm.training and isinstance(args[0], Tensor) else None
 
-    module = model.make()
+    module = ModelSpec(factory, arguments).make()
     for child in module.modules():
         if isinstance(child, NORMS):
             child.register_forward_pre_hook(divided)

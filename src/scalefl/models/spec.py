@@ -92,6 +92,10 @@ class ModelSpec:
         current = dict(self.arguments).get("width", 1.0)
         return ModelSpec.of(self, width=current * width)
 
+    def around(self, factory: str, **arguments: Any) -> ModelSpec:
+        """The recipe of what `factory` makes of this model, whose own recipe it gets as `factory` and `arguments`."""
+        return ModelSpec.of(factory, factory=self.factory, arguments=self.arguments, **arguments)
+
     def completed(self, facts: Mapping[str, Any]) -> ModelSpec:
         """The spec with those of `facts` that the factory has a parameter for and the arguments leave open."""
         wanted = inspect.signature(self._callable()).parameters

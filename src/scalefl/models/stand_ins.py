@@ -123,3 +123,16 @@ def _filled(
         return given if is_given else part.filled(num_examples, value, device)
     items = [_filled(item, floating, num_examples, position, given, wrong, device) for item in part.items]
     return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
+
+
+def floating(output: Any) -> list[Tensor]:
+    """The floating-point tensors in a module's output, in order: of a tensor, tuple, list, dict or dataclass."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif not isinstance(output, tuple | list) and hasattr(output, "__dict__"):
+        output = list(vars(output).values())
+    if isinstance(output, tuple | list):
+        return [tensor for item in output for tensor in floating(item)]
+    return []
