@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -12,7 +12,7 @@ from scalefl.blocks import Blocks, Span
 from scalefl.costs import estimate, feature_bytes, in_turn, may_fit, step_cost
 from scalefl.errors import BudgetError
 from scalefl.memory import Cost
-from scalefl.models.output import LAYERS, PROJECTIONS, OutputSpec, Projection, light_targets
+from scalefl.models.output import LAYERS, PROJECTIONS, Layers, OutputSpec, Projection, light_targets
 from scalefl.objectives import TaskLoss
 from scalefl.parts import Taps
 from scalefl.problem import Batch, Problem
@@ -260,9 +260,14 @@ def _lower(floor: Choice, problem: Problem, objective: Objective) -> list[tuple[
 
 @lru_cache(maxsize=256)
 def output_module(
-    blocks: Blocks, block: int, problem: Problem, work: LocalWork, projection: Projection
+    blocks: Blocks,
+    block: int,
+    problem: Problem,
+    work: LocalWork,
+    projection: Projection,
+    layers: Sequence[Layers] = LAYERS,
 ) -> OutputSpec | None:
-    """The output module after a block; None after the last.
+    """The output module after a block, with one of the `layers`; None after the last.
 
     The closest stand-in whose stage costs no more, in FLOPs and in peak, than training the same block with the
     part that it stands in for: with the projection that is asked for if one can have it, else with a narrower one.
@@ -278,7 +283,7 @@ def output_module(
     through = span_step(blocks, Span(block, len(blocks) - 1), None, work)
     limit = step_cost(through, problem, TaskLoss())
     narrower = PROJECTIONS[PROJECTIONS.index(projection) :]
-    candidates = [replace(spec, layers=layers, projection=head) for head in narrower for layers in LAYERS]
+    candidates = [replace(spec, layers=kind, projection=head) for head in narrower for kind in layers]
     costs = {}
     for candidate in candidates:
         step = span_step(blocks, Span(block, block), candidate, work)

@@ -39,7 +39,7 @@ from support import (
 )
 
 ROUNDS, COHORT = 4, 4
-IN_BLOCKS = ("fedepth", "scalefl", *PRESETS)
+IN_BLOCKS = ("depthfl", "fedepth", "profl", "scalefl", "slt", *PRESETS)
 BLOCKS = ["0", "1"]
 # Rows of each client: one batch, several, one row, a single leftover; client 3, 7, … have one class.
 SIZES = [8, 20, 5, 9, 17, 1, 12, 30]
@@ -52,7 +52,11 @@ ALL: dict[str, dict[str, Any]] = {
     "fedavg all_small": {"name": "fedavg", "population": "all_small"},
     "fedavg micro": {"name": "fedavg", "means": {"micro_batch_size": "auto", "smallest_micro_batch": 2}},
     "fedavg adam": {"name": "fedavg", "server": {"kind": "fedadam"}},
+    "depthfl micro": {"name": "depthfl", "ramp_rounds": 3, "means": {"micro_batch_size": "auto", "recompute": "auto"}},
     "fedepth micro": {"name": "fedepth", "means": {"micro_batch_size": "auto", "smallest_micro_batch": 2}},
+    "profl short": {"name": "profl", "window": 2, "threshold": 10.0, "longest": 2, "server": {"kind": "fedavgm"}},
+    "profl growing": {"name": "profl", "shrinking": False, "longest": 1},
+    "slt short": {"name": "slt", "rounds": 3},
     "scalefl micro momentum": {
         "name": "scalefl",
         "means": {"micro_batch_size": "auto", "smallest_micro_batch": 2},
@@ -92,7 +96,7 @@ def method_of(case: str) -> Method:
     name = settings.pop("name")
     if name in IN_BLOCKS:
         settings.setdefault("blocks", BLOCKS)
-    if case == "sbt":
+    if case in ("sbt", "scalefl-no-growth"):
         settings["growth"] = {"kind": "sequential", "rounds": 1}
     return make_method(name, work=replace(WORK, lr_schedule="cosine", lr_rounds=9), **settings)
 
@@ -250,7 +254,7 @@ def test_deploy_loads_into_the_users_module(case, engines):
     module.load_state_dict(dict(params), strict=True)
     assert identical(tensors(module), dict(params))
     assert bool(module.eval()(DATA.test["x"]).isfinite().all())
-    if ALL[case].get("population") != "all_small":
+    if ALL[case].get("population") != "all_small" and ALL[case]["name"] not in ("depthfl", "slt"):
         spec().build(0).load_state_dict(dict(params), strict=True)
 
 

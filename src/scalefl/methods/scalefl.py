@@ -16,7 +16,7 @@ from scalefl.errors import ConfigError
 from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.methods.common import initial_params, make_plan
-from scalefl.models.output import OutputSpec
+from scalefl.models.output import LAYERS, Layers, OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
@@ -55,6 +55,7 @@ class ScaleFL:
         mentor: the Curriculum Mentor; None trains on the task loss alone.
         growth: the order in which blocks have their turn: `RoundRobin`, `Sequential`, `Converged` or your own.
         coadapted_layers: weight layers before the block that train with it; with elastic spans, as many as fit.
+        outputs: output modules: "light": with light layers for the missing blocks; "bare": pooling and a classifier.
         parts: whether a client whose memory does not hold a block may train its layers part by part, in one round.
         server: what the server does with the mean.
     """
@@ -67,6 +68,7 @@ class ScaleFL:
     growth: Growth = RoundRobin()
     # Deviation: the authors co-adapt one convolution and its norm; 2 was better on validation data (docs/fidelity.md).
     coadapted_layers: int = 2
+    outputs: Literal["light", "bare"] = "light"
     parts: bool = True
     server: ServerOptimizer = Average()
 
@@ -224,7 +226,8 @@ class ScaleFL:
 
     def _output(self, blocks: Blocks, block: int, problem: Problem) -> OutputSpec | None:
         projection = self.mentor.projection if self.mentor else "none"
-        return output_module(blocks, block, problem, self.work.at_round(0), projection)
+        layers: tuple[Layers, ...] = LAYERS if self.outputs == "light" else ("bare",)
+        return output_module(blocks, block, problem, self.work.at_round(0), projection, layers)
 
     def _progress(self, state: ServerState) -> Progress:
         return Progress(**state.aux.values["growth"])

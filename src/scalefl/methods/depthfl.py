@@ -1,0 +1,186 @@
+"""DepthFL: clients train as many of the model's first blocks as they can hold, with a classifier after each.
+
+Kim, Yu, Kim, Moon, "DepthFL: Depthwise Federated Learning for Heterogeneous Clients", ICLR 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.errors import check_range
+from scalefl.methods.common import initial_params, make_plan
+from scalefl.models.exits import ensemble
+from scalefl.models.output import OutputSpec
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
+from scalefl.params import Params, is_attachment
+from scalefl.parts import Exit, Taps
+from scalefl.planner import fit, least_of, output_module
+from scalefl.problem import Batch, Problem, Weighted
+from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
+from scalefl.steps import span_step
+from scalefl.types import (
+    Aux,
+    Choice,
+    ClientInfo,
+    Ladder,
+    LadderName,
+    LocalWork,
+    Objective,
+    Offer,
+    RoundPlan,
+    ServerState,
+    Step,
+    Totals,
+    ladder_of,
+)
+
+CONSISTENCY = "consistency"
+
+
+@dataclass(frozen=True)
+class MutualDistillation(TaskLoss):
+    """The losses of all classifiers, and what each could learn from the others.
+
+    Paper: DepthFL, section 3: Σᵢ CEᵢ + w · Σᵢ mean over j ≠ i of KL(softmax(z_j) ‖ softmax(z_i)), z_j held fixed.
+
+    Args:
+        weight: w.
+    """
+
+    weight: float
+
+    def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Weighted:
+        """A sum over the examples; the weight is that of the last classifier's loss."""
+        all_logits = [*taps.exits, taps.logits]
+        losses = [problem.loss(logits, batch) for logits in all_logits]
+        total = sum((loss for loss, _ in losses[1:]), losses[0][0])
+        if self.weight and len(all_logits) > 1:
+            total = total + self.weight * _divergence([logits.log_softmax(-1) for logits in all_logits])
+        return total, losses[-1][1]
+
+
+def _divergence(said: Sequence[Tensor]) -> Tensor:
+    """Σᵢ mean over j ≠ i of KL(j ‖ i), summed over the examples; j held fixed."""
+    pairs = [
+        F.kl_div(own, other.detach(), reduction="sum", log_target=True)
+        for i, own in enumerate(said)
+        for j, other in enumerate(said)
+        if i != j
+    ]
+    return sum(pairs[1:], pairs[0]) / (len(said) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthFL:
+    """DepthFL.
+
+    Paper: sections 3 and 4. Deviation: the classifiers on the way are ScaleFL's output modules, where the authors
+    stack convolutions of their own; a client's depth is the greatest that its memory holds.
+
+    Args:
+        work: what each client does.
+        blocks: the depths: how many, or the module paths after which the classifiers on the way stand.
+        consistency: w, the weight of what classifiers learn from each other, once it has grown.
+        ramp_rounds: rounds over which it grows; 0: it is there from the start.
+        means: what clients may do to fit their memory: a ladder, or the name of one ("none", "micro-batches", "auto").
+        server: what the server does with the mean.
+    """
+
+    work: LocalWork = LocalWork()
+    blocks: int | tuple[str, ...] = 4
+    consistency: float = 1.0
+    ramp_rounds: int = 300
+    means: Ladder | LadderName = "none"
+    server: ServerOptimizer = Average()
+
+    def __post_init__(self) -> None:
+        check_range("consistency", self.consistency, 0.0)
+        check_range("ramp_rounds", self.ramp_rounds, 0)
+
+    def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
+        """The model's weights, and a classifier after each block but the last."""
+        params = initial_params(model, seed)
+        for each in self._exits(self._blocks(model, problem)):
+            params |= each.output.initial(seed)
+        return ServerState(model, problem, params, round=0, seed=seed)
+
+    def menu(self, state: ServerState) -> list[Offer]:
+        """Each depth, greatest first."""
+        blocks = self._blocks(state.model, state.problem)
+        return [self._offer(blocks, depth) for depth in range(len(blocks), 0, -1)]
+
+    def floor_bytes(self, state: ServerState) -> int:
+        """What the first block takes at the least."""
+        return least_of(tuple(self.menu(state)), state.problem, self.objective).cost.peak_bytes
+
+    def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
+        """The greatest depth that fits, for each client."""
+        fits = {budget: self._deepest(state, budget) for budget in {client.memory_bytes for client in cohort}}
+        chosen = {c.id: (found,) for c in cohort if (found := fits[c.memory_bytes])}
+        return replace(make_plan(state, "depths", cohort, chosen, self.work), is_uniform=True)
+
+    def objective(self, step: Step) -> Objective:
+        """The classifiers' losses and their mutual distillation."""
+        return MutualDistillation(dict(step.coefficients)[CONSISTENCY])
+
+    def aggregate(self, state: ServerState, plan: RoundPlan, total: Totals) -> ServerState:
+        """The mean of each tensor over the clients that hold it, all alike."""
+        params, history = apply_mean(self.server, state, plan, total)
+        return replace(state, params=params, round=state.round + 1, aux=Aux(history))
+
+    def deploy(self, state: ServerState) -> tuple[ModelSpec, Params]:
+        """The mean of what all classifiers say."""
+        exits = self._exits(self._blocks(state.model, state.problem))
+        params = {f"model.{name}": t for name, t in state.params.items() if not is_attachment(name)}
+        for number, each in enumerate(exits):
+            names = each.output.names()
+            params |= {f"exits.{number}.{n.removeprefix(each.output.prefix)}": state.params[n] for n in names}
+        return ensemble(state.model, [(each.cut.position, each.output) for each in exits]), params
+
+    def _deepest(self, state: ServerState, budget: int) -> Choice | None:
+        found = (fit(offer, state.problem, self.objective, budget, round=state.round) for offer in self.menu(state))
+        choice = next((each for each in found if each), None)
+        if choice is None:
+            return None
+        weight = self.consistency * _ramp(state.round, self.ramp_rounds)
+        return choice._replace(step=replace(choice.step, coefficients=((CONSISTENCY, weight),)))
+
+    def _offer(self, blocks: Blocks, depth: int) -> Offer:
+        exits, span = self._exits(blocks), Span(0, depth - 1)
+        output = exits[depth - 1].output if depth < len(blocks) else None
+        # Its cost is predicted once, for the largest weight of the run.
+        step = span_step(blocks, span, output, self.work.at_round(0), coefficients=((CONSISTENCY, self.consistency),))
+        before = exits[: depth - 1]
+        added = frozenset(name for each in before for name in each.output.names())
+        # Units cannot be run again one by one: classifiers read on the way.
+        part = replace(step.part, exits=before, inner=() if before else step.part.inner)
+        step = replace(step, part=part, trainable=step.trainable | added, moving=step.moving | added)
+        return Offer(f"depth {depth}", (("", step),), ladder_of(self.means))
+
+    def _exits(self, blocks: Blocks) -> tuple[Exit, ...]:
+        found = []
+        for block in range(len(blocks) - 1):
+            cut, output = blocks.cut(block), self._output(blocks, block)
+            assert cut is not None and output is not None
+            found.append(Exit(cut, output))
+        return tuple(found)
+
+    def _output(self, blocks: Blocks, block: int) -> OutputSpec | None:
+        return output_module(blocks, block, blocks.problem, self.work.at_round(0), "none")
+
+    def _blocks(self, model: ModelSpec, problem: Problem) -> Blocks:
+        if isinstance(self.blocks, tuple):
+            return blocks_by_hand(model, problem, self.blocks)
+        return blocks_by_count(model, problem, self.blocks)
+
+
+def _ramp(round: int, length: int) -> float:
+    """From exp(−5) to 1 over `length` rounds: Laine and Aila, "Temporal Ensembling", ICLR 2017, as the authors do."""
+    return 1.0 if round >= length else math.exp(-5.0 * (1 - round / length) ** 2)

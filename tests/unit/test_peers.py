@@ -1,0 +1,305 @@
+"""What is peculiar to each of the methods that ScaleFL is compared with; what all promise is in `conformance`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scalefl.coords import extract
+from scalefl.costs import step_cost
+from scalefl.engines.local import LocalEngine
+from scalefl.errors import BudgetError, ConfigError, UnsliceableModel
+from scalefl.methods.depthfl import MutualDistillation
+from scalefl.methods.profl import Turn
+from scalefl.models import resolve
+from scalefl.models.mixed import narrower_behind
+from scalefl.models.skeleton import tensors
+from scalefl.models.spec import ModelSpec
+from scalefl.objectives import TaskLoss
+from scalefl.params import without_attachments
+from scalefl.parts import Taps
+from scalefl.problem import Classification, Column
+from scalefl.steps import full_step
+from scalefl.types import ServerState
+from support import PROBLEM, WORK, Clients, MadeData, full_bytes, identical, make_method, play, spec
+
+BLOCKS = ["0", "1"]
+EQUAL = MadeData([16] * 8)
+RICH = (2 * full_bytes(),)
+
+
+def states_of(method: Any, budgets: tuple[int, ...] = RICH, rounds: int = 3) -> list[ServerState]:
+    with LocalEngine(EQUAL, Clients(EQUAL, budgets)) as engine:
+        states, records = play(method, engine, rounds, cohort=4)
+    assert all(record.lost == [] for record in records)
+    return states
+
+
+def moved_between(a: ServerState, b: ServerState) -> set[str]:
+    return {n for n in a.params if not identical({n: a.params[n]}, {n: b.params[n]})}
+
+
+@pytest.fixture(scope="module")
+def fedavg() -> dict[str, Tensor]:
+    return dict(states_of(make_method("fedavg"))[-1].params)
+
+
+# DepthFL
+
+
+def test_one_depth_is_fedavg(fedavg):
+    """With one block there is one classifier, the model's own; clients have equally many examples."""
+    assert identical(dict(states_of(make_method("depthfl", blocks=1))[-1].params), fedavg)
+
+
+def test_a_depth_trains_its_blocks_and_their_classifiers():
+    method = make_method("depthfl", blocks=BLOCKS)
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    deep, middle, shallow = (offer.step for offer in method.menu(state))
+    own = {name for name, _ in spec().build(0).named_parameters()}
+    exits = {name for name in state.params if name.startswith("@")}
+    assert deep.trainable == own | exits
+    assert middle.trainable == {n for n in own if n[0] in "01"} | exits
+    assert shallow.trainable == {n for n in own if n[0] == "0"} | {n for n in exits if n.startswith("@output.0.")}
+    for step in (deep, middle, shallow):
+        assert set(step.part.names()) >= step.moving
+
+
+def test_weak_clients_train_less_deep_and_only_that_moves():
+    method = make_method("depthfl", blocks=BLOCKS)
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    (before, after) = states_of(method, (method.floor_bytes(state),), rounds=1)
+    moved = moved_between(before, after)
+    assert moved and all(name.startswith(("0.", "@output.0.")) for name in moved)
+
+
+def test_mutual_distillation_is_the_papers_loss():
+    draw = torch.Generator().manual_seed(0)
+    all_logits = [torch.randn(6, 3, generator=draw, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    batch = {"x": torch.zeros(6, 1, 8, 8), "label": torch.tensor([0, 1, 2, 2, 1, 0])}
+    taps = Taps(all_logits[2], batch["x"], all_logits[2], all_logits[2], all_logits[2], tuple(all_logits[:2]))
+    loss, weight = MutualDistillation(0.7).sample_terms(taps, batch, PROBLEM)
+    assert weight == 6
+    expected = torch.zeros((), dtype=torch.float64)
+    for i, own in enumerate(all_logits):
+        expected = expected + F.cross_entropy(own, batch["label"], reduction="sum")
+        for j, other in enumerate(all_logits):
+            if i != j:
+                p = other.detach().softmax(1)
+                expected = expected + 0.7 * (p * (p.log() - own.log_softmax(1))).sum() / 2
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(value, all_logits, retain_graph=True) for value in (loss, expected))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_weight_of_distillation_grows():
+    method = make_method("depthfl", blocks=BLOCKS, consistency=2.0, ramp_rounds=10)
+    state, client = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0), Clients(EQUAL, RICH)[0]
+    weights = []
+    for round in (0, 5, 10, 11):
+        (task,) = method.plan(replace(state, round=round), [client]).tasks
+        weights.append(method.objective(task.steps[0]).weight)
+    assert weights == pytest.approx([2 * math.exp(-5), 2 * math.exp(-1.25), 2.0, 2.0])
+
+
+def test_what_is_deployed_is_the_mean_of_all_classifiers():
+    method = make_method("depthfl", blocks=BLOCKS)
+    state = states_of(method, rounds=2)[-1]
+    model, params = method.deploy(state)
+    ensemble = model.build(0)
+    ensemble.load_state_dict(dict(params))
+    module = spec().build(0)
+    module.load_state_dict(without_attachments(state.params))
+    module.eval()
+    x, said = EQUAL.test["x"], []
+    with torch.no_grad():
+        z = x
+        for block, name in enumerate(["0", "1"]):
+            z = module[block](z)
+            output = method.menu(state)[0].step.part.exits[block].output
+            head = output.build()
+            head.load_state_dict({n.removeprefix(output.prefix): state.params[n] for n in output.names()})
+            assert output.cut == name
+            said.append(head(z).logits)
+        said.append(module[2](z))
+        torch.testing.assert_close(ensemble.eval()(x), torch.stack(said).mean(0))
+
+
+# SLT
+
+
+def slt(budget_share: float, **settings: Any) -> tuple[Any, ServerState]:
+    method = make_method("slt", blocks=BLOCKS, **{"rounds": 30, **settings})
+    budget = int(budget_share * full_bytes())
+    return method, method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=budget)
+
+
+def test_slt_where_everything_fits_trains_the_whole_model_first():
+    method, state = slt(1.2)
+    assert state.aux.values["widths"] == [1.0, 1.0, 1.0]
+    assert method.menu(state)[0].step.trainable == {name for name, _ in spec().build(0).named_parameters()}
+
+
+def test_slt_is_as_wide_behind_as_the_weakest_client_can_train():
+    method, state = slt(0.8)
+    budget, widths = int(0.8 * full_bytes()), state.aux.values["widths"]
+    assert 0 < widths[0] < 1 and widths[-1] == 1.0
+    for stage, (offer, width) in enumerate(zip(method.menu(state), widths, strict=True)):
+        poor = Clients(EQUAL, (budget,))[0]
+        starts = state.aux.values["starts"]
+        (task,) = method.plan(replace(state, round=starts[stage]), [poor]).tasks
+        assert task.steps[0].part.model == offer.step.part.model
+        if width < 1:
+            wider = method._least_bytes(method._blocks(spec(), PROBLEM), stage, width + 1 / 32)
+            assert wider > budget, "a wider one would fit too"
+
+
+def test_slt_freezes_what_is_done_and_moves_windows_of_what_comes():
+    method, state = slt(0.8, rounds=3)
+    budget = (int(0.8 * full_bytes()),)
+    assert state.aux.values["starts"] == [0, 1, 2]
+    with LocalEngine(EQUAL, Clients(EQUAL, budget)) as engine:
+        states, records = play(method, engine, 3, state=state, cohort=4)
+    assert [record.stage.split(" (")[0] for record in records] == ["block 1", "block 2", "block 3"]
+    first, second, third = (moved_between(a, b) for a, b in itertools.pairwise(states))
+    assert any(n.startswith("0.") for n in first) and any(n.startswith("2.") for n in first)
+    assert not any(n.startswith("0.") for n in second | third) and not any(n.startswith("1.") for n in third)
+    narrow = method.menu(state)[0].step.part.model
+    width = tensors(narrow.skeleton())["1.0.weight"].shape[0]
+    assert tensors(narrow.skeleton())["1.0.weight"].shape[1] == 6, "it takes all that the wide block gives"
+    before, after = (s.params["1.0.weight"] for s in states[:2])
+    assert 0 < width < 6
+    assert torch.equal(before[width:], after[width:]) and not torch.equal(before[:width], after[:width])
+
+
+def test_slt_deploys_the_model_that_it_trains():
+    method, state = slt(0.8, rounds=3)
+    with LocalEngine(EQUAL, Clients(EQUAL, (int(0.8 * full_bytes()),))) as engine:
+        states, _ = play(method, engine, 3, state=state, cohort=4)
+    model, params = method.deploy(states[1])
+    assert {n: t.shape for n, t in params.items()} == {n: t.shape for n, t in tensors(model.skeleton()).items()}
+    assert model != spec()
+    model.build(0).load_state_dict(dict(params))
+    whole, params = method.deploy(states[3])
+    assert whole == spec() and identical(dict(params), dict(states[3].params))
+
+
+def test_rounds_go_by_the_parameters_that_stages_train():
+    method, state = slt(0.8, rounds=100)
+    starts, widths = state.aux.values["starts"], state.aux.values["widths"]
+    weights = [method._trained(method._blocks(spec(), PROBLEM), k, w) for k, w in enumerate(widths)]
+    lengths = [starts[1], starts[2] - starts[1], 100 - starts[2]]
+    for length, weight in zip(lengths, weights, strict=True):
+        assert length == pytest.approx(100 * weight / sum(weights), abs=1.01)
+
+
+def test_slt_needs_to_know_how_long_it_runs():
+    with pytest.raises(ConfigError, match="say how many"):
+        slt(0.8, rounds=0)
+
+
+def test_slt_says_what_the_least_needs():
+    with pytest.raises(BudgetError, match=r"block 1 \(0.03125 wide behind\) of tiny needs"):
+        slt(0.01)
+
+
+@pytest.mark.parametrize("name", ["resnet10", "vgg11_bn", "squeezenet"])
+def test_built_in_models_can_be_narrow_behind_a_cut(name):
+    method = make_method("slt", blocks=4, rounds=40)
+    problem = Classification(10, (Column("image", (3, 32, 32), "float32"),))
+    model = ModelSpec.of(resolve(name), width=0.125)
+    full = step_cost(full_step(model, problem, WORK), problem, TaskLoss()).peak_bytes
+    state = method.init(model, problem, seed=0, smallest_memory_bytes=int(0.95 * full))
+    assert min(state.aux.values["widths"]) < 1
+    deployed, params = method.deploy(state)
+    module = deployed.build(0)
+    module.load_state_dict(dict(params))
+    assert module.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        c = max(1, round(8 * width))
+        self.stem, self.again = nn.Conv2d(1, c, 3, padding=1), nn.Conv2d(c, c, 3, padding=1)
+        self.head = nn.Linear(c, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.again(x)).mean((2, 3)))
+
+
+def residual(width: float = 1.0) -> nn.Module:
+    return Residual(width)
+
+
+def grouped(width: float = 1.0) -> nn.Module:
+    c = 4 * max(1, round(2 * width))
+    layers = [nn.Conv2d(1, c, 3), nn.Conv2d(c, c, 3, groups=4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 3)]
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize(
+    ("factory", "narrow", "message"),
+    [
+        (residual, ["again", "head"], "residual: narrower behind a cut, it breaks off after again"),
+        (grouped, ["1", "4"], "grouped: narrower behind a cut, it breaks off after 1: a layer in groups"),
+        (nn.Flatten, [], "no `width`"),
+    ],
+)
+def test_models_that_cannot_be_narrow_behind_a_cut_say_where(factory, narrow, message):
+    with pytest.raises(UnsliceableModel, match=message):
+        narrower_behind(ModelSpec.of(factory), narrow, 0.5, lambda module: module(torch.zeros(2, 1, 8, 8)))
+
+
+# ProFL
+
+
+def test_profl_shrinks_from_the_back_and_grows_from_the_front():
+    method = make_method("profl", blocks=BLOCKS, longest=1)
+    states = states_of(method, rounds=6)
+    firsts = [{n[0] for n in moved_between(a, b) if not n.startswith("@")} for a, b in itertools.pairwise(states)]
+    assert firsts == [{"2"}, {"1"}, {"0"}, {"1"}, {"2"}, {"2"}]
+
+
+def test_a_turn_ends_when_the_block_hardly_moves_on():
+    """A block that goes back and forth has a path, but gets nowhere; one that goes straight on has both."""
+    method = make_method("profl", blocks=BLOCKS, window=4, threshold=0.5)
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    names = sorted(method.menu(state)[2].step.trainable)
+
+    def turns(step: Any) -> list[Turn]:
+        found, now = [], state
+        for round in range(4):
+            params = {n: t + step(round) if n in names else t for n, t in now.params.items()}
+            turn, start = method._after_round(now, params, names)
+            values = {key: getattr(turn, key) for key in turn.__struct_fields__}
+            now = replace(now, params=params, aux=replace(now.aux, tensors=start, values=values))
+            found.append(turn)
+        return found
+
+    assert [t.position for t in turns(lambda round: 0.1)] == [0, 0, 0, 0]
+    there_and_back = turns(lambda round: 0.1 * (-1) ** round)
+    assert [t.position for t in there_and_back] == [0, 0, 0, 1]
+    assert there_and_back[-1] == Turn(1)
+
+
+def test_profl_without_shrinking_only_grows():
+    method = make_method("profl", blocks=BLOCKS, shrinking=False, longest=1)
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    assert method.order(state) == [0, 1, 2]
+    one = make_method("profl", blocks=1)
+    assert one.order(one.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)) == [0]
+
+
+def test_profl_with_one_block_is_fedavg(fedavg):
+    state = states_of(make_method("profl", blocks=1))[-1]
+    assert identical(extract(state.params, dict.fromkeys(fedavg)), fedavg)
