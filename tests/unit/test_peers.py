@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from scalefl.coords import extract
 from scalefl.costs import step_cost
 from scalefl.engines.local import LocalEngine
-from scalefl.errors import BudgetError, ConfigError, UnsliceableModel
+from scalefl.errors import ConfigError, UnsliceableModel
 from scalefl.methods.depthfl import MutualDistillation
 from scalefl.methods.profl import Turn
 from scalefl.models import resolve
@@ -206,9 +206,13 @@ def test_slt_needs_to_know_how_long_it_runs():
         slt(0.8, rounds=0)
 
 
-def test_slt_says_what_the_least_needs():
-    with pytest.raises(BudgetError, match=r"block 1 \(0.03125 wide behind\) of tiny needs"):
-        slt(0.01)
+def test_slt_leaves_out_clients_that_no_width_fits():
+    method, state = slt(0.01)
+    assert state.aux.values["widths"] == [1 / 32, 1 / 32, 1.0]
+    clients = Clients(EQUAL, (int(0.01 * full_bytes()), 2 * full_bytes()))
+    plan = method.plan(state, [clients[0], clients[1]])
+    assert [task.client_id for task in plan.tasks] == [1]
+    assert 0.01 * full_bytes() < method.floor_bytes(state) < full_bytes()
 
 
 @pytest.mark.parametrize("name", ["resnet10", "vgg11_bn", "squeezenet"])

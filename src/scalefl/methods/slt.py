@@ -18,7 +18,7 @@ from scalefl.models.mixed import narrower_behind
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params
-from scalefl.planner import budget_error, fit, least
+from scalefl.planner import fit, least
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
@@ -48,7 +48,7 @@ class SLT:
     """SLT.
 
     Paper: section 3. Everybody does the same: at each stage the width behind the block is the largest with which the
-    weakest client can train. Rounds are shared out between stages by the parameters that they train. Deviation: blocks,
+    weakest client can train, and the least where it can't at any. Rounds are shared out between stages by the parameters that they train. Deviation: blocks,
     where the paper goes layer by layer; means beside them, if asked for.
 
     Args:
@@ -74,7 +74,6 @@ class SLT:
         Raises:
             ConfigError: neither `rounds` nor `work.lr_rounds` says how long the run is.
             UnsliceableModel: the model cannot be narrower behind one of the cuts.
-            BudgetError: a stage does not fit the weakest client at any width.
         """
         total = self.rounds or self.work.lr_rounds
         if not total:
@@ -82,7 +81,7 @@ class SLT:
                 "slt shares rounds out between its stages: say how many as method.rounds or work.lr_rounds"
             )
         blocks = self._blocks(model, problem)
-        widths = [self._width(blocks, stage, smallest_memory_bytes) for stage in range(len(blocks))]
+        widths = [*(self._width(blocks, stage, smallest_memory_bytes) for stage in range(len(blocks) - 1)), 1.0]
         weights = [self._trained(blocks, stage, width) for stage, width in enumerate(widths)]
         values = {"widths": widths, "starts": _shared_out(total, weights)}
         return ServerState(model, problem, initial_params(model, seed), round=0, seed=seed, aux=Aux(values=values))
@@ -132,7 +131,7 @@ class SLT:
 
     def _offer(self, blocks: Blocks, stage: int, width: float) -> Offer:
         step = self._step(blocks, stage, width)
-        behind = f" ({width:g} wide behind)" if stage < len(blocks) - 1 else ""
+        behind = f" ({width:g} wide behind)" if width < 1 else ""
         return Offer(f"{blocks.label(Span(stage, stage))}{behind}", (("", step),), ladder_of(self.means))
 
     def _step(self, blocks: Blocks, stage: int, width: float) -> Step:
@@ -147,7 +146,10 @@ class SLT:
         return sum(p.numel() for name, p in own if name in step.trainable)
 
     def _width(self, blocks: Blocks, stage: int, budget: int) -> float:
-        """The largest width behind the block in turn that fits, by bisection: more width never takes less memory."""
+        """The largest width behind the block in turn that fits, by bisection: more width never takes less memory.
+
+        Where none fits, the least: for those clients that it fits.
+        """
         if self._least_bytes(blocks, stage, 1.0) <= budget:
             return 1.0
         low, high = 0, WIDTH_STEPS
@@ -155,11 +157,7 @@ class SLT:
             middle = (low + high) // 2
             fits = self._least_bytes(blocks, stage, middle / WIDTH_STEPS) <= budget
             low, high = (middle, high) if fits else (low, middle)
-        if low == 0:
-            offer = self._offer(blocks, stage, 1 / WIDTH_STEPS)
-            floor = least(offer, blocks.problem, self.objective)
-            raise budget_error(f"{offer.label} of {blocks.model.name}", floor, blocks.problem, TaskLoss(), budget)
-        return low / WIDTH_STEPS
+        return max(low, 1) / WIDTH_STEPS
 
     def _least_bytes(self, blocks: Blocks, stage: int, width: float) -> int:
         found = least(self._offer(blocks, stage, width), blocks.problem, self.objective)
@@ -188,7 +186,7 @@ def _shared_out(rounds: int, weights: Sequence[int]) -> list[int]:
 @lru_cache(maxsize=256)
 def _model(blocks: Blocks, stage: int, width: float) -> ModelSpec:
     """The model, narrower behind the block in turn."""
-    if width == 1.0 or stage == len(blocks) - 1:
+    if width == 1.0:
         return blocks.model
     last, unit_of, problem = blocks.ends[stage], blocks.partition.unit_of, blocks.problem
     behind = {name.rpartition(".")[0] for name, unit in unit_of.items() if unit > last}
