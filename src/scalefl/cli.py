@@ -156,6 +156,9 @@ def plan(
     config: ConfigFile,
     settings: Settings = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="Draw it too, into a PNG, SVG or PDF file.")
+    ] = None,
 ) -> None:
     """Print what training as CONFIG says needs, and which clients can do what; train nothing."""
     from scalefl.experiment import Experiment
@@ -163,6 +166,8 @@ def plan(
 
     experiment = Experiment(_load(config, settings))
     found = experiment.plan().to_json()
+    if picture is not None:
+        _draw_plan(found, experiment.config.name, picture)
     classes = [
         {
             "name": member.name,
@@ -179,6 +184,15 @@ def plan(
     console = _console()
     show(console, memory_table(found))
     show(console, class_table(classes, found["full"]["peak_bytes"], base))
+
+
+def _draw_plan(found: Mapping[str, Any], name: str, target: Path) -> None:
+    from scalefl.report.pictures import memory_picture, save
+
+    try:
+        save(memory_picture(found, name), target)
+    except (OSError, ValueError) as error:  # no such folder, or no format of that name
+        raise ScaleFLError(f"cannot draw {target}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @app.command()

@@ -250,6 +250,15 @@ def test_plan_as_json(home: Path) -> None:
     assert found["base_bytes"] is None or 50e6 < found["base_bytes"] < 5e9
 
 
+def test_plan_as_a_picture(home: Path, tmp_path: Path) -> None:
+    for name, start in (("plan.png", b"\x89PNG"), ("new/plan.svg", b"<?xml")):
+        result = invoke("plan", home / "tiny.toml", "--picture", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / name).read_bytes().startswith(start)
+        assert "block 1" in result.stdout
+    assert "'doc' is not supported" in failed("plan", home / "tiny.toml", "--picture", tmp_path / "plan.doc")
+
+
 def test_report_of_one_run(home: Path, tmp_path: Path) -> None:
     result = invoke("report", home / "runs" / "tiny", "--out", tmp_path)
     assert result.exit_code == 0, result.output

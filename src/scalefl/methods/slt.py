@@ -48,8 +48,8 @@ class SLT:
     """SLT.
 
     Paper: section 3. Everybody does the same: at each stage the width behind the block is the largest with which the
-    weakest client can train, and the least where it can't at any. Rounds are shared out between stages by the parameters that they train. Deviation: blocks,
-    where the paper goes layer by layer; means beside them, if asked for.
+    weakest client can train, and the least where it can't at any. Rounds are shared out between stages by the
+    parameters that they train. Deviation: blocks, where the paper goes layer by layer; means beside them, if asked for.
 
     Args:
         work: what each client does.

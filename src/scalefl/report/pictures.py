@@ -49,7 +49,7 @@ FAR_BUDGET = 1.35
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG and return the path."""
+    """Write a figure in the format that the path ends with, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=DPI, facecolor="white")
