@@ -49,6 +49,11 @@ class Total:
         self._reference = reference
         self._scale = 2.0 ** math.ceil(math.log2(max(largest_weight, 1)))
         self._sums: dict[str, _Sum] = {}
+        self.own: dict[int, Params] = {}
+
+    def keep(self, client_id: int, own: Params) -> None:
+        """Note a client's own tensors as it sent them back; copied."""
+        self.own[client_id] = {name: t.clone() for name, t in own.items()}
 
     def add(self, params: Params, weight: int, coords: Coords, largest: Mapping[str, float]) -> None:
         """Add a client's tensors, finite and at most `LIMIT` in size, with its weight; `largest` as `check` returns."""

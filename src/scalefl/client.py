@@ -19,7 +19,7 @@ from scalefl.prefix import Prefix, from_input, prefix_of
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import RngState, derive, generator, rng_state, seeded, set_rng_state
 from scalefl.sgd import SGD
-from scalefl.types import ClientTask, ClientUpdate, Means, Method, Objective, Receipt, Step
+from scalefl.types import OWN, ClientTask, ClientUpdate, Means, Method, Objective, Receipt, Step
 
 
 class Residents:
@@ -78,7 +78,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         runner, trained = stack.enter_context(holding(residents[step.part.model], step, params))
         prefix = stack.enter_context(prefix_of(step, runner, params, examples, problem, residents.device))
-        optimizer = make_optimizer(trained, step)
+        optimizer = make_optimizer(trained, step, params)
         for epoch in range(step.work.epochs):
             sums = {}
             for batch, rows in _batches(examples, step.work.batch_size, derive(seed, "epoch", epoch), problem):
@@ -88,6 +88,7 @@ def _train(
                     entry = sums.setdefault(name, [0, 0])
                     entry[0] = entry[0] + value
                     entry[1] = entry[1] + weight
+        optimizer.settle()
     return {name: (float(value), float(weight)) for name, (value, weight) in sums.items()}
 
 
@@ -107,7 +108,7 @@ def without_prefix(step: Step) -> bool:
 def held_by(step: Step) -> frozenset[str]:
     """The tensors that a step holds for as long as it trains."""
     own = step.part.own if without_prefix(step) else step.part.held
-    return frozenset((*own, *step.part.output_names()))
+    return frozenset((*own, *step.part.output_names(), *step.own))
 
 
 @contextlib.contextmanager
@@ -131,9 +132,15 @@ def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[Pa
         yield held
 
 
-def make_optimizer(trained: Mapping[str, nn.Parameter], step: Step) -> SGD:
+def make_optimizer(trained: Mapping[str, nn.Parameter], step: Step, params: Params) -> SGD:
     """The optimizer of a step. Gradients that are accumulated cannot be applied as they come."""
-    return SGD(trained, step.work, in_backward=step.means.free_gradients and not step.splits)
+    return SGD(
+        trained,
+        step.work,
+        feddyn=step.feddyn,
+        drift={name: params[OWN + name] for name in trained} if step.feddyn else None,
+        in_backward=step.means.free_gradients and not step.splits,
+    )
 
 
 def train_batch(

@@ -23,7 +23,7 @@ from scalefl.prefix import CHUNK, Prefix, from_input
 from scalefl.problem import Batch, Problem, num_rows
 from scalefl.profile_store import stored
 from scalefl.steps import full_step
-from scalefl.types import LocalWork, Objective, PrefixMode, Step
+from scalefl.types import OWN, LocalWork, Objective, PrefixMode, Step
 from scalefl.units import TERMS, Term
 
 WITHOUT_PREFIX: tuple[PrefixMode, ...] = ("streamed", "cached")
@@ -116,7 +116,7 @@ def _canonical(step: Step) -> Step:
         prox=float(step.work.prox > 0),
     )
     means = replace(step.means, micro_batch_size=None, prefix="resident")
-    return replace(step, work=work, means=means)
+    return replace(step, work=work, means=means, feddyn=float(step.feddyn > 0))
 
 
 @lru_cache(maxsize=4096)
@@ -163,7 +163,9 @@ def _traced(step: Step, problem: Problem, objective: Objective) -> Callable[[Led
         with holding(resident, step, params) as (runner, trained), _counting_outputs(runner.outputs, ledger):
             for name, p in trained.items():
                 p.register_post_accumulate_grad_hook(_filing(ledger, name))  # type: ignore[no-untyped-call]
-            optimizer = make_optimizer(trained, step)
+            with ledger.counting_as("copies"):
+                params |= {OWN + name: torch.zeros_like(trained[name]) for name in trained if step.feddyn}
+            optimizer = make_optimizer(trained, step, params)
             for name, tensor in optimizer.momentum.items():
                 ledger.file([tensor], _term_of(name, "optimizer"))
             for name, tensor in optimizer.copies.items():

@@ -11,7 +11,7 @@ import torch
 from scalefl.aggregate import Total, check
 from scalefl.coords import extract, take, within
 from scalefl.errors import BadUpdate, EmptyCohort, RoundFailed
-from scalefl.params import Params
+from scalefl.params import Params, select
 from scalefl.record import RoundRecord, Tally
 from scalefl.sampling import Sampler
 from scalefl.types import (
@@ -134,20 +134,27 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan)
     total = Total(state.params, sum(weights))
     tally = Tally()
     tasks = {task.client_id: task for task in plan.tasks}
-    orders = ((task, extract(state.params, plan.coords[task.client_id])) for task in plan.tasks)
+    orders = (
+        (task, {**extract(state.params, plan.coords[task.client_id]), **plan.own.get(task.client_id, {})})
+        for task in plan.tasks
+    )
     for answer in engine.fit(method, orders):
         if isinstance(answer, ClientLoss):
             tally.lose(_explained(answer, plan))
             continue
         task, coords = tasks[answer.client_id], plan.coords[answer.client_id]
         try:
-            expected = extract(state.params, {name: coords[name] for name in task.moving})
+            own = plan.own.get(task.client_id, {})
+            expected = {**extract(state.params, {n: coords[n] for n in task.moving if n not in own}), **own}
             sizes = check(task, answer, expected, plan.clients[answer.client_id].num_examples)
         except BadUpdate as error:
             tally.lose(ClientLoss(answer.client_id, task.round, f"{error.name}: {error.why}", answer.receipt))
             continue
         weight = 1 if plan.is_uniform else answer.num_examples
-        params, coords = _counting(answer.params, coords, plan.counting.get(answer.client_id, {}))
+        if own:
+            total.keep(answer.client_id, select(answer.params, own))
+        shared = {name: t for name, t in answer.params.items() if name not in own}
+        params, coords = _counting(shared, coords, plan.counting.get(answer.client_id, {}))
         total.add(params, weight, coords, sizes)
         tally.add(answer)
     return total, tally

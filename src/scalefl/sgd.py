@@ -12,28 +12,41 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.errors import ConfigError
+from scalefl.params import Params
 from scalefl.types import LocalWork
 
 
 class SGD:
-    """SGD over named parameters, with FedProx's pull towards where they started and gradient clipping.
+    """SGD over named parameters, with gradient clipping and the pull of FedProx or FedDyn towards where they started.
 
     Args:
         parameters: what trains.
         work: lr, momentum, weight_decay, clip_norm and prox.
+        feddyn: α of FedDyn; 0 turns it off.
+        drift: h of FedDyn, for each parameter: changed in place by `settle`.
         in_backward: update each parameter when its gradient is complete, and free that; the numbers are the same.
 
     Raises:
         ConfigError: `in_backward` with clipping, which needs all gradients at once.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], work: LocalWork, *, in_backward: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        work: LocalWork,
+        *,
+        feddyn: float = 0.0,
+        drift: Params | None = None,
+        in_backward: bool = False,
+    ) -> None:
         if in_backward and work.clip_norm:
             raise ConfigError("clip_norm needs all gradients at once: they cannot be applied during backward")
         self._names, self._parameters = list(parameters), list(parameters.values())
         self._work = work
         self._momentum = [torch.zeros_like(p) for p in self._parameters] if work.momentum else None
-        self._start = [p.detach().clone() for p in self._parameters] if work.prox else None
+        self._pull, self._feddyn = work.prox + feddyn, feddyn
+        self._start = [p.detach().clone() for p in self._parameters] if self._pull else None
+        self._drift = [drift[name] for name in self._names] if drift else None
         for i, p in enumerate(self._parameters if in_backward else ()):
             p.register_post_accumulate_grad_hook(self._applying(i))  # type: ignore[no-untyped-call]
 
@@ -44,7 +57,7 @@ class SGD:
 
     @property
     def copies(self) -> dict[str, Tensor]:
-        """What the parameters were at the start, where FedProx needs it."""
+        """What the parameters were at the start, where something pulls towards it."""
         return dict(zip(self._names, self._start or (), strict=False))
 
     def zero_grad(self) -> None:
@@ -70,6 +83,16 @@ class SGD:
             nn.utils.clip_grad_norm_(self._parameters, self._work.clip_norm)
         self._move(moving)
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The client is done: FedDyn's h takes in how far it went.
+
+        Paper: Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021, algorithm 1.
+        """
+        if self._drift is not None and self._start is not None:
+            for drift, p, start in zip(self._drift, self._parameters, self._start, strict=True):
+                drift.sub_(p - start, alpha=self._feddyn)
+
     def _applying(self, i: int) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def apply(p: Tensor) -> None:
@@ -80,10 +103,12 @@ class SGD:
         return apply
 
     def _pull_to_start(self, moving: Sequence[int]) -> None:
-        """Add the gradient of μ/2·‖θ − θ⁽ʳ⁾‖², which is μ(θ − θ⁽ʳ⁾)."""
+        """Add the gradient of μ/2·‖θ − θ⁽ʳ⁾‖² − ⟨h, θ⟩, which is μ(θ − θ⁽ʳ⁾) − h."""
         for i in moving if self._start is not None else ():
             p, start = self._parameters[i], self._start[i]  # type: ignore[index]
-            _gradient(p).add_(p - start, alpha=self._work.prox)
+            _gradient(p).add_(p - start, alpha=self._pull)
+            if self._drift is not None:
+                _gradient(p).sub_(self._drift[i])
 
     def _move(self, moving: Sequence[int]) -> None:
         work = self._work

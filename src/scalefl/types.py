@@ -12,7 +12,7 @@ from torch import Tensor
 from scalefl.errors import ConfigError, check_range
 from scalefl.memory import Cost
 from scalefl.models.spec import ModelSpec
-from scalefl.params import Params
+from scalefl.params import ATTACHMENT, Params
 from scalefl.parts import Part, Taps
 from scalefl.problem import Batch, Problem, Weighted
 
@@ -183,6 +183,10 @@ class Population(Protocol):
     def __getitem__(self, index: int) -> ClientInfo: ...
 
 
+OWN = ATTACHMENT + "own."
+"""What the names of a client's own tensors start with."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One piece of local training: a part of the model, what trains in it, and towards what.
@@ -194,6 +198,8 @@ class Step:
         coefficients: numbers from which `Method.objective` makes the objective.
         work, means: what to do, and how.
         classes: the labels that its objective tells apart, where that is the client's affair; None: all.
+        feddyn: α of FedDyn (Acar et al., ICLR 2021): the step adds α(θ − θ⁽ʳ⁾) − h to gradients, where h are the
+            client's own tensors, and takes α(θ − θ⁽ʳ⁾) off them at its end; 0 turns it off.
     """
 
     part: Part
@@ -203,6 +209,12 @@ class Step:
     work: LocalWork
     means: Means = Means()
     classes: tuple[int, ...] | None = None
+    feddyn: float = 0.0
+
+    @property
+    def own(self) -> frozenset[str]:
+        """The client's own tensors that it needs, and sends back."""
+        return frozenset(OWN + name for name in self.trainable) if self.feddyn else frozenset()
 
     @property
     def statistics(self) -> frozenset[str]:
@@ -238,7 +250,7 @@ class ClientTask:
     @property
     def moving(self) -> frozenset[str]:
         """Everything that the task uploads."""
-        return frozenset().union(*(step.moving for step in self.steps))
+        return frozenset().union(*(step.moving | step.own for step in self.steps))
 
 
 Window = tuple[Tensor | None, ...]
@@ -261,6 +273,7 @@ class RoundPlan:
         clients: the cohort.
         counting: of a client's tensors, what enters the mean, as a window of its own tensor; all of those not named.
         is_uniform: whether clients count alike in the mean, not by their numbers of examples.
+        own: tensors that belong to a client, which the server keeps for it from round to round.
     """
 
     stage: str
@@ -271,6 +284,7 @@ class RoundPlan:
     clients: Mapping[int, ClientInfo]
     counting: Mapping[int, Coords] = field(default_factory=dict)
     is_uniform: bool = False
+    own: Mapping[int, Params] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -424,6 +438,11 @@ def described(step: Step) -> list[str]:
 
 class Totals(Protocol):
     """What `Method.aggregate` receives: see `scalefl.aggregate.Total`."""
+
+    @property
+    def own(self) -> Mapping[int, Params]:
+        """What came back of clients' own tensors."""
+        ...
 
     def mean(self, base: Params) -> dict[str, Tensor]:
         """The coordinate-wise weighted mean of what moved, and `base` elsewhere; only names that moved."""

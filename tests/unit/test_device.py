@@ -60,7 +60,7 @@ def test_a_step_stays_on_its_device(name: str, means: Means) -> None:
         holding(resident, step, params) as (runner, trained),
         prefix_of(step, runner, params, batch, c.problem, META) as prefix,
     ):
-        optimizer = make_optimizer(trained, step)
+        optimizer = make_optimizer(trained, step, {})
         found = train_batch(runner, optimizer, batch, c.problem, objective, step.means, prefix)
         assert {t.device for t in optimizer.momentum.values()} == {META}
     assert all(value.device == META for value, _ in found.values())

@@ -232,7 +232,7 @@ def test_dropout_is_the_same_in_both_passes(name: str, first: int, last: int, ta
     batch, params = j.batch(7), j.params()
     step = replace(j.step, means=Means(3, recompute=recompute))
     with seeded(4), holding(Residents()[j.c.model], step, params) as (runner, trained):
-        train_batch(runner, make_optimizer(trained, step), batch, j.c.problem, j.objective, step.means)
+        train_batch(runner, make_optimizer(trained, step, {}), batch, j.c.problem, j.objective, step.means)
     reference, other = in_one_graph(j, 3, batch, 4), in_one_graph(j, 3, batch, 9)
     ours, wanted, another = (
         ClientUpdate(0, {n: p[n] for n in j.step.moving}, 7, {}, None) for p in (params, reference, other)
@@ -261,7 +261,7 @@ def test_two_passes_over_micro_batches_of_unequal_weight(labels: list[int]) -> N
         for means in (PLAIN, Means(3), Means(1), Means(3, recompute=True)):
             step, params = replace(j.step, means=means), j.params()
             with holding(Residents()[c.model], step, params) as (runner, trained):
-                train_batch(runner, make_optimizer(trained, step), batch, c.problem, objective, means)
+                train_batch(runner, make_optimizer(trained, step, {}), batch, c.problem, objective, means)
             found.append(params)
         for params in found[1:]:
             assert all(torch.allclose(params[n], found[0][n], rtol=0, atol=1e-12) for n in params)
@@ -298,7 +298,7 @@ def test_both_passes_normalise_alike_and_count_once(recompute: bool) -> None:
         step, params = replace(j.step, means=means), j.params()
         objective = Recording(mentor(), ())
         with holding(Residents()[j.c.model], step, params) as (runner, trained):
-            train_batch(runner, make_optimizer(trained, step), batch, j.c.problem, objective, means)
+            train_batch(runner, make_optimizer(trained, step, {}), batch, j.c.problem, objective, means)
         found.append((objective.seen, params))
     (_, whole), (seen, split) = found
     assert len(seen[False]) == len(seen[True]) == 3
@@ -586,7 +586,7 @@ def test_no_tensor_waits_for_the_collector(first: int, means: Means) -> None:
         holding(Residents()[j.c.model], step, params) as (runner, trained),
         prefix_of(step, runner, params, batch, j.c.problem) as prefix,
     ):
-        optimizer = make_optimizer(trained, step)
+        optimizer = make_optimizer(trained, step, {})
         with collector_off():
             train_batch(runner, optimizer, batch, j.c.problem, j.objective, means, prefix)
             left = num_tensors()
@@ -647,7 +647,7 @@ def test_a_gradient_is_gone_before_the_next_is_there() -> None:
     j = job(case("vit"))
     step = replace(j.step, means=Means(free_gradients=True))
     with holding(Residents()[j.c.model], step, j.params()) as (runner, trained):
-        optimizer = make_optimizer(trained, step)
+        optimizer = make_optimizer(trained, step, {})
         alive: list[int] = []
         for p in trained.values():
             p.register_post_accumulate_grad_hook(

@@ -133,6 +133,53 @@ def test_what_is_deployed_is_the_mean_of_all_classifiers():
         torch.testing.assert_close(ensemble.eval()(x), torch.stack(said).mean(0))
 
 
+def test_feddyn_is_its_algorithm():
+    """Two clients, two rounds of one step each without momentum, against algorithm 1 by hand."""
+    data = MadeData([16, 16])
+    work = replace(WORK, batch_size=16, momentum=0.0, weight_decay=0.0)
+    alpha, lr = 0.3, WORK.lr
+    model = spec(norm="none")
+    method = make_method("depthfl", blocks=1, work=work, feddyn={"clients": 5, "alpha": alpha})
+    with LocalEngine(data, Clients(data, RICH)) as engine:
+        states, _ = play(method, engine, 2, cohort=2, model=model)
+    theta = dict(states[0].params)
+    h = [{n: torch.zeros_like(t) for n, t in theta.items()} for _ in range(2)]
+    server = {n: torch.zeros_like(t) for n, t in theta.items()}
+    for state in states[1:]:
+        ends = []
+        for client in range(2):
+            module = model.build(0)
+            module.load_state_dict(theta)
+            examples = data.examples(client)
+            F.cross_entropy(module(examples["x"]), examples["label"]).backward()
+            end = {n: theta[n] - lr * (p.grad - h[client][n]) for n, p in module.named_parameters()}
+            h[client] = {n: h[client][n] - alpha * (end[n] - theta[n]) for n in end}
+            ends.append(end)
+        server = {n: t - alpha / 5 * sum(end[n] - theta[n] for end in ends) for n, t in server.items()}
+        theta = {n: (ends[0][n] + ends[1][n]) / 2 - server[n] / alpha for n in theta}
+        for name, tensor in theta.items():
+            torch.testing.assert_close(state.params[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_feddyn_counts_in_a_clients_memory():
+    costs = []
+    for feddyn in ({"clients": 8}, None):
+        method = make_method("depthfl", blocks=BLOCKS, feddyn=feddyn)
+        state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+        step = method.menu(state)[0].step
+        costs.append(step_cost(step, PROBLEM, method.objective(step)))
+    parameters = sum(state.params[name].numel() * 4 for name in step.trainable)
+    terms = [dict(cost.terms) for cost in costs]
+    assert terms[1]["copies"] == 0
+    # A copy of where it started and its own tensors; what belongs to output modules is counted as theirs.
+    assert 2 * parameters <= costs[0].peak_bytes - costs[1].peak_bytes + 64
+
+
+def test_feddyn_is_the_servers_step():
+    with pytest.raises(ConfigError, match="what the server does"):
+        make_method("depthfl", feddyn={"clients": 8}, server={"kind": "fedadam"})
+
+
 # SLT
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from models import Case, built_in, case
 from scalefl.blocks import Span, blocks_by_count
 from scalefl.client import holding, make_optimizer, train_batch
-from scalefl.costs import _Coming, _counting_output, _filing, _term_of, _traced, _Watched, _zeros, step_cost
+from scalefl.costs import _Coming, _counting_outputs, _filing, _term_of, _traced, _Watched, _zeros, step_cost
 from scalefl.memory import SHAPES, SPLIT, WHOLE, Cost, Ledger, Symbols, predict
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.models.output import OutputSpec, light_targets
@@ -67,10 +67,10 @@ def with_prefix_by_trace(step: Step, problem: Problem, objective: Objective) -> 
 
     def run(ledger: Ledger) -> None:
         params = _zeros({n: t for n, t in empty.items() if n in laid}, ledger)
-        with holding(resident, step, params) as (runner, trained), _counting_output(runner.output, ledger):
+        with holding(resident, step, params) as (runner, trained), _counting_outputs(runner.outputs, ledger):
             for n, p in trained.items():
                 p.register_post_accumulate_grad_hook(_filing(ledger, n))
-            optimizer = make_optimizer(trained, step)
+            optimizer = make_optimizer(trained, step, {})
             for n, t in optimizer.momentum.items():
                 ledger.file([t], _term_of(n, "optimizer"))
             with ledger.counting_as("activations"):

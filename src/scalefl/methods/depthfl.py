@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import msgspec
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
-from scalefl.errors import check_range
+from scalefl.errors import ConfigError, check_range
 from scalefl.methods.common import initial_params, make_plan
 from scalefl.models.exits import ensemble
 from scalefl.models.output import OutputSpec
@@ -26,9 +28,11 @@ from scalefl.problem import Batch, Problem, Weighted
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
 from scalefl.types import (
+    OWN,
     Aux,
     Choice,
     ClientInfo,
+    ClientTask,
     Ladder,
     LadderName,
     LocalWork,
@@ -42,6 +46,8 @@ from scalefl.types import (
 )
 
 CONSISTENCY = "consistency"
+CLIENT, SERVER = "client.", "server."
+"""What the names of FedDyn's h start with, in the method's history."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,22 @@ def _divergence(said: Sequence[Tensor]) -> Tensor:
     return sum(pairs[1:], pairs[0]) / (len(said) - 1)
 
 
+class FedDyn(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021, algorithm 1.
+
+    Args:
+        clients: N, how many there are in all.
+        alpha: α.
+    """
+
+    clients: int
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range("feddyn.clients", self.clients, 1)
+        check_range("feddyn.alpha", self.alpha, 1e-12)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DepthFL:
     """DepthFL.
@@ -89,6 +111,8 @@ class DepthFL:
         blocks: the depths: how many, or the module paths after which the classifiers on the way stand.
         consistency: w, the weight of what classifiers learn from each other, once it has grown.
         ramp_rounds: rounds over which it grows; 0: it is there from the start.
+        feddyn: dynamic regularization, which the authors train with. The server then keeps tensors as large as the
+            model for each client that has taken part.
         means: what clients may do to fit their memory: a ladder, or the name of one ("none", "micro-batches", "auto").
         server: what the server does with the mean.
     """
@@ -97,12 +121,15 @@ class DepthFL:
     blocks: int | tuple[str, ...] = 4
     consistency: float = 1.0
     ramp_rounds: int = 300
+    feddyn: FedDyn | None = None
     means: Ladder | LadderName = "none"
     server: ServerOptimizer = Average()
 
     def __post_init__(self) -> None:
         check_range("consistency", self.consistency, 0.0)
         check_range("ramp_rounds", self.ramp_rounds, 0)
+        if self.feddyn and not isinstance(self.server, Average):
+            raise ConfigError("feddyn is what the server does with the mean: it goes with server.kind = 'average' only")
 
     def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
         """The model's weights, and a classifier after each block but the last."""
@@ -124,7 +151,9 @@ class DepthFL:
         """The greatest depth that fits, for each client."""
         fits = {budget: self._deepest(state, budget) for budget in {client.memory_bytes for client in cohort}}
         chosen = {c.id: (found,) for c in cohort if (found := fits[c.memory_bytes])}
-        return replace(make_plan(state, "depths", cohort, chosen, self.work), is_uniform=True)
+        plan = make_plan(state, "depths", cohort, chosen, self.work)
+        own = {task.client_id: self._own(state, task) for task in plan.tasks if self.feddyn}
+        return replace(plan, is_uniform=True, own=own)
 
     def objective(self, step: Step) -> Objective:
         """The classifiers' losses and their mutual distillation."""
@@ -133,6 +162,10 @@ class DepthFL:
     def aggregate(self, state: ServerState, plan: RoundPlan, total: Totals) -> ServerState:
         """The mean of each tensor over the clients that hold it, all alike."""
         params, history = apply_mean(self.server, state, plan, total)
+        if self.feddyn:
+            for client_id, own in total.own.items():
+                history |= {f"{_of(client_id)}{name}": t for name, t in own.items()}
+            params, history = self._corrected(state, params, history, total)
         return replace(state, params=params, round=state.round + 1, aux=Aux(history))
 
     def deploy(self, state: ServerState) -> tuple[ModelSpec, Params]:
@@ -143,6 +176,25 @@ class DepthFL:
             names = each.output.names()
             params |= {f"exits.{number}.{n.removeprefix(each.output.prefix)}": state.params[n] for n in names}
         return ensemble(state.model, [(each.cut.position, each.output) for each in exits]), params
+
+    def _own(self, state: ServerState, task: ClientTask) -> dict[str, Tensor]:
+        """A client's h, as it left it; 0 where it has not trained a parameter yet."""
+        kept, prefix = state.aux.tensors, _of(task.client_id)
+        names = sorted(task.steps[0].trainable)
+        return {OWN + n: kept.get(f"{prefix}{OWN}{n}", torch.zeros_like(state.params[n])) for n in names}
+
+    def _corrected(
+        self, state: ServerState, params: dict[str, Tensor], history: dict[str, Tensor], total: Totals
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What FedDyn makes of the mean: h ← h − α/N · Σ(θₖ − θ⁽ʳ⁾), θ ← mean − h/α."""
+        assert self.feddyn is not None
+        for name in sorted({own.removeprefix(OWN) for sent in total.own.values() for own in sent}):
+            count = sum(OWN + name in sent for sent in total.own.values())
+            h = history.get(SERVER + name, torch.zeros_like(params[name]))
+            moved = params[name] - state.params[name]
+            history[SERVER + name] = h - self.feddyn.alpha * count / self.feddyn.clients * moved
+            params[name] = params[name] - history[SERVER + name] / self.feddyn.alpha
+        return params, history
 
     def _deepest(self, state: ServerState, budget: int) -> Choice | None:
         found = (fit(offer, state.problem, self.objective, budget, round=state.round) for offer in self.menu(state))
@@ -162,6 +214,8 @@ class DepthFL:
         # Units cannot be run again one by one: classifiers read on the way.
         part = replace(step.part, exits=before, inner=() if before else step.part.inner)
         step = replace(step, part=part, trainable=step.trainable | added, moving=step.moving | added)
+        if self.feddyn:
+            step = replace(step, feddyn=self.feddyn.alpha)
         return Offer(f"depth {depth}", (("", step),), ladder_of(self.means))
 
     def _exits(self, blocks: Blocks) -> tuple[Exit, ...]:
@@ -179,6 +233,10 @@ class DepthFL:
         if isinstance(self.blocks, tuple):
             return blocks_by_hand(model, problem, self.blocks)
         return blocks_by_count(model, problem, self.blocks)
+
+
+def _of(client_id: int) -> str:
+    return f"{CLIENT}{client_id}."
 
 
 def _ramp(round: int, length: int) -> float:
