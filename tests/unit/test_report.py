@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from rich.console import Console
 from made_up import PLAN, SUMMARY, write_run
 from scalefl.errors import CheckpointError
 from scalefl.report import Run, draw, read_run, side_by_side
-from scalefl.report.pictures import accuracy_picture, memory_picture, plane_picture
+from scalefl.report.pictures import accuracy_picture, memory_picture, plane_picture, save
 from scalefl.report.tables import (
     NOTHING,
     Table,
@@ -165,6 +166,26 @@ def test_accuracy_has_a_line_for_each_run(finished: Run, unfinished: Run) -> Non
     assert [drawn.get_label() for drawn in lines] == ["a", "b"]
     assert list(lines[0].get_ydata()) == [10, 50, 75]
     assert len({drawn.get_color() for drawn in lines}) == 2
+
+
+def test_names_are_taken_as_they_are(finished: Run, tmp_path: Path) -> None:
+    names = ["_first", r"$\frac$", "same", "same"]
+    figure = accuracy_picture([replace(finished, config={"name": name}) for name in names])
+    save(figure, tmp_path / "accuracy.png")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+
+
+def test_what_is_no_number_is_not_drawn(finished: Run) -> None:
+    """A model that has diverged: rounds without numbers, and a whole run without any."""
+    finished.journal[1]["validation"]["accuracy"] = finished.journal[2]["plane"][0]["y"] = math.nan
+    assert list(accuracy_picture([finished]).axes[0].lines[0].get_xdata()) == [0, 2]
+    near, _ = plane_picture(finished).axes
+    assert [list(drawn.get_xdata()) for drawn in near.lines if drawn.get_label() in ("a", "b")] == [[0.5], [0.6, 0.6]]
+    for entry in finished.journal:
+        entry["validation"]["accuracy"] = math.nan
+        for drawn in entry.get("plane", ()):
+            drawn["x"] = math.inf
+    assert accuracy_picture([finished]) is None and plane_picture(finished) is None
 
 
 def test_memory_bars_stack_to_the_peak() -> None:

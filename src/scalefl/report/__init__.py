@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ def read_run(folder: Path) -> Run:
         summary=read_json(files.summary) if files.summary.exists() else None,
         base_bytes=environment.get("base_bytes"),
     )
+
+
+def measured(metrics: Mapping[str, float] | None, name: str) -> float | None:
+    """One of the figures that were measured; None where it was not, or is no number, as the mean over no examples."""
+    value = (metrics or {}).get(name)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def is_comparison(folder: Path) -> bool:
