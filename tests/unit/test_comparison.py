@@ -226,6 +226,7 @@ def test_tables_and_pictures_come_from_the_folders_alone(done: Path, tmp_path: P
         "budgets.png",
         "comparison.csv",
         "comparison.md",
+        "report.html",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     with (tmp_path / "comparison.csv").open() as file:
@@ -259,5 +260,5 @@ def test_what_has_not_run_has_no_picture(tmp_path: Path) -> None:
     assert results.num_missing == 4
     assert curves_picture(mean_curves(results, ""), "") is None
     assert budgets_picture(results) is None
-    assert [path.name for path in write(results, tmp_path)] == ["comparison.md", "comparison.csv"]
+    assert [path.name for path in write(results, tmp_path)] == ["comparison.md", "comparison.csv", "report.html"]
     assert [row[1] for row in tables(results, "")[0].rows] == ["0", "0"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from scalefl.report import Run, measured, read_run
+from scalefl.report.page import Page, Picture, Section, write_page
 from scalefl.report.pictures import ACCURACY, STYLE, looks, save, with_grid, with_key
 from scalefl.report.tables import NOTHING, Numbers, Table, to_markdown
 from scalefl.run_folder import RunFolder, read_json
@@ -215,7 +216,7 @@ def _cell(key: str, values: Sequence[float | None]) -> str:
 
 
 def write(results: Results, out: Path) -> list[Path]:
-    """Write a comparison into a folder: its tables (Markdown and CSV) and its pictures.
+    """Write a comparison into a folder: its tables (Markdown and CSV), its pictures, and a page that has it all.
 
     Raises:
         OSError: the folder can't be made or written to.
@@ -232,7 +233,51 @@ def write(results: Results, out: Path) -> list[Path]:
     figure = budgets_picture(results)
     if figure is not None:
         written.append(save(figure, out / "budgets.png"))
-    return written
+    return [*written, write_page(_page(results), out)]
+
+
+def _page(results: Results) -> Page:
+    variants = [*next(iter(results.runs.values()))]
+    seeds = results.settings["seeds"]
+    num_runs = len(results.runs) * len(variants) * len(seeds)
+    missing = f", {results.num_missing} missing" if results.num_missing else ""
+    facts = {
+        "variants": ", ".join(variants),
+        "scenarios": ", ".join(results.runs),
+        "seeds": ", ".join(map(str, seeds)),
+        "runs": f"{num_runs - results.num_missing} of {num_runs} finished{missing}",
+    }
+    sections = [
+        Section(scenario or "Variants", tables(results, scenario), _curves_on_page(results, scenario))
+        for scenario in results.runs
+    ]
+    figure = budgets_picture(results)
+    if figure is not None:
+        numbers = budgets_numbers(results)
+        sections.insert(0, Section("Over budgets", pictures=[Picture(numbers.title, [figure], numbers)]))
+    runs = runs_numbers(results)
+    if runs.rows:
+        sections.append(Section("Each run", numbers=[runs]))
+    return Page(results.name, [(term, text) for term, text in facts.items() if text], sections)
+
+
+def _curves_on_page(results: Results, scenario: str) -> list[Picture]:
+    """The curves, each axis in a plot of its own, which a narrow page shows one below another."""
+    whole = mean_curves(results, scenario)
+    curves = {variant: _thinned(points) for variant, points in whole.items()}
+    panels = [figure for axis in AXES if (figure := curves_picture(curves, "", [axis])) is not None]
+    caption = f"{title(results, scenario)}: validation accuracy, means over seeds and their range"
+    numbers = curves_numbers(curves, caption)
+    if curves != whole:
+        note = f"Here, and in the picture, are {MOST_ON_PAGE} of the evaluated rounds; the PNG beside the page has all."
+        numbers = replace(numbers, notes=(*numbers.notes, note))
+    return [Picture(caption, panels, numbers)] if panels else []
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """No more points than a page is to hold, spread evenly; the first and the last are among them."""
+    step = max(1.0, (len(points) - 1) / (MOST_ON_PAGE - 1))
+    return [points[round(number * step)] for number in range(min(len(points), MOST_ON_PAGE))]
 
 
 def runs_numbers(results: Results) -> Numbers:
@@ -252,6 +297,8 @@ def runs_numbers(results: Results) -> Numbers:
 
 FEW_MARKS = 8
 """Markers that tell a curve among others."""
+MOST_ON_PAGE = 60
+"""Points of a curve that a page holds, in its picture and in the numbers behind it."""
 
 
 @dataclass(frozen=True)
