@@ -203,7 +203,10 @@ def report(
         typer.Option("--out", metavar="DIR", help="Where to: by default the run's folder, or report/ beside several."),
     ] = None,
 ) -> None:
-    """Remake tables and pictures from the folder of one RUN, of several, or of a comparison, and nothing else."""
+    """Remake tables, pictures and their page from the folder of one RUN, of several, or of a comparison.
+
+    The page, report.html, holds all of it in one file.
+    """
     from scalefl.report import draw, is_comparison, read_run, side_by_side
     from scalefl.report.tables import comparison, memory_table, show, summary_table
 

@@ -14,6 +14,8 @@ from scalefl.errors import CheckpointError
 
 FORMAT = "scalefl-run"
 VERSION = 1
+PAGE = "report.html"
+"""Beside the pictures of a run, or of several: the page that shows all of them."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class RunFolder:
         """Remove the run's files, and nothing else."""
         for entry in (*self.path.glob("*.partial"), *self.path.glob("*.png")):
             entry.unlink()
-        for path in (self.config, self.environment, self.plan, self.journal, self.state, self.summary):
+        files = (self.config, self.environment, self.plan, self.journal, self.state, self.summary, self.path / PAGE)
+        for path in files:
             path.unlink(missing_ok=True)
 
     def read_settings(self) -> dict[str, Any]:

@@ -130,7 +130,7 @@ main()
 """
 
 FILES = {"config.json", "environment.json", "journal.jsonl", "plan.json", "state.safetensors", "summary.json"}
-PICTURES = {"accuracy.png", "memory.png", "nhsic.png"}
+PICTURES = {"accuracy.png", "memory.png", "nhsic.png", "report.html"}
 
 MODULE_NAME = "edge_module"
 
@@ -271,7 +271,7 @@ def test_report_of_several_runs(home: Path, tmp_path: Path) -> None:
         shutil.copytree(home / "runs" / "tiny", tmp_path / name)
     result = invoke("report", tmp_path / "a", tmp_path / "b")
     assert result.exit_code == 0, result.output
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"comparison.md", "accuracy.png"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"comparison.md", "accuracy.png", "report.html"}
 
 
 def test_export_loads_into_the_users_module(home: Path, module: ModuleType, tmp_path: Path) -> None:

@@ -59,4 +59,4 @@ def test_the_wheel_trains(elsewhere):
     (elsewhere / "config.toml").write_text(CONFIG)
     out = run(elsewhere, "-m", "scalefl.cli", "run", "config.toml", "--set", "engine.workers=1")
     assert "test accuracy" in out
-    assert (elsewhere / "runs" / "wheel" / "summary.json").exists()
+    assert all((elsewhere / "runs" / "wheel" / name).exists() for name in ("summary.json", "report.html"))

@@ -23,6 +23,7 @@ from scalefl.report.comparison import (
     budgets_picture,
     curves_picture,
     figures,
+    mean_curves,
     read_results,
     tables,
     target_of,
@@ -219,7 +220,14 @@ def test_the_figures_are_those_of_the_runs(done: Path) -> None:
 def test_tables_and_pictures_come_from_the_folders_alone(done: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(done), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.stderr
-    names = ["accuracy-generous.png", "accuracy-tight.png", "budgets.png", "comparison.csv", "comparison.md"]
+    names = [
+        "accuracy-generous.png",
+        "accuracy-tight.png",
+        "budgets.png",
+        "comparison.csv",
+        "comparison.md",
+        "report.html",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     with (tmp_path / "comparison.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -250,7 +258,7 @@ def test_what_has_not_run_has_no_picture(tmp_path: Path) -> None:
     comparison.describe()
     results = read_results(comparison.path)
     assert results.num_missing == 4
-    assert curves_picture(results, "") is None
+    assert curves_picture(mean_curves(results, ""), "") is None
     assert budgets_picture(results) is None
-    assert [path.name for path in write(results, tmp_path)] == ["comparison.md", "comparison.csv"]
+    assert [path.name for path in write(results, tmp_path)] == ["comparison.md", "comparison.csv", "report.html"]
     assert [row[1] for row in tables(results, "")[0].rows] == ["0", "0"]

@@ -333,5 +333,9 @@ def test_a_problem_that_measures_no_accuracy_ends_all_the_same(tmp_path):
         {"seeds": [0], "target_accuracy": None, "validation_only": False},
         {"": {"a": {0: read_run(tmp_path / "run")}}},
     )
-    assert [path.name for path in write(results, tmp_path / "out")] == ["comparison.md", "comparison.csv"]
+    assert [path.name for path in write(results, tmp_path / "out")] == [
+        "comparison.md",
+        "comparison.csv",
+        "report.html",
+    ]
     assert target_of(results, "") is None

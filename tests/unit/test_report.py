@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
+from made_up import PLAN, SUMMARY, write_run
 from scalefl.errors import CheckpointError
 from scalefl.report import Run, draw, read_run, side_by_side
-from scalefl.report.pictures import accuracy_picture, memory_picture, plane_picture
+from scalefl.report.pictures import accuracy_picture, memory_picture, plane_picture, save
 from scalefl.report.tables import (
     NOTHING,
     Table,
@@ -25,71 +25,9 @@ from scalefl.report.tables import (
     summary_table,
     to_markdown,
 )
-from scalefl.units import MIB, TERMS
+from scalefl.units import MIB
 
-BASE = 300 * MIB
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def row(label: str, mib: float) -> dict[str, Any]:
-    terms = {"weights": 0.1, "gradients": 0.1, "optimizer": 0.1, "activations": 0.5, "transients": 0.2}
-    sizes = {f"{term}_bytes": int(terms.get(term, 0) * mib * MIB) for term in TERMS}
-    peak = int(mib * MIB)
-    budgets = {"small": 5 * MIB, "large": 12 * MIB}
-    fits = {name: {"peak_bytes": peak, "means": ""} for name, budget in budgets.items() if peak <= budget}
-    common = {"cut": None, "flops_per_example": mib * 1e6, "bytes_down": MIB, "bytes_up": MIB // 2}
-    least = {"peak_bytes": peak // 2, "means": "micro-batch 4"}
-    return {"label": label, "peak_bytes": peak, **sizes, **common, "least": least, "fits": fits}
-
-
-PLAN = {
-    "model": "net",
-    "batch_size": 8,
-    "budgets_bytes": {"small": 5 * MIB, "large": 12 * MIB},
-    "full": row("full training", 10),
-    "rows": [row("block 1", 4), row("block 2", 6)],
-}
-SUMMARY = {
-    "name": "a",
-    "rounds": 2,
-    "test": {"loss": 1.0, "accuracy": 0.5},
-    "low_memory_test": {"loss": 1.0, "accuracy": 0.25},
-    "validation": {"accuracy": 0.75},
-    "full_training_peak_bytes": 10 * MIB,
-    "predicted_peak_bytes": 6 * MIB,
-    "num_clients": 8,
-    "num_clients_seen": 5,
-    "num_clients_lost": 1,
-    "flops": 2.5e12,
-    "bytes_down": 3 * MIB,
-    "bytes_up": 2 * MIB,
-    "simulated_seconds": 1234.5,
-    "seconds": 4.25,
-}
-
-
-def point(cut: str, x: float, y: float) -> dict[str, Any]:
-    return {"cut": cut, "num_samples": 64, "x": x, "y": y, "x_permuted": 0.1, "y_permuted": 0.1}
-
-
-def line(number: int, accuracy: float, plane: bool = True) -> dict[str, Any]:
-    common = {"train": {"loss": 1.0}, "bytes_down": MIB, "bytes_up": MIB} if number else {}
-    points = {"plane": [point("a", 0.5 + number / 10, 0.4), point("b", 0.6, 0.3 + number / 10)]} if plane else {}
-    return {"round": number, "validation": {"accuracy": accuracy}, **common, **points}
-
-
-def write_run(folder: Path, name: str = "a", *, finished: bool = True, version: int = 1) -> Path:
-    folder.mkdir(parents=True)
-    config = {"name": name, "rounds": 2, "method": {"name": "sbt"}}
-    head = {"format": "scalefl-run", "version": version, "config": config}
-    (folder / "config.json").write_text(json.dumps(head))
-    (folder / "plan.json").write_text(json.dumps(PLAN))
-    (folder / "environment.json").write_text(json.dumps({"base_bytes": BASE}))
-    journal = [line(0, 0.1), line(1, 0.5, plane=False), line(2, 0.75)][: 3 if finished else 2]
-    (folder / "journal.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in journal))
-    if finished:
-        (folder / "summary.json").write_text(json.dumps({**SUMMARY, "name": name}))
-    return folder
 
 
 @pytest.fixture
@@ -211,8 +149,8 @@ def test_flops(count: float | None, text: str) -> None:
 
 def test_pictures_of_a_run(finished: Run, tmp_path: Path) -> None:
     written = draw(finished, tmp_path / "out")
-    assert [path.name for path in written] == ["accuracy.png", "memory.png", "nhsic.png"]
-    assert all(path.read_bytes().startswith(PNG) for path in written)
+    assert [path.name for path in written] == ["accuracy.png", "memory.png", "nhsic.png", "report.html"]
+    assert all(path.read_bytes().startswith(PNG) for path in written[:3])
 
 
 def test_pictures_without_measurements_are_left_out(unfinished: Run) -> None:
@@ -228,6 +166,26 @@ def test_accuracy_has_a_line_for_each_run(finished: Run, unfinished: Run) -> Non
     assert [drawn.get_label() for drawn in lines] == ["a", "b"]
     assert list(lines[0].get_ydata()) == [10, 50, 75]
     assert len({drawn.get_color() for drawn in lines}) == 2
+
+
+def test_names_are_taken_as_they_are(finished: Run, tmp_path: Path) -> None:
+    names = ["_first", r"$\frac$", "same", "same"]
+    figure = accuracy_picture([replace(finished, config={"name": name}) for name in names])
+    save(figure, tmp_path / "accuracy.png")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == names
+
+
+def test_what_is_no_number_is_not_drawn(finished: Run) -> None:
+    """A model that has diverged: rounds without numbers, and a whole run without any."""
+    finished.journal[1]["validation"]["accuracy"] = finished.journal[2]["plane"][0]["y"] = math.nan
+    assert list(accuracy_picture([finished]).axes[0].lines[0].get_xdata()) == [0, 2]
+    near, _ = plane_picture(finished).axes
+    assert [list(drawn.get_xdata()) for drawn in near.lines if drawn.get_label() in ("a", "b")] == [[0.5], [0.6, 0.6]]
+    for entry in finished.journal:
+        entry["validation"]["accuracy"] = math.nan
+        for drawn in entry.get("plane", ()):
+            drawn["x"] = math.inf
+    assert accuracy_picture([finished]) is None and plane_picture(finished) is None
 
 
 def test_memory_bars_stack_to_the_peak() -> None:
@@ -273,7 +231,7 @@ def test_plane_of_a_journal_that_does_not_name_its_samples(finished: Run) -> Non
 
 def test_comparison_files(finished: Run, unfinished: Run, tmp_path: Path) -> None:
     written = side_by_side([finished, unfinished], tmp_path / "report")
-    assert [path.name for path in written] == ["comparison.md", "accuracy.png"]
+    assert [path.name for path in written] == ["comparison.md", "accuracy.png", "report.html"]
     assert "| a (sbt, 2 rounds) | 50.0 |" in written[0].read_text()
 
 

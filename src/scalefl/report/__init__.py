@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,30 +65,50 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def measured(metrics: Mapping[str, float] | None, name: str) -> float | None:
+    """One of the figures that were measured; None where it was not, or is no number, as the mean over no examples."""
+    value = (metrics or {}).get(name)
+    return value if value is not None and math.isfinite(value) else None
+
+
 def is_comparison(folder: Path) -> bool:
     """Whether a folder is that of a comparison."""
     return RunFolder(folder).comparison.exists()
 
 
 def draw(run: Run, out: Path) -> list[Path]:
-    """Draw a run's pictures into a folder; those that its journal has nothing for are left out."""
+    """Draw a run's pictures into a folder, and a page that has its tables too; what was not measured is left out.
+
+    Raises:
+        OSError: the folder can't be made or written to.
+    """
+    from scalefl.report.page import write_page
     from scalefl.report.pictures import accuracy_picture, memory_picture, plane_picture, save
+    from scalefl.report.run_page import run_page
 
     pictures = {
         "accuracy.png": accuracy_picture([run]),
         "memory.png": memory_picture(run.plan, run.name),
         "nhsic.png": plane_picture(run),
     }
-    return [save(figure, out / name) for name, figure in pictures.items() if figure is not None]
+    written = [save(figure, out / name) for name, figure in pictures.items() if figure is not None]
+    return [*written, write_page(run_page(run), out)]
 
 
 def side_by_side(runs: Sequence[Run], out: Path) -> list[Path]:
-    """Write several runs, whatever they are, into one table and one picture of their accuracy."""
+    """Write several runs, whatever they are, into a folder: a table, a picture of their accuracy, and a page of both.
+
+    Raises:
+        OSError: the folder can't be made or written to.
+    """
+    from scalefl.report.page import write_page
     from scalefl.report.pictures import accuracy_picture, save
+    from scalefl.report.run_page import side_by_side_page
     from scalefl.report.tables import comparison, to_markdown
 
     out.mkdir(parents=True, exist_ok=True)
     table = out / "comparison.md"
     table.write_text(to_markdown(comparison(runs)))
     figure = accuracy_picture(runs)
-    return [table] if figure is None else [table, save(figure, out / "accuracy.png")]
+    written = [table] if figure is None else [table, save(figure, out / "accuracy.png")]
+    return [*written, write_page(side_by_side_page(runs), out)]

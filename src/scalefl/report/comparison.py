@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from scalefl.report import Run, read_run
-from scalefl.report.pictures import STYLE, line_styles, save, with_grid
-from scalefl.report.tables import NOTHING, Table, to_markdown
+from scalefl.report import Run, measured, read_run
+from scalefl.report.page import Page, Picture, Section, write_page
+from scalefl.report.pictures import ACCURACY, STYLE, looks, save, with_grid, with_key
+from scalefl.report.tables import NOTHING, Numbers, Table, to_markdown
 from scalefl.run_folder import RunFolder, read_json
 from scalefl.units import MIB, digits
 
@@ -76,10 +78,10 @@ def figures(run: Run, target: float | None, equal_flops: float) -> dict[str, flo
     """
     summary = run.summary or {}
     return {
-        "test": summary["test"].get("accuracy"),
-        "low_memory": summary["low_memory_test"].get("accuracy"),
-        "p10": summary.get("client_test", {}).get("accuracy_p10"),
-        "validation": summary["validation"].get("accuracy"),
+        "test": measured(summary["test"], "accuracy"),
+        "low_memory": measured(summary["low_memory_test"], "accuracy"),
+        "p10": measured(summary.get("client_test"), "accuracy_p10"),
+        "validation": measured(summary["validation"], "accuracy"),
         "at_equal_flops": max((y for x, y in curve(run, "flops") if x <= equal_flops), default=None),
         "clients": summary["num_clients_seen"],
         "lost": summary["num_clients_lost"],
@@ -108,11 +110,8 @@ def curve(run: Run, axis: str) -> list[tuple[float, float]]:
     """Validation accuracy over one of `AXES`, at each round that was evaluated."""
     added = AXES[axis][1]
     spent = accumulate(added(line) if line["round"] else 0.0 for line in run.journal)
-    return [
-        (x, line["validation"]["accuracy"])
-        for x, line in zip(spent, run.journal, strict=True)
-        if "accuracy" in line.get("validation", ())
-    ]
+    found = [measured(line.get("validation"), "accuracy") for line in run.journal]
+    return [(x, accuracy) for x, accuracy in zip(spent, found, strict=True) if accuracy is not None]
 
 
 def _seconds_to(run: Run, target: float | None) -> float | None:
@@ -125,6 +124,11 @@ def target_of(results: Results, scenario: str) -> float | None:
     curves = [curve(run, "rounds") for found in results.runs[scenario].values() for run in found.values()]
     best = [max(y for _, y in points) for points in curves if points]
     return float(chosen) if chosen is not None else min(best, default=None)
+
+
+def title(results: Results, scenario: str) -> str:
+    """What a scenario of the comparison is called in tables and pictures."""
+    return f"{results.name}: {scenario}" if scenario else results.name
 
 
 def all_figures(results: Results, scenario: str) -> dict[str, dict[int, dict[str, float | None]]]:
@@ -170,7 +174,6 @@ GAINS = (*SPREAD, "clients", "lost")
 def tables(results: Results, scenario: str) -> list[Table]:
     """The variants of a scenario side by side, means over seeds: what they reach, and what it costs."""
     found = all_figures(results, scenario)
-    title = f"{results.name}: {scenario}" if scenario else results.name
     notes = [
         "Means over seeds ± standard deviation. Low-mem.: on test rows drawn by the label distribution of the clients "
         "that cannot hold full training. 10th pct.: a tenth of the clients do worse, on test data with their labels' "
@@ -186,8 +189,8 @@ def tables(results: Results, scenario: str) -> list[Table]:
     if target is not None:
         costs.append(f"Target: {100 * target:.1f} % on validation data; {NOTHING} where not every seed reached it.")
     return [
-        _table(f"{title}: accuracy", found, [key for key in COLUMNS if key in GAINS], notes),
-        _table(f"{title}: cost", found, [key for key in COLUMNS if key not in GAINS], costs),
+        _table(f"{title(results, scenario)}: accuracy", found, [key for key in COLUMNS if key in GAINS], notes),
+        _table(f"{title(results, scenario)}: cost", found, [key for key in COLUMNS if key not in GAINS], costs),
     ]
 
 
@@ -213,97 +216,258 @@ def _cell(key: str, values: Sequence[float | None]) -> str:
 
 
 def write(results: Results, out: Path) -> list[Path]:
-    """Write a comparison's tables (Markdown and CSV) and pictures into a folder."""
+    """Write a comparison into a folder: its tables (Markdown and CSV), its pictures, and a page that has it all.
+
+    Raises:
+        OSError: the folder can't be made or written to.
+    """
     out.mkdir(parents=True, exist_ok=True)
     found = [to_markdown(table) for scenario in results.runs for table in tables(results, scenario)]
     (out / "comparison.md").write_text("\n".join(found))
-    _write_csv(results, out / "comparison.csv")
+    (out / "comparison.csv").write_text(runs_numbers(results).to_csv())
     written = [out / "comparison.md", out / "comparison.csv"]
     for scenario in results.runs:
-        figure = curves_picture(results, scenario)
+        figure = curves_picture(mean_curves(results, scenario), title(results, scenario))
         if figure is not None:
             written.append(save(figure, out / f"accuracy{'-' if scenario else ''}{scenario}.png"))
     figure = budgets_picture(results)
     if figure is not None:
         written.append(save(figure, out / "budgets.png"))
-    return written
+    return [*written, write_page(_page(results), out)]
 
 
-def _write_csv(results: Results, path: Path) -> None:
+def _page(results: Results) -> Page:
+    variants = [*next(iter(results.runs.values()))]
+    seeds = results.settings["seeds"]
+    num_runs = len(results.runs) * len(variants) * len(seeds)
+    missing = f", {results.num_missing} missing" if results.num_missing else ""
+    facts = {
+        "variants": ", ".join(variants),
+        "scenarios": ", ".join(results.runs),
+        "seeds": ", ".join(map(str, seeds)),
+        "runs": f"{num_runs - results.num_missing} of {num_runs} finished{missing}",
+    }
+    sections = [
+        Section(scenario or "Variants", tables(results, scenario), _curves_on_page(results, scenario))
+        for scenario in results.runs
+    ]
+    figure = budgets_picture(results)
+    if figure is not None:
+        numbers = budgets_numbers(results)
+        sections.insert(0, Section("Over budgets", pictures=[Picture(numbers.title, [figure], numbers)]))
+    runs = runs_numbers(results)
+    if runs.rows:
+        sections.append(Section("Each run", numbers=[runs]))
+    return Page(results.name, [(term, text) for term, text in facts.items() if text], sections)
+
+
+def _curves_on_page(results: Results, scenario: str) -> list[Picture]:
+    """The curves, each axis in a plot of its own, which a narrow page shows one below another."""
+    whole = mean_curves(results, scenario)
+    curves = {variant: _thinned(points) for variant, points in whole.items()}
+    panels = [figure for axis in AXES if (figure := curves_picture(curves, "", [axis])) is not None]
+    caption = f"{title(results, scenario)}: validation accuracy, means over seeds and their range"
+    numbers = curves_numbers(curves, caption)
+    if curves != whole:
+        note = f"Here, and in the picture, are {MOST_ON_PAGE} of the evaluated rounds; the PNG beside the page has all."
+        numbers = replace(numbers, notes=(*numbers.notes, note))
+    return [Picture(caption, panels, numbers)] if panels else []
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    """No more points than a page is to hold, spread evenly; the first and the last are among them."""
+    step = max(1.0, (len(points) - 1) / (MOST_ON_PAGE - 1))
+    return [points[round(number * step)] for number in range(min(len(points), MOST_ON_PAGE))]
+
+
+def runs_numbers(results: Results) -> Numbers:
+    """The figures of each finished run."""
     rows = [
         {"scenario": scenario, "variant": variant, "seed": seed, **found}
         for scenario in results.runs
         for variant, seeds in all_figures(results, scenario).items()
         for seed, found in seeds.items()
     ]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["scenario", "variant", "seed"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    header = tuple(rows[0]) if rows else ("scenario", "variant", "seed")
+    cells = tuple(tuple(row.values()) for row in rows)
+    return Numbers("The figures of each run", header, cells, texts=frozenset({"variant"}))
 
 
 # Pictures
 
+FEW_MARKS = 8
+"""Markers that tell a curve among others."""
+MOST_ON_PAGE = 60
+"""Points of a curve that a page holds, in its picture and in the numbers behind it."""
 
-def curves_picture(results: Results, scenario: str) -> Figure | None:
-    """Validation accuracy over rounds, FLOPs, bytes and simulated time: means over seeds, with the seeds' range."""
-    runs = {variant: list(found.values()) for variant, found in results.runs[scenario].items() if found}
-    if not any(curve(run, "rounds") for found in runs.values() for run in found):
+
+@dataclass(frozen=True)
+class Point:
+    """Validation accuracy of a variant after a round, over its seeds, in %.
+
+    Args:
+        spent: what the runs have spent by then, on each of `AXES` in its unit: means over seeds.
+        mean, lowest, highest: the accuracy.
+    """
+
+    spent: Mapping[str, float]
+    mean: float
+    lowest: float
+    highest: float
+
+
+def mean_curves(results: Results, scenario: str) -> dict[str, list[Point]]:
+    """The curve of each variant of a scenario that was evaluated, at the rounds that all its seeds have in common."""
+    curves = {variant: _mean_curve(list(found.values())) for variant, found in results.runs[scenario].items() if found}
+    return {variant: points for variant, points in curves.items() if points}
+
+
+def _mean_curve(runs: Sequence[Run]) -> list[Point]:
+    seeds = [_by_round(run) for run in runs]
+    shared = [number for number in seeds[0] if all(number in found for found in seeds)]
+    points = []
+    for number in shared:
+        spent, accuracies = zip(*(found[number] for found in seeds), strict=True)
+        means = {axis: statistics.mean(one[axis] for one in spent) for axis in AXES}
+        points.append(Point(means, statistics.mean(accuracies), min(accuracies), max(accuracies)))
+    return points
+
+
+def _by_round(run: Run) -> dict[float, tuple[dict[str, float], float]]:
+    """What a run has spent, and its accuracy in %, at each round that was evaluated."""
+    curves = [[(x / UNITS[axis], y) for x, y in curve(run, axis)] for axis in AXES]
+    rounds = (dict(zip(AXES, points, strict=True)) for points in zip(*curves, strict=True))
+    return {
+        points["rounds"][0]: ({axis: x for axis, (x, _) in points.items()}, 100 * points["rounds"][1])
+        for points in rounds
+    }
+
+
+def curves_picture(
+    curves: Mapping[str, Sequence[Point]], title: str, over: Sequence[str] = tuple(AXES)
+) -> Figure | None:
+    """Validation accuracy over each of some `AXES`: means over seeds, with the seeds' range; None without curves."""
+    if not curves:
         return None
+    columns = min(len(over), 2)
+    rows = math.ceil(len(over) / columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 7.4), layout="constrained")
-        for axes, axis in zip(figure.subplots(2, 2, sharey=True).flat, AXES, strict=True):
-            with_grid(axes, "both")
-            for (variant, found), (line, colour) in zip(runs.items(), line_styles(), strict=False):
-                _draw(axes, [curve(run, axis) for run in found], UNITS[axis], variant, line, colour)
-            axes.set_xlabel(AXES[axis][0])
-            axes.set_xlim(left=0)
-            axes.set_ylim(bottom=0)
+        figure = Figure(figsize=(5 * columns, 3.7 * rows), layout="constrained")
+        for axes, axis in zip(figure.subplots(rows, columns, sharey=True, squeeze=False).flat, over, strict=True):
+            lines = _draw_curves(axes, curves, axis)
             if axes.get_subplotspec().is_first_col():
-                axes.set_ylabel("validation accuracy (%)")
-        figure.suptitle(f"{results.name}{': ' if scenario else ''}{scenario}", x=0.01, ha="left", weight="bold")
-        handles = figure.axes[0].get_legend_handles_labels()[0]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+                axes.set_ylabel(ACCURACY)
+        figure.suptitle(title, x=0.01, ha="left", weight="bold")
+        with_key(figure, lines, 5)
     return figure
 
 
-def _draw(
-    axes: Axes, curves: Sequence[Sequence[tuple[float, float]]], unit: float, label: str, line: str, colour: str
-) -> None:
-    """The mean over seeds at each evaluated round, and between their lowest and highest."""
-    xs = [statistics.mean(x for x, _ in points) / unit for points in zip(*curves, strict=False)]
-    ys = [[100 * y for _, y in points] for points in zip(*curves, strict=False)]
-    axes.plot(xs, [statistics.mean(y) for y in ys], line, color=colour, linewidth=1.8, label=label)
-    if len(curves) > 1:
-        axes.fill_between(xs, [min(y) for y in ys], [max(y) for y in ys], color=colour, alpha=0.15, linewidth=0)
+def _draw_curves(axes: Axes, curves: Mapping[str, Sequence[Point]], axis: str) -> list[tuple[str, Line2D]]:
+    """The mean over seeds at each evaluated round, and between their lowest and highest; returns the lines, named."""
+    with_grid(axes, "both")
+    lines = []
+    for (variant, points), look in zip(curves.items(), looks(), strict=False):
+        xs = [point.spent[axis] for point in points]
+        every = math.ceil(len(points) / FEW_MARKS)
+        (line,) = axes.plot(xs, [point.mean for point in points], markevery=every, **look)
+        lines.append((variant, line))
+        lowest, highest = [point.lowest for point in points], [point.highest for point in points]
+        if lowest != highest:
+            axes.fill_between(xs, lowest, highest, color=look["color"], alpha=0.15, linewidth=0)
+    axes.set_xlabel(AXES[axis][0])
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    return lines
 
 
-def budgets_picture(results: Results) -> Figure | None:
-    """Final accuracy over the clients' mean budget, one curve for each variant; None without several scenarios."""
-    if len(results.runs) < 2:
-        return None
-    key = "validation" if results.settings["validation_only"] else "test"
-    points: dict[str, list[tuple[float, float, float]]] = {}
+def curves_numbers(curves: Mapping[str, Sequence[Point]], title: str) -> Numbers:
+    """What `curves_picture` is drawn from."""
+    spent = ("round", "FLOPs\ntera", "moved\nMiB", "devices\ns")
+    return Numbers(
+        title,
+        ("variant", *spent, "mean\n%", "lowest\n%", "highest\n%"),
+        tuple(
+            (variant, round(rounds), *others, point.mean, point.lowest, point.highest)
+            for variant, points in curves.items()
+            for point in points
+            for rounds, *others in [point.spent.values()]
+        ),
+        (
+            "What all clients have spent by then, and validation accuracy: means over seeds. "
+            "Lowest, highest: accuracy of single seeds.",
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """Final accuracy of a variant in a scenario, over its seeds, in %.
+
+    Args:
+        scenario: its name.
+        budget: the clients' mean budget, of what full training takes, in %.
+        mean, spread: the accuracy, and its standard deviation; 0 where there is one seed.
+        num_seeds: that were measured.
+    """
+
+    scenario: str
+    budget: float
+    mean: float
+    spread: float
+    num_seeds: int
+
+
+def budget_curves(results: Results) -> dict[str, list[BudgetPoint]]:
+    """For each variant its accuracy in each scenario, by budget: on test data, unless these are not to be looked at."""
+    key = _final(results)
+    curves: dict[str, list[BudgetPoint]] = {}
     for scenario, variants in results.runs.items():
         for variant, seeds in all_figures(results, scenario).items():
             values = [100 * value for f in seeds.values() if (value := f[key]) is not None]
             if values:
                 share = next(iter(variants[variant].values())).summary["mean_budget"]  # type: ignore[index]
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                points.setdefault(variant, []).append((100 * share, statistics.mean(values), spread))
-    if not points:
+                point = BudgetPoint(scenario, 100 * share, statistics.mean(values), spread, len(values))
+                curves.setdefault(variant, []).append(point)
+    return {variant: sorted(points, key=lambda point: point.budget) for variant, points in curves.items()}
+
+
+def _final(results: Results) -> str:
+    return "validation" if results.settings["validation_only"] else "test"
+
+
+def budgets_numbers(results: Results) -> Numbers:
+    """What `budgets_picture` is drawn from."""
+    return Numbers(
+        f"{results.name}: accuracy over client budget",
+        ("variant", "scenario", "seeds", "budget\n% of full", f"{_final(results)}\n%", "st. dev.\n%"),
+        tuple(
+            (variant, point.scenario, point.num_seeds, point.budget, point.mean, point.spread)
+            for variant, points in budget_curves(results).items()
+            for point in points
+        ),
+        ("Accuracy: mean over seeds, and standard deviation. Budget: the clients' mean, of what full training takes.",),
+        frozenset({"scenario"}),
+    )
+
+
+def budgets_picture(results: Results) -> Figure | None:
+    """Final accuracy over the clients' mean budget, one curve for each variant; None without several scenarios."""
+    curves = budget_curves(results)
+    if len(results.runs) < 2 or not curves:
         return None
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         axes = figure.subplots()
         with_grid(axes, "both")
-        for (variant, found), (line, colour) in zip(points.items(), line_styles(), strict=False):
-            xs, ys, spreads = zip(*sorted(found), strict=True)
-            look: dict[str, Any] = {"capsize": 3, "elinewidth": 1, "linewidth": 1.8, "markersize": 4}
-            axes.errorbar(xs, ys, spreads, fmt=f"o{line}", color=colour, label=variant, **look)
-        axes.set(xlabel="clients' mean budget (% of full training)", ylabel=f"{key} accuracy (%)")
+        lines = []
+        for (variant, points), look in zip(curves.items(), looks(), strict=False):
+            xs, ys = [point.budget for point in points], [point.mean for point in points]
+            bars = axes.errorbar(xs, ys, [point.spread for point in points], capsize=3, elinewidth=1, **look)
+            lines.append((variant, bars.lines[0]))
+        axes.set(xlabel="clients' mean budget (% of full training)", ylabel=f"{_final(results)} accuracy (%)")
         axes.set_xlim(0, 103)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{results.name}: accuracy over client budget")
-        figure.legend(loc="outside lower center", ncols=min(len(points), 4))
+        with_key(figure, lines, 4)
     return figure

@@ -1,16 +1,19 @@
-"""Tables of plans and runs, for terminals and for Markdown."""
+"""Tables of plans and runs, for terminals, Markdown and pages, and of the numbers behind pictures."""
 
 from __future__ import annotations
 
+import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import rich.box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from scalefl.report import Run
+from scalefl.report import Run, measured
 from scalefl.units import digits, mib
 
 NOTHING = "–"
@@ -37,6 +40,50 @@ class Table:
     def is_text(self, column: str) -> bool:
         """Whether a column holds words."""
         return column == self.header[0] or column in self.texts
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a picture is drawn from.
+
+    Args:
+        title: what they are.
+        header: a name for each column, the first of words; a line break starts the unit.
+        rows: words, numbers, and None where there is nothing.
+        notes: what a reader has to know beside them.
+        texts: columns beside the first that hold words.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str | float | None, ...], ...]
+    notes: tuple[str, ...] = ()
+    texts: frozenset[str] = frozenset()
+
+    def to_table(self) -> Table:
+        """For people: the largest number of a column has four digits or more, the others as many decimals."""
+        columns = [_alike(column) for column in zip(*self.rows, strict=True)]
+        return Table(self.title, self.header, tuple(zip(*columns, strict=True)), self.notes, self.texts)
+
+    def to_csv(self) -> str:
+        """For programs: six digits."""
+        file = StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(name.replace("\n", " ") for name in self.header)
+        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in self.rows)
+        return file.getvalue()
+
+
+def _alike(column: Sequence[str | float | None]) -> list[str]:
+    sizes = [abs(cell) for cell in column if isinstance(cell, float) and cell]
+    decimals = max(0, 3 - math.floor(math.log10(max(sizes)))) if sizes else 0
+
+    def text(cell: str | float | None) -> str:
+        if cell is None or isinstance(cell, str):
+            return NOTHING if cell is None else cell
+        return f"{cell:,.{decimals}f}" if isinstance(cell, float) else f"{cell:,}"
+
+    return [text(cell) for cell in column]
 
 
 def to_rich(table: Table) -> RichTable:
@@ -181,7 +228,7 @@ def summary_table(run: Run) -> Table:
     rounds = f"{run.num_rounds} rounds"
     if run.summary is None:
         rounds = f"unfinished, {run.num_rounds} of {run.config.get('rounds', '?')} rounds"
-    return Table(f"{run.name}: {run.method}, {rounds}", ("", "value"), rows)
+    return Table(f"{run.name}: {run.method}, {rounds}", ("figure", "value"), rows)
 
 
 def comparison(runs: Sequence[Run]) -> Table:
@@ -268,7 +315,8 @@ def _fitting(fits: Mapping[str, Mapping[str, Any]], budgets: Mapping[str, int]) 
 
 
 def _accuracy(metrics: Mapping[str, float] | None) -> str:
-    return _percent(metrics["accuracy"], 1) if metrics and "accuracy" in metrics else NOTHING
+    found = measured(metrics, "accuracy")
+    return NOTHING if found is None else _percent(found, 1)
 
 
 def _percent(fraction: float, digits: int = 0) -> str:
