@@ -23,6 +23,7 @@ from scalefl.config import Config, convert, make_config, overridden, read_settin
 from scalefl.errors import ConfigError, ScaleFLError, check_range
 from scalefl.experiment import check_same
 from scalefl.run_folder import RunFolder
+from scalefl.tracking import check_installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,8 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: 
     """A comparison from a TOML file, with "key=value" overrides; its runs lie in `runs`/NAME/….
 
     Raises:
-        ConfigError: as `load_config`; names the variant and the scenario whose config is wrong, before anything runs.
+        ConfigError: as `load_config`, or as `check_installed`; names the variant and the scenario whose config is
+            wrong, before anything runs.
     """
     raw = read_settings(Path(path))
     for override in overrides:
@@ -167,6 +169,7 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: 
                 folder = runs / name / scenario / f"{variant}-{seed}"
                 try:
                     config = make_config({**raw, **budgets, **changes, "name": folder.name, "seed": seed})
+                    check_installed(config.tracking)
                 except ConfigError as error:
                     where = f"variant {variant!r}" + (f" in scenario {scenario!r}" if scenario else "")
                     raise ConfigError(f"{path}: {where}: {error}") from error
