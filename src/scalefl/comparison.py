@@ -61,11 +61,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that has ended, now or `before`, and what went wrong."""
+    """A run that has ended, now or `before`, what went wrong, and what it warned of."""
 
     job: Job
     error: str = ""
     before: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -144,7 +145,9 @@ class Comparison:
             _, said = process.communicate()
             self._running.discard(process)
         path.unlink(missing_ok=True)
-        return Ended(job, "" if process.returncode == 0 else said.strip() or f"exit status {process.returncode}")
+        if process.returncode != 0:
+            return Ended(job, said.strip() or f"exit status {process.returncode}")
+        return Ended(job, warnings=tuple(line for line in said.splitlines() if line.startswith("warning: ")))
 
 
 def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: Path) -> Comparison:
