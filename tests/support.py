@@ -26,8 +26,10 @@ from scalefl.params import Params
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.record import MEASURED, RoundRecord
 from scalefl.rng import generator
+from scalefl.run_folder import RunFolder, read_json
 from scalefl.sampling import Sampler, UniformSampler
 from scalefl.steps import full_step
+from scalefl.tracking import figures
 from scalefl.types import ClientInfo, LocalWork, Method, ServerState
 
 NUM_CLASSES = 3
@@ -248,3 +250,58 @@ def children() -> list[int]:
     for task in Path("/proc/self/task").iterdir():
         found += map(int, (task / "children").read_text().split())
     return found
+
+
+def journalled(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What a copy of the run in `folder` has to have: each number of each round once, and the summary's."""
+    files = RunFolder(folder)
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in files.read_journal():
+        for name, value in figures(line).items():
+            found.setdefault(name, []).append((line["round"], value))
+    if files.summary.exists():
+        summary = read_json(files.summary)
+        for part in ("test", "low_memory_test"):
+            for name, value in summary[part].items():
+                found[f"summary/{part}/{name}"] = [(summary["rounds"], value)]
+    return found
+
+
+def in_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard reads of the run in `folder`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def mlflow_run(folder: Path) -> Any:
+    """The run in `folder`, as MLflow has it."""
+    from mlflow import MlflowClient
+
+    return MlflowClient().get_run(read_json(RunFolder(folder).mlflow)["run_id"])
+
+
+def in_mlflow(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What MLflow has of the run in `folder`."""
+    from mlflow import MlflowClient
+
+    run, client = mlflow_run(folder), MlflowClient()
+    history = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    return {name: sorted((metric.step, metric.value) for metric in metrics) for name, metrics in history.items()}
+
+
+def has_all(copy: dict[str, list[tuple[int, float]]], folder: Path) -> bool:
+    """Whether a copy has each number of the run in `folder` once, and nothing else but more of the summary."""
+    wanted = journalled(folder)
+    if any(name not in wanted and not name.startswith("summary/") for name in copy):
+        return False
+    for name, values in wanted.items():
+        found = copy.get(name, [])
+        if [step for step, _ in found] != [step for step, _ in values]:
+            return False
+        pairs = [(a, b) for (_, a), (_, b) in zip(found, values, strict=True)]
+        if not all(math.isclose(a, b, rel_tol=1e-6) or (math.isnan(a) and math.isnan(b)) for a, b in pairs):
+            return False
+    return True

@@ -93,8 +93,7 @@ def _main(
     ] = False,
 ) -> None:
     """Options before the command; `_Commands` reads `debug` too."""
-    if debug:
-        context.with_resource(_talkative())
+    context.with_resource(_talking(logging.DEBUG if debug else logging.WARNING))
 
 
 @app.command()
@@ -249,16 +248,17 @@ class _ToStderr(logging.Handler):
     """Prints to what standard error is at that moment: a progress bar takes its place while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        said = "warning: " if record.levelno >= logging.WARNING else ""
+        print(said + self.format(record), file=sys.stderr)
 
 
 @contextmanager
-def _talkative() -> Iterator[None]:
-    """Print the package's debug messages."""
+def _talking(level: int) -> Iterator[None]:
+    """Print the package's messages from this level on."""
     logger, handler = logging.getLogger("scalefl"), _ToStderr()
     before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
+    logger.setLevel(level)
     try:
         yield
     finally:
@@ -395,6 +395,8 @@ def _follow_jobs(console: Console, comparison: Comparison, parallel: int | None)
                 highlight=False,
                 soft_wrap=True,
             )
+            for warning in one.warnings:
+                console.print(f"  {warning}", highlight=False, markup=False, soft_wrap=True)
     return failed
 
 

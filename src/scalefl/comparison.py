@@ -23,6 +23,7 @@ from scalefl.config import Config, convert, make_config, overridden, read_settin
 from scalefl.errors import ConfigError, ScaleFLError, check_range
 from scalefl.experiment import check_same
 from scalefl.run_folder import RunFolder
+from scalefl.tracking import check_installed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that has ended, now or `before`, and what went wrong."""
+    """A run that has ended, now or `before`, what went wrong, and what it warned of."""
 
     job: Job
     error: str = ""
     before: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -143,14 +145,17 @@ class Comparison:
             _, said = process.communicate()
             self._running.discard(process)
         path.unlink(missing_ok=True)
-        return Ended(job, "" if process.returncode == 0 else said.strip() or f"exit status {process.returncode}")
+        if process.returncode != 0:
+            return Ended(job, said.strip() or f"exit status {process.returncode}")
+        return Ended(job, warnings=tuple(line for line in said.splitlines() if line.startswith("warning: ")))
 
 
 def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: Path) -> Comparison:
     """A comparison from a TOML file, with "key=value" overrides; its runs lie in `runs`/NAME/….
 
     Raises:
-        ConfigError: as `load_config`; names the variant and the scenario whose config is wrong, before anything runs.
+        ConfigError: as `load_config`, or as `check_installed`; names the variant and the scenario whose config is
+            wrong, before anything runs.
     """
     raw = read_settings(Path(path))
     for override in overrides:
@@ -167,6 +172,7 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: 
                 folder = runs / name / scenario / f"{variant}-{seed}"
                 try:
                     config = make_config({**raw, **budgets, **changes, "name": folder.name, "seed": seed})
+                    check_installed(config.tracking)
                 except ConfigError as error:
                     where = f"variant {variant!r}" + (f" in scenario {scenario!r}" if scenario else "")
                     raise ConfigError(f"{path}: {where}: {error}") from error

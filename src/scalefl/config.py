@@ -20,6 +20,7 @@ from scalefl.methods import METHODS, PRESETS
 from scalefl.models import resolve
 from scalefl.models.spec import ModelSpec, load_object
 from scalefl.problem import Problem
+from scalefl.tracking import Destination
 from scalefl.types import LocalWork, Method
 
 T = TypeVar("T")
@@ -116,6 +117,7 @@ class Config:
         engine: where clients run.
         evaluation: what is measured along the way.
         save_every: rounds between saved states.
+        tracking: where to copy what the journal gets.
     """
 
     model: str
@@ -131,6 +133,7 @@ class Config:
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     save_every: int = 1
+    tracking: tuple[Destination, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("rounds", "clients_per_round", "save_every"):

@@ -47,6 +47,7 @@ from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
 from scalefl.sampling import UniformSampler, shuffled
 from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
+from scalefl.tracking import Tracking, check_installed
 from scalefl.types import Method, Population, ServerState
 
 LOW_MEMORY_CLIENTS = 1000
@@ -60,6 +61,7 @@ class Experiment:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        check_installed(config.tracking)
         self.method: Method = config.make_method()
         loaded = _load_data(config)
         self.problem: Problem = loaded.problem
@@ -207,18 +209,21 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
     residents = Residents(device_of(config.engine.device))
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
-    with LocalEngine(
+    engine = LocalEngine(
         experiment.data,
         experiment.population,
         workers=config.engine.workers,
         threads=config.engine.threads,
         cap=config.engine.cap,
         device=config.engine.device,
-    ) as engine:
+    )
+    with Tracking(config.tracking, files) as tracking, engine:
         observer = _Observer(experiment, residents)
         if state.round == 0 and not files.state.exists():
-            _append(files.journal, {"round": 0, **observer.observe(state)})
+            line = {"round": 0, **observer.observe(state)}
+            _append(files.journal, line)
             save_state(files.state, state, experiment.method.deploy(state))
+            tracking.add(line)
         rounds = federate(
             experiment.method,
             engine,
@@ -232,6 +237,7 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
             _append(files.journal, line)
             if state.round % config.save_every == 0 or state.round == config.rounds:
                 save_state(files.state, state, experiment.method.deploy(state))
+            tracking.add(line)
             yield RunProgress(line, config.rounds)
         if not files.summary.exists():
             _write_json(files.summary, observer.conclude(state, files.read_journal()))
@@ -260,7 +266,7 @@ def check_same(config: Config, files: RunFolder) -> None:
     """
     saved, asked = to_plain(read_config(files.path)), to_plain(config)
     for content in (saved, asked):  # what the result does not depend on
-        del content["save_every"], content["engine"]["workers"]
+        del content["save_every"], content["tracking"], content["engine"]["workers"]
     differing = [key for key in asked if asked[key] != saved[key]]
     if differing:
         raise ConfigError(f"{files.path} holds a run whose {', '.join(differing)} differ: resume with its own config")

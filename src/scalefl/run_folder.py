@@ -55,6 +55,21 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files, where the run is tracked so."""
+        return self.path / "tensorboard"
+
+    @property
+    def event_files(self) -> list[Path]:
+        """TensorBoard's event files."""
+        return sorted(self.tensorboard.glob("events.out.tfevents.*"))
+
+    @property
+    def mlflow(self) -> Path:
+        """The id of the run in MLflow, where it is tracked so."""
+        return self.path / "mlflow.json"
+
+    @property
     def comparison(self) -> Path:
         """In the folder of a comparison, in which runs lie: what is compared."""
         return self.path / "comparison.json"
@@ -95,11 +110,13 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove the run's files, and nothing else."""
-        for entry in (*self.path.glob("*.partial"), *self.path.glob("*.png")):
+        for entry in (*self.path.glob("*.partial"), *self.path.glob("*.png"), *self.event_files):
             entry.unlink()
-        files = (self.config, self.environment, self.plan, self.journal, self.state, self.summary, self.path / PAGE)
-        for path in files:
+        files = (self.config, self.environment, self.plan, self.journal, self.state, self.summary, self.mlflow)
+        for path in (*files, self.path / PAGE):
             path.unlink(missing_ok=True)
+        if self.tensorboard.is_dir() and not any(self.tensorboard.iterdir()):
+            self.tensorboard.rmdir()
 
     def read_settings(self) -> dict[str, Any]:
         """The resolved config, as plain values.

@@ -34,7 +34,7 @@ from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Classification
 from scalefl.types import ServerState
-from support import identical, shared_fields
+from support import has_all, identical, in_mlflow, in_tensorboard, shared_fields
 
 # Three classes of 8×8 pictures on six clients. NAP makes clients slow enough to be stopped in their work.
 MODULE = """
@@ -365,6 +365,33 @@ def test_a_killed_run_goes_on_exactly(home: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "tiny", home / "runs" / "tiny")
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+def test_a_killed_run_goes_on_exactly_where_it_is_tracked(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorboard", "mlflow", "sqlalchemy", "alembic"):
+        pytest.importorskip(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    settings = ("rounds=7", "save_every=3", 'tracking=["tensorboard", "mlflow"]')
+    command = ("run", home / "tiny.toml", "--runs", tmp_path, *(word for text in settings for word in ("--set", text)))
+    folder = tmp_path / "tiny"
+    process = start(home, *command, NAP="0.1")
+    wait_for_rounds(folder / "journal.jsonl", 5)  # of which two are lost
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert {step for step, _ in in_tensorboard(folder)["flops"]} >= {1, 2, 3, 4}
+    result = invoke(*command, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    assert has_all(in_tensorboard(folder), folder)
+    copy = in_mlflow(folder)
+    assert [step for step, _ in copy["flops"]] == [1, 2, 3, 4, 5, 6, 7]
+    done_twice = {"seconds"}  # and each time took other times
+    assert has_all({**copy, **{name: in_tensorboard(folder)[name] for name in done_twice}}, folder)
+
+
 def test_ctrl_c_tells_how_to_go_on(home: Path, tmp_path: Path) -> None:
     process = start(home, "run", "tiny.toml", "--set", "work.lr=0.1", "--runs", tmp_path, NAP="0.1")
     wait_for_rounds(tmp_path / "tiny" / "journal.jsonl", 2)
@@ -424,8 +451,13 @@ def test_overwrite_removes_nothing_but_runs(home: Path, tmp_path: Path) -> None:
     assert thesis.exists()
 
 
-def test_overwrite_with_a_bad_config_keeps_the_earlier_run(home: Path, begun: Path) -> None:
+def test_overwrite_with_a_bad_config_keeps_the_earlier_run(
+    home: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     failed("run", home / "tiny.toml", "--runs", begun, "--overwrite", "--set", "model=nowhere:model")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    said = failed("run", home / "tiny.toml", "--runs", begun, "--overwrite", "--set", 'tracking=["mlflow"]')
+    assert 'pip install "scalefl[mlflow]"' in said
     assert (begun / "tiny" / "state.safetensors").exists()
 
 

@@ -141,6 +141,17 @@ def test_a_finished_run_of_another_config_is_not_taken_for_this_one(tmp_path):
     assert not any(end.error for end in loaded(tmp_path, BASE, "compare.seeds=[3]", "engine.workers=1").run())
 
 
+def test_what_runs_warn_of_is_shown(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://")
+    path = written(tmp_path, BASE.replace("seeds = [3, 5]", "seeds = [3]").partition("[variants.own-blocks]")[0])
+    command = ["compare", str(path), "--runs", str(tmp_path / "runs"), "--set", 'tracking=["mlflow"]']
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "  warning: tracking: cannot write to mlflow (" in done.stdout
+    assert f"lacks some of {tmp_path / 'runs' / 'both' / 'fedavg-3'}" in done.stdout
+
+
 def test_a_run_that_fails_stops_no_other(tmp_path):
     impossible = f"[variants.impossible]\ndevices = {{ classes = [{CLASS.format('1KiB')}] }}\n"
     path = written(tmp_path, BASE.replace("seeds = [3, 5]", "seeds = [3]") + impossible)
