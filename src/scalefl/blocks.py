@@ -251,6 +251,13 @@ def blocks_by_hand(model: ModelSpec, problem: Problem, cuts: tuple[str, ...]) ->
     return Blocks(model, problem, found, tuple(range(found.num_units)))
 
 
+def blocks_as_asked(model: ModelSpec, problem: Problem, blocks: int | tuple[str, ...]) -> Blocks:
+    """So many blocks, or those between the modules that are named; see `blocks_by_count` and `blocks_by_hand`."""
+    if isinstance(blocks, tuple):
+        return blocks_by_hand(model, problem, blocks)
+    return blocks_by_count(model, problem, blocks)
+
+
 @lru_cache(maxsize=1024)
 def blocks_from_ends(model: ModelSpec, problem: Problem, ends: tuple[int, ...]) -> Blocks:
     """Blocks that end with the given units of the automatic partition."""

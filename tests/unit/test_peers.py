@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scalefl.blocks import blocks_as_asked
 from scalefl.coords import extract
 from scalefl.costs import step_cost
 from scalefl.engines.local import LocalEngine
@@ -205,7 +206,7 @@ def test_slt_is_as_wide_behind_as_the_weakest_client_can_train():
         (task,) = method.plan(replace(state, round=starts[stage]), [poor]).tasks
         assert task.steps[0].part.model == offer.step.part.model
         if width < 1:
-            wider = method._least_bytes(method._blocks(spec(), PROBLEM), stage, width + 1 / 32)
+            wider = method._least_bytes(blocks_as_asked(spec(), PROBLEM, method.blocks), stage, width + 1 / 32)
             assert wider > budget, "a wider one would fit too"
 
 
@@ -242,7 +243,7 @@ def test_slt_deploys_the_model_that_it_trains():
 def test_rounds_go_by_the_parameters_that_stages_train():
     method, state = slt(0.8, rounds=100)
     starts, widths = state.aux.values["starts"], state.aux.values["widths"]
-    weights = [method._trained(method._blocks(spec(), PROBLEM), k, w) for k, w in enumerate(widths)]
+    weights = [method._trained(blocks_as_asked(spec(), PROBLEM, method.blocks), k, w) for k, w in enumerate(widths)]
     lengths = [starts[1], starts[2] - starts[1], 100 - starts[2]]
     for length, weight in zip(lengths, weights, strict=True):
         assert length == pytest.approx(100 * weight / sum(weights), abs=1.01)

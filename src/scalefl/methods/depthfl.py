@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.blocks import Blocks, Span, blocks_as_asked
 from scalefl.errors import ConfigError, check_range
 from scalefl.methods.common import initial_params, make_plan
 from scalefl.models.exits import ensemble
@@ -134,13 +134,13 @@ class DepthFL:
     def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
         """The model's weights, and a classifier after each block but the last."""
         params = initial_params(model, seed)
-        for each in self._exits(self._blocks(model, problem)):
+        for each in self._exits(blocks_as_asked(model, problem, self.blocks)):
             params |= each.output.initial(seed)
         return ServerState(model, problem, params, round=0, seed=seed)
 
     def menu(self, state: ServerState) -> list[Offer]:
         """Each depth, greatest first."""
-        blocks = self._blocks(state.model, state.problem)
+        blocks = blocks_as_asked(state.model, state.problem, self.blocks)
         return [self._offer(blocks, depth) for depth in range(len(blocks), 0, -1)]
 
     def floor_bytes(self, state: ServerState) -> int:
@@ -170,7 +170,7 @@ class DepthFL:
 
     def deploy(self, state: ServerState) -> tuple[ModelSpec, Params]:
         """The mean of what all classifiers say."""
-        exits = self._exits(self._blocks(state.model, state.problem))
+        exits = self._exits(blocks_as_asked(state.model, state.problem, self.blocks))
         params = {f"model.{name}": t for name, t in state.params.items() if not is_attachment(name)}
         for number, each in enumerate(exits):
             names = each.output.names()
@@ -228,11 +228,6 @@ class DepthFL:
 
     def _output(self, blocks: Blocks, block: int) -> OutputSpec | None:
         return output_module(blocks, block, blocks.problem, self.work.at_round(0), "none")
-
-    def _blocks(self, model: ModelSpec, problem: Problem) -> Blocks:
-        if isinstance(self.blocks, tuple):
-            return blocks_by_hand(model, problem, self.blocks)
-        return blocks_by_count(model, problem, self.blocks)
 
 
 def _of(client_id: int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
-from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.blocks import Blocks, Span, blocks_as_asked
 from scalefl.methods.common import initial_params, make_plan
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
@@ -60,19 +60,19 @@ class FeDepth:
 
     def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
         """The model's weights, and a skip head after each block but the last."""
-        blocks, params = self._blocks(model, problem), initial_params(model, seed)
+        blocks, params = blocks_as_asked(model, problem, self.blocks), initial_params(model, seed)
         for block in range(len(blocks) - 1):
             params |= _skip_head(blocks, block).initial(seed)  # type: ignore[union-attr]
         return ServerState(model, problem, params, round=0, seed=seed)
 
     def menu(self, state: ServerState) -> list[Offer]:
         """Every span of blocks: what a client trains at once."""
-        blocks = self._blocks(state.model, state.problem)
+        blocks = blocks_as_asked(state.model, state.problem, self.blocks)
         return [self._offer(blocks, span) for span in blocks.spans()]
 
     def floor_bytes(self, state: ServerState) -> int:
         """What the cheapest block takes at the least."""
-        blocks = self._blocks(state.model, state.problem)
+        blocks = blocks_as_asked(state.model, state.problem, self.blocks)
         single = tuple(self._offer(blocks, Span(block, block)) for block in range(len(blocks)))
         return least_of(single, state.problem, self.objective).cost.peak_bytes
 
@@ -102,7 +102,7 @@ class FeDepth:
 
     def _own_blocks(self, state: ServerState, num_examples: int, budget: int) -> tuple[Choice, ...]:
         """Blocks from the first on, each as long as fits; those that fit by no means are left out."""
-        blocks = self._blocks(state.model, state.problem)
+        blocks = blocks_as_asked(state.model, state.problem, self.blocks)
         found: list[Choice] = []
         first = 0
         while first < len(blocks):
@@ -118,11 +118,6 @@ class FeDepth:
     def _offer(self, blocks: Blocks, span: Span) -> Offer:
         step = span_step(blocks, span, _skip_head(blocks, span.last), self.work.at_round(0))
         return Offer(blocks.label(span), (("", step),), ladder_of(self.means))
-
-    def _blocks(self, model: ModelSpec, problem: Problem) -> Blocks:
-        if isinstance(self.blocks, tuple):
-            return blocks_by_hand(model, problem, self.blocks)
-        return blocks_by_count(model, problem, self.blocks)
 
 
 @lru_cache(maxsize=1024)

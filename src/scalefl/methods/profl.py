@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.blocks import Blocks, Span, blocks_as_asked
 from scalefl.errors import check_range
 from scalefl.methods.common import initial_params, make_plan
 from scalefl.models.output import OutputSpec
@@ -101,14 +101,14 @@ class ProFL:
 
     def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
         """The model's weights, and an output module after each block but the last."""
-        blocks, params = self._blocks(model, problem), initial_params(model, seed)
+        blocks, params = blocks_as_asked(model, problem, self.blocks), initial_params(model, seed)
         for block in range(len(blocks) - 1):
             params |= self._output(blocks, block).initial(seed)  # type: ignore[union-attr]
         return ServerState(model, problem, params, round=0, seed=seed, aux=Aux(values=_plain(Turn())))
 
     def menu(self, state: ServerState) -> list[Offer]:
         """Each block."""
-        blocks = self._blocks(state.model, state.problem)
+        blocks = blocks_as_asked(state.model, state.problem, self.blocks)
         return [self._offer(blocks, block) for block in range(len(blocks))]
 
     def floor_bytes(self, state: ServerState) -> int:
@@ -125,7 +125,9 @@ class ProFL:
             for budget, count in {(c.memory_bytes, c.num_examples.bit_length()) for c in cohort}
         }
         chosen = {c.id: (found,) for c in cohort if (found := fits[c.memory_bytes, c.num_examples.bit_length()])}
-        shrinks = self._turn(state).position < len(self.order(state)) - len(self._blocks(state.model, state.problem))
+        shrinks = self._turn(state).position < len(self.order(state)) - len(
+            blocks_as_asked(state.model, state.problem, self.blocks)
+        )
         label = f"{'shrinking' if shrinks else 'growing'}: {offer.label}"
         return make_plan(state, label, cohort, chosen, self.work)
 
@@ -147,7 +149,7 @@ class ProFL:
 
     def order(self, state: ServerState) -> list[int]:
         """The blocks in the order of their turns."""
-        last = len(self._blocks(state.model, state.problem)) - 1
+        last = len(blocks_as_asked(state.model, state.problem, self.blocks)) - 1
         return [*(range(last, 0, -1) if self.shrinking else ()), *range(last + 1)]
 
     def _after_round(self, state: ServerState, params: Params, names: Sequence[str]) -> tuple[Turn, dict[str, Tensor]]:
@@ -165,7 +167,9 @@ class ProFL:
         return turn, {START + n: t for n, t in start.items()} if turn.in_window else {}
 
     def _offer_of(self, state: ServerState) -> Offer:
-        return self._offer(self._blocks(state.model, state.problem), self.order(state)[self._turn(state).position])
+        return self._offer(
+            blocks_as_asked(state.model, state.problem, self.blocks), self.order(state)[self._turn(state).position]
+        )
 
     def _offer(self, blocks: Blocks, block: int) -> Offer:
         span = Span(block, block)
@@ -177,11 +181,6 @@ class ProFL:
 
     def _turn(self, state: ServerState) -> Turn:
         return Turn(**state.aux.values)
-
-    def _blocks(self, model: ModelSpec, problem: Problem) -> Blocks:
-        if isinstance(self.blocks, tuple):
-            return blocks_by_hand(model, problem, self.blocks)
-        return blocks_by_count(model, problem, self.blocks)
 
 
 def _plain(turn: Turn) -> dict[str, Any]:

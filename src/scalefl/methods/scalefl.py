@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Literal
 
-from scalefl.blocks import Blocks, Layer, Span, blocks_by_count, blocks_by_hand, blocks_from_ends
+from scalefl.blocks import Blocks, Layer, Span, blocks_as_asked, blocks_by_count, blocks_by_hand, blocks_from_ends
 from scalefl.errors import ConfigError
 from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
 from scalefl.mentor import Mentor, MentorLoss
@@ -233,11 +233,9 @@ class ScaleFL:
         return Progress(**state.aux.values["growth"])
 
     def _first_blocks(self, model: ModelSpec, problem: Problem, smallest_memory_bytes: int) -> Blocks:
-        if isinstance(self.blocks, tuple):
-            return blocks_by_hand(model, problem, self.blocks)
-        if isinstance(self.blocks, int):
-            return blocks_by_count(model, problem, self.blocks)
-        return self._blocks_by_memory(model, problem, smallest_memory_bytes)
+        if self.blocks == "memory":
+            return self._blocks_by_memory(model, problem, smallest_memory_bytes)
+        return blocks_as_asked(model, problem, self.blocks)
 
     def _blocks_by_memory(self, model: ModelSpec, problem: Problem, budget: int) -> Blocks:
         """Each block in turn as long as its stage fits the budget: greedy, and so the fewest that can be."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.blocks import Blocks, Span, blocks_as_asked, blocks_by_hand
 from scalefl.coords import extract
 from scalefl.errors import ConfigError, check_range
 from scalefl.methods.common import initial_params, make_plan
@@ -80,7 +80,7 @@ class SLT:
             raise ConfigError(
                 "slt shares rounds out between its stages: say how many as method.rounds or work.lr_rounds"
             )
-        blocks = self._blocks(model, problem)
+        blocks = blocks_as_asked(model, problem, self.blocks)
         widths = [*(self._width(blocks, stage, smallest_memory_bytes) for stage in range(len(blocks) - 1)), 1.0]
         weights = [self._trained(blocks, stage, width) for stage, width in enumerate(widths)]
         values = {"widths": widths, "starts": _shared_out(total, weights)}
@@ -88,7 +88,7 @@ class SLT:
 
     def menu(self, state: ServerState) -> list[Offer]:
         """Each stage."""
-        blocks = self._blocks(state.model, state.problem)
+        blocks = blocks_as_asked(state.model, state.problem, self.blocks)
         return [self._offer(blocks, stage, width) for stage, width in enumerate(state.aux.values["widths"])]
 
     def floor_bytes(self, state: ServerState) -> int:
@@ -120,14 +120,16 @@ class SLT:
 
     def deploy(self, state: ServerState) -> tuple[ModelSpec, Params]:
         """The model that the last round trained: behind the block in turn it is narrow, and whole at the end."""
-        blocks = self._blocks(state.model, state.problem)
+        blocks = blocks_as_asked(state.model, state.problem, self.blocks)
         stage = _stage(state, max(state.round - 1, 0))
         model = _model(blocks, stage, state.aux.values["widths"][stage])
         return model, extract(state.params, windows(state.model, model))
 
     def _offer_of(self, state: ServerState) -> Offer:
         stage = _stage(state, state.round)
-        return self._offer(self._blocks(state.model, state.problem), stage, state.aux.values["widths"][stage])
+        return self._offer(
+            blocks_as_asked(state.model, state.problem, self.blocks), stage, state.aux.values["widths"][stage]
+        )
 
     def _offer(self, blocks: Blocks, stage: int, width: float) -> Offer:
         step = self._step(blocks, stage, width)
@@ -162,11 +164,6 @@ class SLT:
     def _least_bytes(self, blocks: Blocks, stage: int, width: float) -> int:
         found = least(self._offer(blocks, stage, width), blocks.problem, self.objective)
         return found.cost.peak_bytes
-
-    def _blocks(self, model: ModelSpec, problem: Problem) -> Blocks:
-        if isinstance(self.blocks, tuple):
-            return blocks_by_hand(model, problem, self.blocks)
-        return blocks_by_count(model, problem, self.blocks)
 
 
 def _stage(state: ServerState, round: int) -> int:
