@@ -20,6 +20,11 @@ def initial_params(model: ModelSpec, seed: int) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in tensors(model.build(derive(seed, "model"))).items()}
 
 
+def magnitude(num_examples: int) -> int:
+    """A number of examples, rounded up: it only decides whether a prefix's features fit on disk."""
+    return 1 << num_examples.bit_length()
+
+
 def make_plan(
     state: ServerState,
     stage: str,

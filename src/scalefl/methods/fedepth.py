@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 from scalefl.blocks import Blocks, Span, blocks_as_asked
-from scalefl.methods.common import initial_params, make_plan
+from scalefl.methods.common import initial_params, magnitude, make_plan
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
@@ -78,8 +78,7 @@ class FeDepth:
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """For each client its own blocks, front to back."""
-        # Numbers of examples only decide whether a prefix's features fit on disk: their order of magnitude will do.
-        wanted = {c.id: (c.memory_bytes, 1 << c.num_examples.bit_length()) for c in cohort}
+        wanted = {c.id: (c.memory_bytes, magnitude(c.num_examples)) for c in cohort}
         found = {
             (budget, num_examples): fitting_together(partial(self._own_blocks, state, num_examples), budget)
             for budget, num_examples in set(wanted.values())

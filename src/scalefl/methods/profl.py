@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scalefl.blocks import Blocks, Span, blocks_as_asked
 from scalefl.errors import check_range
-from scalefl.methods.common import initial_params, make_plan
+from scalefl.methods.common import initial_params, magnitude, make_plan
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
@@ -108,7 +108,7 @@ class ProFL:
 
     def menu(self, state: ServerState) -> list[Offer]:
         """Each block."""
-        blocks = blocks_as_asked(state.model, state.problem, self.blocks)
+        blocks = self._blocks(state)
         return [self._offer(blocks, block) for block in range(len(blocks))]
 
     def floor_bytes(self, state: ServerState) -> int:
@@ -118,16 +118,13 @@ class ProFL:
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The block in turn for everybody."""
         offer = self._offer_of(state)
+        wanted = {c.id: (c.memory_bytes, magnitude(c.num_examples)) for c in cohort}
         fits = {
-            (budget, count): fit(
-                offer, state.problem, self.objective, budget, round=state.round, num_examples=1 << count
-            )
-            for budget, count in {(c.memory_bytes, c.num_examples.bit_length()) for c in cohort}
+            (budget, count): fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=count)
+            for budget, count in set(wanted.values())
         }
-        chosen = {c.id: (found,) for c in cohort if (found := fits[c.memory_bytes, c.num_examples.bit_length()])}
-        shrinks = self._turn(state).position < len(self.order(state)) - len(
-            blocks_as_asked(state.model, state.problem, self.blocks)
-        )
+        chosen = {id: (found,) for id, want in wanted.items() if (found := fits[want])}
+        shrinks = self._turn(state).position < len(self.order(state)) - len(self._blocks(state))
         label = f"{'shrinking' if shrinks else 'growing'}: {offer.label}"
         return make_plan(state, label, cohort, chosen, self.work)
 
@@ -149,7 +146,7 @@ class ProFL:
 
     def order(self, state: ServerState) -> list[int]:
         """The blocks in the order of their turns."""
-        last = len(blocks_as_asked(state.model, state.problem, self.blocks)) - 1
+        last = len(self._blocks(state)) - 1
         return [*(range(last, 0, -1) if self.shrinking else ()), *range(last + 1)]
 
     def _after_round(self, state: ServerState, params: Params, names: Sequence[str]) -> tuple[Turn, dict[str, Tensor]]:
@@ -167,9 +164,7 @@ class ProFL:
         return turn, {START + n: t for n, t in start.items()} if turn.in_window else {}
 
     def _offer_of(self, state: ServerState) -> Offer:
-        return self._offer(
-            blocks_as_asked(state.model, state.problem, self.blocks), self.order(state)[self._turn(state).position]
-        )
+        return self._offer(self._blocks(state), self.order(state)[self._turn(state).position])
 
     def _offer(self, blocks: Blocks, block: int) -> Offer:
         span = Span(block, block)
@@ -178,6 +173,9 @@ class ProFL:
 
     def _output(self, blocks: Blocks, block: int) -> OutputSpec | None:
         return output_module(blocks, block, blocks.problem, self.work.at_round(0), "none")
+
+    def _blocks(self, state: ServerState) -> Blocks:
+        return blocks_as_asked(state.model, state.problem, self.blocks)
 
     def _turn(self, state: ServerState) -> Turn:
         return Turn(**state.aux.values)

@@ -15,7 +15,7 @@ from scalefl.blocks import Blocks, Layer, Span, blocks_as_asked, blocks_by_count
 from scalefl.errors import ConfigError
 from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
 from scalefl.mentor import Mentor, MentorLoss
-from scalefl.methods.common import initial_params, make_plan
+from scalefl.methods.common import initial_params, magnitude, make_plan
 from scalefl.models.output import LAYERS, Layers, OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
@@ -111,10 +111,7 @@ class ScaleFL:
         # With elastic spans clients are out of step: so every block has its share of each round's clients, and the
         # head in particular does not spend whole rounds with the strongest clients alone.
         step = 0 if self.spans == "single" else 1
-        # Numbers of examples only decide whether a prefix's features fit on disk: their order of magnitude will do.
-        wanted = {
-            c.id: ((stage + step * c.id) % num_blocks, c.memory_bytes, 1 << c.num_examples.bit_length()) for c in cohort
-        }
+        wanted = {c.id: ((stage + step * c.id) % num_blocks, c.memory_bytes, magnitude(c.num_examples)) for c in cohort}
         turn = state.round // num_blocks
         fits = {want: self._choice(state, turn, *want) for want in sorted(set(wanted.values()))}
         chosen = {c.id: found for c in cohort if (found := fits[wanted[c.id]])}

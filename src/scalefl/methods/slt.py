@@ -13,7 +13,7 @@ from functools import lru_cache
 from scalefl.blocks import Blocks, Span, blocks_as_asked, blocks_by_hand
 from scalefl.coords import extract
 from scalefl.errors import ConfigError, check_range
-from scalefl.methods.common import initial_params, make_plan
+from scalefl.methods.common import initial_params, magnitude, make_plan
 from scalefl.models.mixed import narrower_behind
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
@@ -98,11 +98,12 @@ class SLT:
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The stage for everybody."""
         offer = self._offer_of(state)
+        wanted = {c.id: (c.memory_bytes, magnitude(c.num_examples)) for c in cohort}
         fits = {
-            budget: fit(offer, state.problem, self.objective, budget, round=state.round)
-            for budget in {client.memory_bytes for client in cohort}
+            (budget, count): fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=count)
+            for budget, count in set(wanted.values())
         }
-        chosen = {c.id: (found,) for c in cohort if (found := fits[c.memory_bytes])}
+        chosen = {id: (found,) for id, want in wanted.items() if (found := fits[want])}
 
         def coords_of(client_id: int, model: ModelSpec) -> Coords:
             return windows(state.model, model)
@@ -127,9 +128,8 @@ class SLT:
 
     def _offer_of(self, state: ServerState) -> Offer:
         stage = _stage(state, state.round)
-        return self._offer(
-            blocks_as_asked(state.model, state.problem, self.blocks), stage, state.aux.values["widths"][stage]
-        )
+        blocks = blocks_as_asked(state.model, state.problem, self.blocks)
+        return self._offer(blocks, stage, state.aux.values["widths"][stage])
 
     def _offer(self, blocks: Blocks, stage: int, width: float) -> Offer:
         step = self._step(blocks, stage, width)
