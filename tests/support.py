@@ -150,7 +150,8 @@ class Clients:
 
     def __getitem__(self, index: int) -> ClientInfo:
         budget = self.budgets[index % len(self.budgets)]
-        return ClientInfo(index, self.data.num_examples(index), budget, f"{budget}B", 1e9, 1e6)
+        classes = tuple(self.data.label_counts(index).nonzero().flatten().tolist())
+        return ClientInfo(index, self.data.num_examples(index), budget, f"{budget}B", 1e9, 1e6, classes)
 
 
 def full_bytes(model: ModelSpec | None = None, work: LocalWork = WORK) -> int:

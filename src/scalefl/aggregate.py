@@ -64,6 +64,11 @@ class Total:
         """The mean of every tensor that moved; coordinates that nobody trained keep the bits of `base`."""
         return {name: self._mean(base[name], total) for name, total in self._sums.items()}
 
+    def held(self, name: str) -> Tensor | None:
+        """Which coordinates of a tensor moved, as booleans of its shape; None where all did."""
+        weight = self._sums[name].weight
+        return weight > 0 if isinstance(weight, Tensor) else None
+
     def _add(self, name: str, tensor: Tensor, weight: int, window: Window | None, largest: float) -> None:
         total = self._sums.get(name)
         if total is None:

@@ -31,12 +31,14 @@ class _Deployed(msgspec.Struct):
         factory: "package.module:function"; None where it was a Python object, which a file can't hold.
         arguments: for the factory, completed from the data.
         names: its tensors, sorted: those of the state, but for those that are saved beside it.
+        elsewhere: those of the state that have another name there, and that name.
     """
 
     model: str
     factory: str | None
     arguments: dict[str, Any]
     names: list[str]
+    elsewhere: dict[str, str] = {}
 
 
 class _Header(msgspec.Struct):
@@ -67,13 +69,15 @@ def save_state(path: Path, state: ServerState, deployed: tuple[ModelSpec, Params
     """
     model, params = deployed
     # Copied, as they may be views of the state's tensors: safetensors refuses those that share memory.
-    own = {name: t.clone() for name, t in params.items() if t is not state.params.get(name)}
+    places = {id(t): name for name, t in state.params.items()}
+    elsewhere = {name: places[id(t)] for name, t in sorted(params.items()) if places.get(id(t), name) != name}
+    own = {name: t.clone() for name, t in params.items() if id(t) not in places}
     tensors = {_PARAMS + name: t for name, t in state.params.items()}
     tensors |= {_AUX + name: t for name, t in state.aux.tensors.items()}
     tensors |= {_OWN + name: t for name, t in own.items()}
     tightened = dict(sorted(state.tightened.items()))
     header = _Header(
-        FORMAT, VERSION, state.round, state.seed, dict(state.aux.values), _recipe(model, params), tightened
+        FORMAT, VERSION, state.round, state.seed, dict(state.aux.values), _recipe(model, params, elsewhere), tightened
     )
     # One key: safetensors writes several in an order that differs from process to process.
     metadata = {"scalefl": msgspec.json.encode(header).decode()}
@@ -106,8 +110,9 @@ def load_deployed(path: Path) -> tuple[ModelSpec, Params]:
             f"{path} cannot say how to build {found.model}: its factory or an argument was a Python object. Name the "
             "factory as 'package.module:factory', and give it numbers, words and lists"
         )
-    params = {**_under(_PARAMS, tensors), **_under(_OWN, tensors)}
-    return ModelSpec.of(found.factory, **found.arguments), {name: params[name] for name in found.names}
+    state, own = _under(_PARAMS, tensors), _under(_OWN, tensors)
+    params = {name: own[name] if name in own else state[found.elsewhere.get(name, name)] for name in found.names}
+    return ModelSpec.of(found.factory, **found.arguments), params
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -129,7 +134,7 @@ def write_whole(path: Path, content: bytes) -> None:
         raise CheckpointError(f"cannot write {path}: {error.strerror}; what was saved before is intact") from error
 
 
-def _recipe(model: ModelSpec, params: Params) -> _Deployed:
+def _recipe(model: ModelSpec, params: Params, elsewhere: dict[str, str]) -> _Deployed:
     """How to build a model, as JSON values; without a factory where they would not give the same model again."""
     nothing = _Deployed(model.name, None, {}, sorted(params))
     if not isinstance(model.factory, str):
@@ -139,7 +144,7 @@ def _recipe(model: ModelSpec, params: Params) -> _Deployed:
         same = ModelSpec.of(model.factory, **arguments) == model
     except (TypeError, OverflowError, ConfigError):  # an argument has no JSON value, or one that is no argument
         return nothing
-    return _Deployed(model.name, model.factory, arguments, sorted(params)) if same else nothing
+    return _Deployed(model.name, model.factory, arguments, sorted(params), elsewhere) if same else nothing
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

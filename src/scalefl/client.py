@@ -54,10 +54,10 @@ def run_task(
     metrics: dict[str, tuple[float, float]] = {}
     with seeded(task.seed):
         for number, step in enumerate(task.steps):
-            if not step.trainable:
-                _collect(residents, step, params, examples, problem)
-                continue
             seed = derive(task.seed, "step", number)
+            if step.collects:
+                _collect(residents, step, params, examples, problem, seed)
+                continue
             metrics = _train(residents, step, params, examples, problem, method.objective(step), seed)
     upload = moved(select(params, sorted(task.moving)), CPU)
     receipt = Receipt(received, num_bytes(upload), time.perf_counter() - start)
@@ -92,12 +92,14 @@ def _train(
     return {name: (float(value), float(weight)) for name, (value, weight) in sums.items()}
 
 
-def _collect(residents: Residents, step: Step, params: Params, examples: Batch, problem: Problem) -> None:
-    """Let norms see a client's examples, in batches of nearly equal size."""
+def _collect(residents: Residents, step: Step, params: Params, examples: Batch, problem: Problem, seed: int) -> None:
+    """Let norms see a client's examples once, shuffled, in batches of nearly equal size."""
     resident = residents[step.part.model]
+    order = torch.randperm(num_rows(examples), generator=generator(seed, "order"))
+    pieces = math.ceil(len(order) / step.largest_micro_batch)
     with holding(resident, step, params) as (runner, _), torch.no_grad(), runner.collecting():
-        for batch, _ in _micro_batches(examples, torch.arange(num_rows(examples)), step.largest_micro_batch):
-            runner(moved(batch, residents.device), problem)
+        for rows in order.tensor_split(pieces):
+            runner(moved(take(examples, rows), residents.device), problem)
 
 
 def without_prefix(step: Step) -> bool:

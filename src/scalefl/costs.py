@@ -36,7 +36,7 @@ def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
     The step and its frozen prefix are traced apart, once for all batch sizes, and put together here: while the
     prefix runs, the step waits with what it holds.
     """
-    if not step.trainable:
+    if step.collects:
         return _cost_of_collecting(step, problem)
     rows = step.work.batch_size
     micro = step.largest_micro_batch

@@ -23,7 +23,7 @@ from scalefl.data import Dataset, FederatedData, Natural, PartitionedData, load
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.gauge import device_of
 from scalefl.engines.local import LocalEngine, offered
-from scalefl.errors import CheckpointError, ConfigError, DataError, UncuttableModel
+from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, UncuttableModel
 from scalefl.evaluate import (
     accuracy_of_labels,
     accuracy_over_clients,
@@ -38,7 +38,7 @@ from scalefl.memory import Cost
 from scalefl.memory_plan import MemoryPlan, memory_plan
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import Params
+from scalefl.params import Params, without_attachments
 from scalefl.partition import Cut, partition
 from scalefl.planner import budget_error, fit, least_of
 from scalefl.problem import Batch, Problem, num_rows, take
@@ -48,7 +48,8 @@ from scalefl.sampling import UniformSampler, shuffled
 from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
 from scalefl.tracking import Tracking, check_installed
-from scalefl.types import Method, Population, ServerState
+from scalefl.types import Collects, Method, Population, ServerState
+from scalefl.units import mib
 
 LOW_MEMORY_CLIENTS = 1000
 """So many clients, drawn at random, are asked at most for the label distribution of low-memory clients."""
@@ -290,7 +291,8 @@ class _Observer:
         if self._is_due(state.round, self._evaluation.every):
             found["validation"] = self._measure(model, params, self._experiment.data.validation)
         if self._is_due(state.round, self._evaluation.plane_every):
-            found["plane"] = self._plane(model, params)
+            # Of the model that is trained, by whose names cuts go: what is deployed may be made around it.
+            found["plane"] = self._plane(state.model, without_attachments(state.params))
         return found
 
     def _is_due(self, round: int, every: int) -> bool:
@@ -374,18 +376,24 @@ def _check_budgets(experiment: Experiment, state: ServerState) -> None:
         return  # a reference that ignores memory
     largest = experiment.offered.largest_memory_bytes
     menu = sorted(experiment.method.menu(state), key=lambda offer: offer.fallback)
-    wanted = frozenset[str]().union(*(offer.step.trainable for offer in menu))
     trained: frozenset[str] = frozenset()
     for offer in menu:
         if not offer.step.trainable <= trained and fit(offer, state.problem, experiment.method.objective, largest):
             trained |= offer.step.trainable
-    if not wanted <= trained:
-        lacking = tuple(offer for offer in menu if not offer.step.trainable <= trained)
-        objective = experiment.method.objective
+    objective = experiment.method.objective
+    lacking = tuple(offer for offer in menu if not offer.step.trainable <= trained)
+    lacking += tuple(o for o in menu if o.is_stage and not fit(o, state.problem, objective, largest))
+    if lacking:
         floor = least_of(lacking, state.problem, objective)
         what = f"{floor.rung} of {state.model.name}"
         budget = experiment.population.largest_memory_bytes
         raise budget_error(what, floor, state.problem, objective(floor.step), budget, budget - largest)
+    needed = method.collection_floor_bytes(state) if isinstance(method := experiment.method, Collects) else None
+    if needed is not None and needed > largest:
+        raise BudgetError(
+            f"collecting the norms' statistics of {state.model.name} needs {mib(needed)} MiB; the largest budget on "
+            f'offer is {mib(largest)} MiB. method.statistics = "running" does without, and so do norms that have none'
+        )
 
 
 def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:

@@ -76,16 +76,21 @@ def federate(
 def _collected(
     method: Collects, engine: Engine, sample: Sampler, state: ServerState, record: RoundRecord
 ) -> tuple[ServerState, RoundRecord]:
-    """The state with its norms' statistics, from the clients that come next and can run the model; and the record."""
-    start = time.perf_counter()
-    cohort = sample(_Tightened(engine.population(), state.tightened), 0, state)
-    plan = method.collection(state, cohort)
-    if plan is None or not plan.tasks:
+    """The state with its norms' statistics, from the clients that come next and can run the model; and the record.
+
+    Raises:
+        EmptyCohort: nobody can.
+    """
+    start, floor = time.perf_counter(), method.collection_floor_bytes(state)
+    if floor is None:
         return state, record
+    cohort = sample(_Tightened(engine.population(), state.tightened), floor, state)
+    plan = method.collection(state, cohort)
     total, tally = _reduce(method, engine, state, plan)
     if not tally.updates:
         return state, replace(record, lost=[*record.lost, *tally.lost(plan)])
-    state = replace(method.collected(state, plan, total), tightened=_tightened(state, plan, tally))
+    # Nobody's budget is tightened: what was too much here says nothing of training.
+    state = method.collected(state, plan, total)
     return state, record.with_collection(tally.record(plan, state.round, time.perf_counter() - start))
 
 

@@ -182,6 +182,7 @@ def _row(
 ) -> PlanRow:
     step, problem = offer.step, state.problem
     sizes = sizes_of(step.part)
+    own = sum(sizes[name] for name in step.trainable) if step.own else 0
     found = {name: fit(offer, problem, objective, budget) for name, budget in budgets.items()}
     stop = step.part.stop
     return PlanRow(
@@ -189,8 +190,8 @@ def _row(
         cost=step_cost(step, problem, objective(step)),
         least=_fit_of(least(offer, problem, objective), offer),
         fits={name: _fit_of(choice, offer) for name, choice in found.items() if choice},
-        bytes_down=sum(sizes[name] for name in step.part.names()),
-        bytes_up=sum(sizes[name] for name in step.moving),
+        bytes_down=sum(sizes[name] for name in step.part.names()) + own,
+        bytes_up=sum(sizes[name] for name in step.moving) + own,
         cut=stop.module if stop else None,
     )
 

@@ -42,12 +42,19 @@ def fit(
 
 def fitting_collection(step: Step, problem: Problem, budget_bytes: int) -> Choice | None:
     """The largest batches in which a client's norms can collect statistics within a budget; None if none fits."""
-    for size in AUTO.micro_sizes(step.work.batch_size):
-        variant = replace(step, means=Means(micro_batch_size=size))
-        cost = step_cost(variant, problem, TaskLoss())
-        if cost.peak_bytes <= budget_bytes:
-            return Choice(variant, cost, "statistics")
-    return None
+    sizes = AUTO.micro_sizes(step.work.batch_size)
+    found = (_collection(step, problem, size) for size in sizes)
+    return next((choice for choice in found if choice.cost.peak_bytes <= budget_bytes), None)
+
+
+def least_collection(step: Step, problem: Problem) -> Choice:
+    """The batches in which collecting needs least memory."""
+    return _collection(step, problem, AUTO.micro_sizes(step.work.batch_size)[-1])
+
+
+def _collection(step: Step, problem: Problem, size: int) -> Choice:
+    variant = replace(step, means=Means(micro_batch_size=size))
+    return Choice(variant, step_cost(variant, problem, TaskLoss()), "statistics")
 
 
 def fitting_together(choose: Callable[[int], tuple[Choice, ...]], budget_bytes: int) -> tuple[Choice, ...]:

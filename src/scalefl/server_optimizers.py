@@ -83,8 +83,12 @@ def apply_mean(
     history = dict(state.aux.tensors)
     for name, mean in total.mean(state.params).items():
         if name in trained:
-            own = _history(history, name)
+            before, held = _history(history, name), total.held(name)
+            own = dict(before)
             params[name] = optimizer.update(state.params[name], mean, own)
+            if held is not None:  # momentum rests where nobody trained
+                params[name] = torch.where(held, params[name], state.params[name])
+                own = {kind: torch.where(held, t, before.get(kind, t)) for kind, t in own.items()}
             history.update({f"server.{kind}.{name}": t for kind, t in own.items()})
         else:
             params[name] = mean

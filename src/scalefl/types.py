@@ -212,6 +212,11 @@ class Step:
     feddyn: float = 0.0
 
     @property
+    def collects(self) -> bool:
+        """Whether it trains nothing: norms collect statistics."""
+        return not self.trainable
+
+    @property
     def own(self) -> frozenset[str]:
         """The client's own tensors that it needs, and sends back."""
         return frozenset(OWN + name for name in self.trainable) if self.feddyn else frozenset()
@@ -396,12 +401,14 @@ class Offer(NamedTuple):
             with words that tell them apart from the first.
         ladder: the means that it may be done by.
         fallback: whether it is for clients alone that cannot do what trains more.
+        is_stage: whether some rounds consist of it alone, so that it has to fit somebody.
     """
 
     label: str
     ways: tuple[tuple[str, Step], ...]
     ladder: Ladder
     fallback: bool = False
+    is_stage: bool = False
 
     @property
     def step(self) -> Step:
@@ -446,6 +453,10 @@ class Totals(Protocol):
 
     def mean(self, base: Params) -> dict[str, Tensor]:
         """The coordinate-wise weighted mean of what moved, and `base` elsewhere; only names that moved."""
+        ...
+
+    def held(self, name: str) -> Tensor | None:
+        """Which coordinates of a tensor moved, as booleans of its shape; None where all did."""
         ...
 
 
@@ -493,8 +504,12 @@ class Method(Protocol):
 class Collects(Method, Protocol):
     """What a method has beside, if its norms' statistics are collected once weights are done, and not in training."""
 
-    def collection(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan | None:
-        """What clients do to collect them; None where there is nothing to collect."""
+    def collection_floor_bytes(self, state: ServerState) -> int | None:
+        """The least that a client needs to collect; None where there is nothing to collect."""
+        ...
+
+    def collection(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
+        """What clients do to collect, each within its `memory_bytes`."""
         ...
 
     def collected(self, state: ServerState, plan: RoundPlan, total: Totals) -> ServerState:

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from scalefl.errors import UncuttableModel, UnsliceableModel
+from scalefl.errors import UnsliceableModel
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.partition import partition
@@ -45,12 +45,7 @@ def drawn(seed: int) -> Units:
 
 
 def windows(wide: ModelSpec, narrow: ModelSpec, units: Units = leading) -> Coords:
-    """Where each tensor of `narrow` lies in that of `wide`; None where it is whole.
-
-    Raises:
-        UnsliceableModel: the factory has no width, or its tensors at another width are no slices of the wide ones:
-            the error names the first that is not.
-    """
+    """Where each tensor of `narrow` lies in that of `wide`, of which it is a slice; None where it is whole."""
     sizes = _sizes(wide)
     found: dict[str, Window | None] = {}
     for name, taken in _shapes(narrow).items():
@@ -63,7 +58,11 @@ def windows(wide: ModelSpec, narrow: ModelSpec, units: Units = leading) -> Coord
 
 
 def check_sliceable(wide: ModelSpec, narrow: ModelSpec) -> None:
-    """Refuse two models of which one's tensors are no slices of the other's; see `windows`."""
+    """Refuse two models of which one's tensors are no slices of the other's.
+
+    Raises:
+        UnsliceableModel: the factory has no width, or a tensor is no slice: the error names the first.
+    """
     sizes, shapes = _sizes(wide), _shapes(narrow)
     _check_names(wide, shapes)
     for name, shape in shapes.items():
@@ -79,10 +78,7 @@ def check_sliceable(wide: ModelSpec, narrow: ModelSpec) -> None:
 
 def class_rows(model: ModelSpec, problem: Problem) -> tuple[str, ...]:
     """The tensors of the model's own head, whose rows belong to the classes; none where it can't be told."""
-    try:
-        last = partition(model, problem).layers[-1][1]
-    except UncuttableModel:
-        return ()
+    last = partition(model, problem, ()).layers[-1][1]
     shapes = _shapes(model)
     rows = tuple(name for name in last if shapes[name][:1] == (problem.num_classes,))
     return rows if len(rows) == len(last) else ()

@@ -147,9 +147,10 @@ def played(case: str, workers: int, engines: dict[int, LocalEngine]) -> Played:
 
 def collection(method: Method, state: ServerState) -> RoundPlan | None:
     """How norms' statistics are collected after a round, by methods that do so."""
-    if not isinstance(method, Collects):
+    floor = method.collection_floor_bytes(state) if isinstance(method, Collects) else None
+    if floor is None:
         return None
-    return method.collection(state, UniformSampler(COHORT)(CLIENTS, 0, state))
+    return method.collection(state, UniformSampler(COHORT)(CLIENTS, floor, state))
 
 
 each_case = pytest.mark.parametrize("case", ALL)

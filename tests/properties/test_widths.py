@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.coords import add, extract, take, within
+from scalefl.costs import step_cost
 from scalefl.engines.local import LocalEngine
-from scalefl.errors import UnsliceableModel
+from scalefl.errors import EmptyCohort, UnsliceableModel
 from scalefl.methods.common import initial_params
 from scalefl.models import BUILT_IN, resolve
 from scalefl.models.scaler import with_scaler
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.objectives import OwnClasses
+from scalefl.objectives import OwnClasses, TaskLoss
 from scalefl.parts import Taps
+from scalefl.problem import Batch, Classification, Column
+from scalefl.problem import take as take_rows
 from scalefl.sampling import UniformSampler
-from scalefl.types import RoundPlan
+from scalefl.steps import collecting_step, full_step
+from scalefl.types import ClientLoss, RoundPlan
 from scalefl.widths import Units, class_rows, drawn, leading, rolled, windows
 from support import PROBLEM, WORK, Clients, MadeData, full_bytes, identical, make_method, play, spec
 
@@ -250,11 +254,20 @@ def test_the_scaler_divides_what_enters_norms_while_training() -> None:
     assert torch.equal(plain.eval()(x), scaled.eval()(x))
 
 
-def test_collected_statistics_are_those_of_all_data_together() -> None:
-    """Clients whose pixels have different means: the variance between them is in the collected one."""
-    data = MadeData([12, 20, 8, 16])
+class Sorted(MadeData):
+    """Each client's examples sorted by label."""
+
+    def examples(self, client: int) -> Batch:
+        found = super().examples(client)
+        return take_rows(found, found["label"].argsort())
+
+
+@pytest.mark.parametrize("batch_size", [64, 8])
+def test_collected_statistics_are_those_of_all_data_together(batch_size: int) -> None:
+    """Of clients, and of batches, whose pixels have different means: what lies between them is in the variance."""
+    data = Sorted([12, 20, 8, 16])
     clients = Clients(data, (2 * full_bytes(),))
-    method = make_method("heterofl", work=replace(WORK, batch_size=64))
+    method = make_method("heterofl", work=replace(WORK, batch_size=batch_size))
     with LocalEngine(data, clients) as engine:
         (_, after), records = play(method, engine, 1, cohort=4)
     assert records[0].collected == [0, 1, 2, 3]
@@ -265,7 +278,85 @@ def test_collected_statistics_are_those_of_all_data_together() -> None:
         seen = module[0][0](x)
     norm = module[0][1]
     torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3)), rtol=5e-3, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, seen.var((0, 2, 3), correction=0), rtol=1e-3, atol=1e-5)
+
+
+def test_only_clients_that_hold_a_run_of_the_model_collect() -> None:
+    method = make_method("heterofl", rates=[1.0, 0.2])
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    floor, least = method.collection_floor_bytes(state), method.floor_bytes(state)
+    assert least < floor < full_bytes()
+    data = Clients(EQUAL, (least, floor))
+    with LocalEngine(EQUAL, data) as engine:
+        _, records = play(method, engine, 3, cohort=4)
+    assert all(len(record.collected) == 4 and all(i % 2 for i in record.collected) for record in records)
+    with LocalEngine(EQUAL, Clients(EQUAL, (least,))) as engine, pytest.raises(EmptyCohort):
+        play(method, engine, 1, cohort=4)
+
+
+def test_nothing_is_collected_where_norms_have_no_statistics() -> None:
+    method = make_method("heterofl")
+    with LocalEngine(EQUAL, Clients(EQUAL, (2 * full_bytes(),))) as engine:
+        _, records = play(method, engine, 1, cohort=4, model=spec(norm="group"))
+    assert records[0].collected == []
+
+
+class Failing:
+    """An engine whose clients are lost, for want of memory, where statistics are collected: all, or all but one."""
+
+    def __init__(self, engine: LocalEngine, spared: int) -> None:
+        self._engine, self._spared = engine, spared
+        self.population = engine.population
+
+    def fit(self, method: Any, orders: Any) -> Any:
+        for task, params in orders:
+            if task.steps[0].collects and task.client_id != self._spared:
+                yield ClientLoss(task.client_id, task.round, "memory cap hit", out_of_memory=True)
+            else:
+                yield from self._engine.fit(method, [(task, params)])
+
+
+@pytest.mark.parametrize("spared", [-1, 2])
+def test_a_collection_that_costs_clients_costs_nothing_else(spared: int) -> None:
+    data = MadeData([16] * 4)
+    method = make_method("heterofl")
+    with LocalEngine(data, Clients(data, (2 * full_bytes(),))) as engine:
+        states, records = play(method, Failing(engine, spared), 2, cohort=4)
+    for record in records:
+        assert record.collected == ([] if spared < 0 else [spared])
+        assert {loss["client"] for loss in record.lost} == {0, 1, 2, 3} - {spared}
+    assert states[-1].tightened == {}, "what was too much there says nothing of training"
+
+
+def test_a_servers_momentum_rests_where_nobody_trained() -> None:
+    poor = (int(0.6 * full_bytes()),)
+    method = make_method("fedrolex", server={"kind": "fedavgm"}, **PLAIN)
+    states, plans = planned(method, poor, rounds=4)
+    for before, after, plan in zip(states, states[1:], plans, strict=False):
+        coords = next(iter(plan.coords.values()))
+        for name in plan.tasks[0].moving:
+            window, held = coords[name], torch.zeros_like(before.params[name], dtype=torch.bool)
+            held[() if window is None else torch.meshgrid(*_full(held, window), indexing="ij")] = True
+            assert torch.equal(before.params[name][~held], after.params[name][~held]), name
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_predicted_peaks_of_collections_are_not_below_what_they_take(norm: str) -> None:
+    wide = ModelSpec.of(resolve("resnet10"), width=0.25, norm=norm)
+    problem = Classification(10, (Column("image", (3, 32, 32), "uint8"),))
+    step = collecting_step(wide, problem, replace(WORK, batch_size=64))
+    if norm == "group":
+        assert step is None
+        return
+    assert step is not None
+    cost = step_cost(step, problem, TaskLoss())
+    whole = full_step(wide, problem, replace(WORK, batch_size=64))
+    training = step_cost(whole, problem, TaskLoss())
+    assert cost.peak_bytes < 0.5 * training.peak_bytes, "no activations are kept"
+    assert 0.3 < cost.flops / training.flops < 0.4, "a third: forward only"
+    weights = sum(t.numel() * t.element_size() for t in tensors(wide.skeleton()).values())
+    assert dict(cost.terms)["weights"] == weights
+    assert dict(cost.terms)["gradients"] == dict(cost.terms)["optimizer"] == 0
 
 
 def test_more_memory_never_means_a_narrower_model() -> None:

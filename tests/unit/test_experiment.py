@@ -73,6 +73,27 @@ def test_a_model_that_cannot_be_cut_is_trained_whole_and_has_no_plane(tmp_path):
     assert all(line["plane"] == [] for line in RunFolder(tmp_path / "run").read_journal() if "plane" in line)
 
 
+@pytest.mark.parametrize("cuts", [2, ["0", "1"]])
+def test_the_plane_is_read_where_the_models_own_names_say(tmp_path, cuts):
+    """What DepthFL deploys is made around the model, whose modules have other names there."""
+    method = {"name": "depthfl", "blocks": ["0", "1"]}
+    run(settings("200%", method=method, evaluation={"plane_cuts": cuts, "plane_samples": 16}), tmp_path / "run")
+    planes = [line["plane"] for line in RunFolder(tmp_path / "run").read_journal() if "plane" in line]
+    assert len(planes) == 2 and all(points and not points[0]["cut"].startswith("model.") for points in planes)
+
+
+@pytest.mark.parametrize(
+    ("method", "memory", "message"),
+    [
+        ({"name": "heterofl", "rates": [0.2]}, "22%", "collecting the norms' statistics of tiny needs"),
+        ({"name": "slt", "blocks": ["0"], "rounds": 2}, "70%", "block 2 of tiny needs"),
+    ],
+)
+def test_what_nobody_could_do_later_is_refused_at_once(tmp_path, method, memory, message):
+    with pytest.raises(BudgetError, match=message):
+        run(settings(memory, method=method), tmp_path / "run")
+
+
 def test_a_plane_of_more_blocks_than_units_has_all_cuts():
     experiment = Experiment(settings("200%"))
     cuts, source = experiment.plane_cuts(experiment.model)

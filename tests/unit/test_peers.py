@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalefl.blocks import blocks_as_asked
+from scalefl.checkpoint import save_state
 from scalefl.coords import extract
 from scalefl.costs import step_cost
 from scalefl.engines.local import LocalEngine
@@ -176,6 +177,32 @@ def test_feddyn_counts_in_a_clients_memory():
     assert 2 * parameters <= costs[0].peak_bytes - costs[1].peak_bytes + 64
 
 
+def test_a_client_that_sits_a_round_out_keeps_what_is_its_own():
+    method = make_method("depthfl", blocks=BLOCKS, feddyn={"clients": 8})
+    clients = Clients(EQUAL, (2 * full_bytes(), method.floor_bytes(fresh := started(method))))
+    cohorts = iter([[0, 1], [1, 2], [0, 3]])
+    with LocalEngine(EQUAL, clients) as engine:
+        states, _ = play(method, engine, 3, state=fresh, sample=lambda *_: [clients[i] for i in next(cohorts)])
+    first, second, third = (dict(state.aux.tensors) for state in states[1:])
+    of_0 = [name for name in first if name.startswith("client.0.")]
+    assert of_0 and all(torch.equal(first[name], second[name]) for name in of_0)
+    assert any(not torch.equal(second[name], third[name]) for name in of_0)
+    deep, shallow = ({n.split("@own.")[1] for n in third if n.startswith(f"client.{i}.")} for i in (0, 1))
+    assert shallow < deep, "a client has its own for what it trains"
+
+
+def started(method: Any) -> ServerState:
+    return method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+
+
+def test_what_is_deployed_is_not_saved_twice(tmp_path):
+    method = make_method("depthfl", blocks=BLOCKS)
+    state = started(method)
+    save_state(tmp_path / "state.safetensors", state, method.deploy(state))
+    size = sum(t.numel() * t.element_size() for t in state.params.values())
+    assert (tmp_path / "state.safetensors").stat().st_size < 1.2 * size + 8000
+
+
 def test_feddyn_is_the_servers_step():
     with pytest.raises(ConfigError, match="what the server does"):
         make_method("depthfl", feddyn={"clients": 8}, server={"kind": "fedadam"})
@@ -192,8 +219,10 @@ def slt(budget_share: float, **settings: Any) -> tuple[Any, ServerState]:
 
 def test_slt_where_everything_fits_trains_the_whole_model_first():
     method, state = slt(1.2)
-    assert state.aux.values["widths"] == [1.0, 1.0, 1.0]
-    assert method.menu(state)[0].step.trainable == {name for name, _ in spec().build(0).named_parameters()}
+    assert state.aux.values["widths"] == [1.0]
+    (offer,) = method.menu(state)
+    assert offer.label == "full"
+    assert offer.step.trainable == {name for name, _ in spec().build(0).named_parameters()}
 
 
 def test_slt_is_as_wide_behind_as_the_weakest_client_can_train():
@@ -257,6 +286,7 @@ def test_slt_needs_to_know_how_long_it_runs():
 def test_slt_leaves_out_clients_that_no_width_fits():
     method, state = slt(0.01)
     assert state.aux.values["widths"] == [1 / 32, 1 / 32, 1.0]
+    assert [offer.label for offer in method.menu(state)][1:] == ["block 2 (0.03125 wide behind)", "block 3"]
     clients = Clients(EQUAL, (int(0.01 * full_bytes()), 2 * full_bytes()))
     plan = method.plan(state, [clients[0], clients[1]])
     assert [task.client_id for task in plan.tasks] == [1]
@@ -310,6 +340,13 @@ def grouped(width: float = 1.0) -> nn.Module:
 def test_models_that_cannot_be_narrow_behind_a_cut_say_where(factory, narrow, message):
     with pytest.raises(UnsliceableModel, match=message):
         narrower_behind(ModelSpec.of(factory), narrow, 0.5, lambda module: module(torch.zeros(2, 1, 8, 8)))
+
+
+def test_slt_caches_features_where_the_disk_holds_them():
+    method, state = slt(0.8, means={"prefix": "cached", "cache_bytes": 0})
+    later = replace(state, round=state.aux.values["starts"][1])
+    (task,) = method.plan(later, [Clients(EQUAL, RICH)[0]]).tasks
+    assert task.steps[0].means.prefix == "streamed"
 
 
 # ProFL

@@ -20,7 +20,7 @@ from scalefl.methods.common import initial_params, magnitude, make_plan
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import Params, without_attachments
+from scalefl.params import Params, is_attachment, without_attachments
 from scalefl.planner import fit, least, output_module
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
@@ -135,7 +135,7 @@ class ProFL:
     def aggregate(self, state: ServerState, plan: RoundPlan, total: Totals) -> ServerState:
         """The weighted mean; then the next turn, if the block hardly moves on."""
         params, history = apply_mean(self.server, state, plan, total)
-        names = sorted(self._offer_of(state).step.trainable)
+        names = sorted(name for name in self._offer_of(state).step.trainable if not is_attachment(name))
         turn, start = self._after_round(state, params, names)
         history = {name: t for name, t in history.items() if not name.startswith(START)} | start
         return replace(state, params=params, round=state.round + 1, aux=Aux(history, _plain(turn)))

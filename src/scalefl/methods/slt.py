@@ -81,7 +81,9 @@ class SLT:
                 "slt shares rounds out between its stages: say how many as method.rounds or work.lr_rounds"
             )
         blocks = blocks_as_asked(model, problem, self.blocks)
-        widths = [*(self._width(blocks, stage, smallest_memory_bytes) for stage in range(len(blocks) - 1)), 1.0]
+        widths: list[float] = []
+        while not widths or widths[-1] < 1:  # from where all that is left fits at full width, it trains together
+            widths.append(self._width(blocks, len(widths), smallest_memory_bytes))
         weights = [self._trained(blocks, stage, width) for stage, width in enumerate(widths)]
         values = {"widths": widths, "starts": _shared_out(total, weights)}
         return ServerState(model, problem, initial_params(model, seed), round=0, seed=seed, aux=Aux(values=values))
@@ -134,7 +136,8 @@ class SLT:
     def _offer(self, blocks: Blocks, stage: int, width: float) -> Offer:
         step = self._step(blocks, stage, width)
         behind = f" ({width:g} wide behind)" if width < 1 else ""
-        return Offer(f"{blocks.label(Span(stage, stage))}{behind}", (("", step),), ladder_of(self.means))
+        label = f"{blocks.label(Span(stage, len(blocks) - 1 if width == 1 else stage))}{behind}"
+        return Offer(label, (("", step),), ladder_of(self.means), is_stage=True)
 
     def _step(self, blocks: Blocks, stage: int, width: float) -> Step:
         cuts = [cut.module for block in range(len(blocks) - 1) if (cut := blocks.cut(block))]
@@ -150,8 +153,10 @@ class SLT:
     def _width(self, blocks: Blocks, stage: int, budget: int) -> float:
         """The largest width behind the block in turn that fits, by bisection: more width never takes less memory.
 
-        Where none fits, the least: for those clients that it fits.
+        Where none fits, the least, for those clients that it fits; and behind the last block there is nothing.
         """
+        if stage == len(blocks) - 1:
+            return 1.0
         if self._least_bytes(blocks, stage, 1.0) <= budget:
             return 1.0
         low, high = 0, WIDTH_STEPS

@@ -16,7 +16,7 @@ from scalefl.models.spec import ModelSpec
 from scalefl.norm_statistics import centred
 from scalefl.objectives import OwnClasses, TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import fit, fitting_collection, least_of
+from scalefl.planner import fit, fitting_collection, least_collection, least_of
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import collecting_step, full_step
@@ -118,11 +118,17 @@ class WidthScaling(ABC):
         """The model at its full width."""
         return state.model, without_attachments(state.params)
 
-    def collection(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan | None:
-        """One run of the full model over the data of those clients that it fits, without gradients."""
+    def collection_floor_bytes(self, state: ServerState) -> int | None:
+        """What one run of the full model takes at the least; None where its norms have no statistics."""
         step = collecting_step(state.model, state.problem, self.work)
         if self.statistics == "running" or step is None:
             return None
+        return least_collection(step, state.problem).cost.peak_bytes
+
+    def collection(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
+        """One run of the full model over each client's data, without gradients."""
+        step = collecting_step(state.model, state.problem, self.work)
+        assert step is not None
         chosen = {
             client.id: (found,)
             for client in cohort

@@ -103,10 +103,17 @@ class ModelSpec:
 
     @property
     def name(self) -> str:
-        """A short name for tables and messages."""
+        """A short name for tables and messages: of the model itself, if this is a recipe around one."""
+        if isinstance(self.factory, str) and self.factory.startswith("scalefl.models.") and self._inner is not None:
+            return ModelSpec(self._inner).name
         if isinstance(self.factory, str):
             return self.factory.rpartition(":")[2]
         return getattr(self.factory, "__name__", type(self.factory).__name__)
+
+    @property
+    def _inner(self) -> str | Factory | None:
+        """The factory that this one is made around (see `around`)."""
+        return dict(self.arguments).get("factory")
 
     def _callable(self) -> Factory:
         return load_object(self.factory) if isinstance(self.factory, str) else self.factory
