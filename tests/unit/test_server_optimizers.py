@@ -26,6 +26,9 @@ class Known:
     def mean(self, base: object) -> dict[str, Tensor]:
         return self._mean
 
+    def held(self, name: str) -> None:
+        return None
+
 
 def plan_of(*trainable: str) -> RoundPlan:
     step = Step(None, frozenset(trainable), frozenset(trainable), (), LocalWork())  # type: ignore[arg-type]
