@@ -25,6 +25,11 @@ COARSE = 2.0**-10
 # Up to here the fine grid alone holds Σ x·w/W as an integer below 2⁵²; larger values use both grids.
 FINE_LIMIT = 32.0
 LIMIT = 2.0**42
+DIVERGED = 1000.0
+"""A client's training has diverged if a parameter has grown so many times as large as the largest of its tensor, or 1.
+
+Such values are finite, but one client that sends them is enough to end the run.
+"""
 PIECE = 2**16
 
 
@@ -137,15 +142,15 @@ def check(
     Args:
         task: what was asked for.
         update: what came.
-        expected: the global tensors under its names; only shapes and dtypes are read.
+        expected: the global tensors under its names.
         num_examples: of the client, as the round was planned with: it may not claim a larger weight.
 
     Returns:
         The largest size of a value in each tensor.
 
     Raises:
-        BadUpdate: a name is missing or foreign, a shape or dtype differs, or a value is not finite (or so large
-            that the run has diverged).
+        BadUpdate: a name is missing or foreign, a shape or dtype differs, or a value is not finite, or so large
+            that the client's training has diverged.
     """
 
     def refuse(name: str, why: str) -> BadUpdate:
@@ -155,6 +160,7 @@ def check(
         raise refuse("num_examples", f"{update.num_examples} is not a weight from 1 to {num_examples}")
     for name in sorted(update.params.keys() ^ task.moving):
         raise refuse(name, "missing" if name in task.moving else "not asked for")
+    trained = frozenset[str]().union(*(step.trainable for step in task.steps))
     sizes: dict[str, float] = {}
     for name, tensor in update.params.items():
         wanted = expected[name]
@@ -163,4 +169,6 @@ def check(
         sizes[name] = largest(tensor)
         if not sizes[name] < LIMIT:
             raise refuse(name, "holds NaN, infinity or values beyond 4e12")
+        if name in trained and sizes[name] > DIVERGED and sizes[name] > DIVERGED * largest(wanted):
+            raise refuse(name, f"has grown to {sizes[name]:.2g}: the client's training has diverged")
     return sizes

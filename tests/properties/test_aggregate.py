@@ -261,7 +261,9 @@ def with_value(value: float) -> Tensor:
 
 def test_check_accepts_what_was_asked_for():
     check(TASK, update(), EXPECTED, 5)
-    check(TASK, update({"w": with_value(-1e12)}, num_examples=1), EXPECTED, 5)
+    check(TASK, update({"w": with_value(-999)}, num_examples=1), EXPECTED, 5)
+    check(TASK, update({"w": with_value(1e12)}), {**EXPECTED, "w": with_value(2e9)}, 5)
+    check(TASK, update({"n": torch.tensor(10**12)}), EXPECTED, 5)  # a counter may be large, as statistics may
 
 
 @pytest.mark.parametrize(
@@ -271,6 +273,7 @@ def test_check_accepts_what_was_asked_for():
         ({"w": with_value(math.inf)}, "w", "infinity"),
         ({"w": with_value(-math.inf)}, "w", "infinity"),
         ({"w": with_value(1e13)}, "w", "4e12"),
+        ({"w": with_value(-1001)}, "w", "has grown to 1e+03: the client's training has diverged"),
         ({"h": torch.tensor([1, math.nan, 1], dtype=torch.bfloat16)}, "h", "NaN"),
         ({"n": torch.tensor(2**62)}, "n", "4e12"),
         ({"n": torch.tensor(-(2**63))}, "n", "4e12"),  # whose absolute value overflows
