@@ -11,8 +11,20 @@ from scalefl.coords import whole
 from scalefl.costs import in_turn
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
+from scalefl.planner import fit
 from scalefl.rng import derive
-from scalefl.types import Choice, ClientInfo, ClientTask, Coords, LocalWork, RoundPlan, ServerState
+from scalefl.types import (
+    Choice,
+    ClientInfo,
+    ClientTask,
+    Coords,
+    LocalWork,
+    Objective,
+    Offer,
+    RoundPlan,
+    ServerState,
+    Step,
+)
 
 
 def initial_params(model: ModelSpec, seed: int) -> dict[str, Tensor]:
@@ -23,6 +35,21 @@ def initial_params(model: ModelSpec, seed: int) -> dict[str, Tensor]:
 def magnitude(num_examples: int) -> int:
     """A number of examples, rounded up: it only decides whether a prefix's features fit on disk."""
     return 1 << num_examples.bit_length()
+
+
+def first_that_fits(
+    offers: Sequence[Offer],
+    state: ServerState,
+    objective: Callable[[Step], Objective],
+    cohort: Sequence[ClientInfo],
+) -> dict[int, Choice]:
+    """For each client the first of some offers that fits it; clients that none fits are not among them."""
+    wanted = {client.id: (client.memory_bytes, magnitude(client.num_examples)) for client in cohort}
+    found: dict[tuple[int, int], Choice | None] = {}
+    for budget, count in set(wanted.values()):
+        fits = (fit(offer, state.problem, objective, budget, round=state.round, num_examples=count) for offer in offers)
+        found[budget, count] = next((choice for choice in fits if choice), None)
+    return {id: choice for id, want in wanted.items() if (choice := found[want])}
 
 
 def make_plan(

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from scalefl.blocks import Blocks, Span, blocks_as_asked
 from scalefl.errors import ConfigError, check_range
-from scalefl.methods.common import initial_params, make_plan
+from scalefl.methods.common import first_that_fits, initial_params, make_plan
 from scalefl.models.exits import ensemble
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, is_attachment
 from scalefl.parts import Exit, Taps
-from scalefl.planner import fit, least_of, output_module
+from scalefl.planner import least_of, output_module
 from scalefl.problem import Batch, Problem, Weighted
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
@@ -149,8 +149,8 @@ class DepthFL:
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The greatest depth that fits, for each client."""
-        fits = {budget: self._deepest(state, budget) for budget in {client.memory_bytes for client in cohort}}
-        chosen = {c.id: (found,) for c in cohort if (found := fits[c.memory_bytes])}
+        deepest = first_that_fits(self.menu(state), state, self.objective, cohort)
+        chosen = {id: (self._now(state, choice),) for id, choice in deepest.items()}
         plan = make_plan(state, "depths", cohort, chosen, self.work)
         own = {task.client_id: self._own(state, task) for task in plan.tasks if self.feddyn}
         return replace(plan, is_uniform=True, own=own)
@@ -196,11 +196,8 @@ class DepthFL:
             params[name] = params[name] - history[SERVER + name] / self.feddyn.alpha
         return params, history
 
-    def _deepest(self, state: ServerState, budget: int) -> Choice | None:
-        found = (fit(offer, state.problem, self.objective, budget, round=state.round) for offer in self.menu(state))
-        choice = next((each for each in found if each), None)
-        if choice is None:
-            return None
+    def _now(self, state: ServerState, choice: Choice) -> Choice:
+        """The choice with the weight of the round."""
         weight = self.consistency * _ramp(state.round, self.ramp_rounds)
         return choice._replace(step=replace(choice.step, coefficients=((CONSISTENCY, weight),)))
 

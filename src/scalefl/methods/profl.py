@@ -16,12 +16,12 @@ from torch import Tensor
 
 from scalefl.blocks import Blocks, Span, blocks_as_asked
 from scalefl.errors import check_range
-from scalefl.methods.common import initial_params, magnitude, make_plan
+from scalefl.methods.common import first_that_fits, initial_params, make_plan
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, is_attachment, without_attachments
-from scalefl.planner import fit, least, output_module
+from scalefl.planner import least, output_module
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
@@ -118,12 +118,8 @@ class ProFL:
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The block in turn for everybody."""
         offer = self._offer_of(state)
-        wanted = {c.id: (c.memory_bytes, magnitude(c.num_examples)) for c in cohort}
-        fits = {
-            (budget, count): fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=count)
-            for budget, count in set(wanted.values())
-        }
-        chosen = {id: (found,) for id, want in wanted.items() if (found := fits[want])}
+        found = first_that_fits([offer], state, self.objective, cohort)
+        chosen = {id: (choice,) for id, choice in found.items()}
         shrinks = self._turn(state).position < len(self.order(state)) - len(self._blocks(state))
         label = f"{'shrinking' if shrinks else 'growing'}: {offer.label}"
         return make_plan(state, label, cohort, chosen, self.work)

@@ -13,12 +13,12 @@ from functools import lru_cache
 from scalefl.blocks import Blocks, Span, blocks_as_asked, blocks_by_hand
 from scalefl.coords import extract
 from scalefl.errors import ConfigError, check_range
-from scalefl.methods.common import initial_params, magnitude, make_plan
+from scalefl.methods.common import first_that_fits, initial_params, make_plan
 from scalefl.models.mixed import narrower_behind
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params
-from scalefl.planner import fit, least
+from scalefl.planner import least
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
@@ -100,12 +100,8 @@ class SLT:
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The stage for everybody."""
         offer = self._offer_of(state)
-        wanted = {c.id: (c.memory_bytes, magnitude(c.num_examples)) for c in cohort}
-        fits = {
-            (budget, count): fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=count)
-            for budget, count in set(wanted.values())
-        }
-        chosen = {id: (found,) for id, want in wanted.items() if (found := fits[want])}
+        found = first_that_fits([offer], state, self.objective, cohort)
+        chosen = {id: (choice,) for id, choice in found.items()}
 
         def coords_of(client_id: int, model: ModelSpec) -> Coords:
             return windows(state.model, model)

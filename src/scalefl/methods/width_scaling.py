@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 
 from scalefl.errors import ConfigError
-from scalefl.methods.common import initial_params, make_plan
+from scalefl.methods.common import first_that_fits, initial_params, make_plan
 from scalefl.models.scaler import with_scaler
 from scalefl.models.spec import ModelSpec
 from scalefl.norm_statistics import centred
 from scalefl.objectives import OwnClasses, TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import fit, fitting_collection, least_collection, least_of
+from scalefl.planner import fitting_collection, least_collection, least_of
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import collecting_step, full_step
@@ -95,8 +95,8 @@ class WidthScaling(ABC):
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The widest model that fits, for each client."""
-        fits = {budget: self._widest(state, budget) for budget in {client.memory_bytes for client in cohort}}
-        chosen = {c.id: (self._for(c, found),) for c in cohort if (found := fits[c.memory_bytes])}
+        widest = first_that_fits(self.menu(state), state, self.objective, cohort)
+        chosen = {c.id: (self._for(c, widest[c.id]),) for c in cohort if c.id in widest}
 
         def coords_of(client_id: int, model: ModelSpec) -> Coords:
             return windows(state.model, model, self.units(state, client_id))
@@ -144,10 +144,6 @@ class WidthScaling(ABC):
     @property
     def _work(self) -> LocalWork:
         return self.work if self.work.clip_norm else replace(self.work, clip_norm=self.clip_norm)
-
-    def _widest(self, state: ServerState, budget: int) -> Choice | None:
-        found = (fit(offer, state.problem, self.objective, budget, round=state.round) for offer in self.menu(state))
-        return next((choice for choice in found if choice), None)
 
     def _offer(self, state: ServerState, rate: float) -> Offer:
         model = state.model.at_width(rate)
