@@ -21,6 +21,7 @@ from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import OwnClasses, TaskLoss
 from scalefl.parts import Taps
+from scalefl.planner import fitting_collection, least_collection
 from scalefl.problem import Batch, Classification, Column
 from scalefl.problem import take as take_rows
 from scalefl.sampling import UniformSampler
@@ -176,20 +177,22 @@ def _full(tensor: Tensor, window: Any) -> list[Tensor]:
 
 
 def test_each_coordinate_is_the_mean_over_its_holders() -> None:
+    """All holders count alike, however many examples they have."""
+    uneven = MadeData([16, 9, 24, 12])
     method = make_method("fedrolex", window="random", **{**PLAIN, "rates": [1.0, 0.5, 0.2]})
     budgets = tuple(int(share * full_bytes()) for share in (1.3, 0.6, 0.3, 0.6))
-    data = Clients(EQUAL, budgets)
+    data = Clients(uneven, budgets)
     state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
     plan = method.plan(state, [data[i] for i in range(4)])
     widths = {plan.rungs[i] for i in range(4)}
     assert len(widths) == 3, "clients of three widths"
-    with LocalEngine(EQUAL, data) as engine:
+    with LocalEngine(uneven, data) as engine:
         orders = [(task, extract(state.params, plan.coords[task.client_id])) for task in plan.tasks]
         updates = {
             u.client_id: {n: t.clone() for n, t in u.params.items()}
             for u in engine.fit(method, orders)  # their memory is the engine's
         }
-    with LocalEngine(EQUAL, data) as engine:
+    with LocalEngine(uneven, data) as engine:
         (_, after), _ = play(method, engine, 1, state=state, cohort=4, sample=lambda *_: [data[i] for i in range(4)])
     for name in updates[0]:
         total = torch.zeros_like(state.params[name], dtype=torch.float64)
@@ -357,6 +360,35 @@ def test_predicted_peaks_of_collections_are_not_below_what_they_take(norm: str) 
     weights = sum(t.numel() * t.element_size() for t in tensors(wide.skeleton()).values())
     assert dict(cost.terms)["weights"] == weights
     assert dict(cost.terms)["gradients"] == dict(cost.terms)["optimizer"] == 0
+
+
+def test_collections_take_smaller_batches_where_larger_ones_do_not_fit() -> None:
+    step = collecting_step(spec(), PROBLEM, replace(WORK, batch_size=32))
+    assert step is not None
+    least = least_collection(step, PROBLEM)
+    rich = fitting_collection(step, PROBLEM, 10 * least.cost.peak_bytes)
+    middle = fitting_collection(step, PROBLEM, 2 * least.cost.peak_bytes)
+    assert rich is not None and middle is not None
+    assert 4 == least.step.largest_micro_batch < middle.step.largest_micro_batch < rich.step.largest_micro_batch == 32
+    assert middle.cost.peak_bytes <= 2 * least.cost.peak_bytes
+    assert fitting_collection(step, PROBLEM, least.cost.peak_bytes - 1) is None
+
+
+@pytest.mark.parametrize(("of_the_run", "found"), [(0.0, 1.0), (3.0, 3.0)])
+def test_gradients_are_clipped_unless_the_run_says_how(of_the_run: float, found: float) -> None:
+    method = make_method("heterofl", work=replace(WORK, clip_norm=of_the_run))
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    (task,) = method.plan(state, [Clients(EQUAL, (2 * full_bytes(),))[0]]).tasks
+    assert {step.work.clip_norm for step in task.steps} == {found}
+
+
+@pytest.mark.parametrize("statistics", ["collected", "running"])
+def test_micro_batches_are_said_to_have_norms_of_their_own(statistics: str) -> None:
+    """Whether or not their statistics are sent, norms see micro-batches where they would see batches."""
+    method = make_method("heterofl", statistics=statistics, rates=[1.0], means={"micro_batch_size": 4})
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    plan = method.plan(state, [Clients(EQUAL, (2 * full_bytes(),))[0]])
+    assert plan.rungs[0] == "width 1, micro-batch 4 (own norms)"
 
 
 def test_more_memory_never_means_a_narrower_model() -> None:

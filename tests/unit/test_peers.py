@@ -82,6 +82,20 @@ def test_weak_clients_train_less_deep_and_only_that_moves():
     assert moved and all(name.startswith(("0.", "@output.0.")) for name in moved)
 
 
+def test_holders_of_a_depth_count_alike():
+    """However many examples they have: what two clients send, averaged by hand."""
+    uneven = MadeData([16, 6])
+    method, clients = make_method("depthfl", blocks=BLOCKS), Clients(uneven, RICH)
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    plan = method.plan(state, [clients[0], clients[1]])
+    with LocalEngine(uneven, clients) as engine:
+        orders = [(task, extract(state.params, plan.coords[task.client_id])) for task in plan.tasks]
+        a, b = ({n: t.clone() for n, t in update.params.items()} for update in engine.fit(method, orders))
+        (_, after), _ = play(method, engine, 1, state=state, sample=lambda *_: [clients[0], clients[1]])
+    for name in plan.tasks[0].steps[0].trainable:
+        torch.testing.assert_close(after.params[name], (a[name] + b[name]) / 2, rtol=1e-6, atol=1e-6)
+
+
 def test_mutual_distillation_is_the_papers_loss():
     draw = torch.Generator().manual_seed(0)
     all_logits = [torch.randn(6, 3, generator=draw, dtype=torch.float64).requires_grad_() for _ in range(3)]
@@ -379,6 +393,14 @@ def test_a_turn_ends_when_the_block_hardly_moves_on():
     there_and_back = turns(lambda round: 0.1 * (-1) ** round)
     assert [t.position for t in there_and_back] == [0, 0, 0, 1]
     assert there_and_back[-1] == Turn(1)
+
+
+def test_the_movement_is_the_blocks_own():
+    """What stands behind the block for a while is not the block."""
+    method = make_method("profl", blocks=BLOCKS, shrinking=False, window=3)
+    state = states_of(method, rounds=1)[-1]
+    kept = {name.removeprefix("start.") for name in state.aux.tensors}
+    assert kept == {name for name in method.menu(state)[0].step.trainable if not name.startswith("@")}
 
 
 def test_profl_without_shrinking_only_grows():
