@@ -188,6 +188,8 @@ def plan(
 def _draw_plan(found: Mapping[str, Any], name: str, target: Path) -> None:
     from scalefl.report.pictures import memory_picture, save
 
+    if not target.suffix:
+        raise ScaleFLError(f"cannot draw {target}: name a file that ends in .png, .svg or .pdf")
     try:
         save(memory_picture(found, name), target)
     except (OSError, ValueError) as error:  # no such folder, or no format of that name
@@ -234,7 +236,7 @@ def export(
 
     model, num_tensors = export_model(run_folder, output)
     arguments = ", ".join(f"{name}={value!r}" for name, value in model.arguments)
-    typer.echo(f"{output}: {num_tensors} tensors of {model.name}({arguments})")
+    typer.echo(f"{output}: {num_tensors} tensors of {model.factory}({arguments})")
 
 
 def main() -> None:

@@ -256,6 +256,7 @@ def test_plan_as_a_picture(home: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         assert (tmp_path / name).read_bytes().startswith(start)
         assert "block 1" in result.stdout
+    assert "name a file that ends in" in failed("plan", home / "tiny.toml", "--picture", tmp_path)
     assert "'doc' is not supported" in failed("plan", home / "tiny.toml", "--picture", tmp_path / "plan.doc")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scalefl.coords import add, extract, take, within
 from scalefl.costs import step_cost
 from scalefl.engines.local import LocalEngine
-from scalefl.errors import EmptyCohort, UnsliceableModel
+from scalefl.errors import ConfigError, EmptyCohort, UnsliceableModel
 from scalefl.methods.common import initial_params
 from scalefl.models import BUILT_IN, resolve
 from scalefl.models.scaler import with_scaler
@@ -133,6 +133,23 @@ def test_channels_stay_together_where_a_model_flattens_them() -> None:
 
 
 # Methods
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rates": []},
+        {"rates": [0.0]},
+        {"rates": [1.5]},
+        {"rates": [math.nan]},
+        {"clip_norm": -1},
+        {"clip_norm": math.nan},
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        make_method("heterofl", **settings)
+
 
 EQUAL = MadeData([16] * 8)
 PLAIN = {"statistics": "running", "own_classes": False, "clip_norm": 0.0, "rates": [1.0, 0.5]}

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from scalefl.errors import ConfigError
+from scalefl.errors import ConfigError, check_range
 from scalefl.methods.common import first_that_fits, initial_params, make_plan
 from scalefl.models.scaler import with_scaler
 from scalefl.models.spec import ModelSpec
@@ -68,8 +68,7 @@ class WidthScaling(ABC):
     def __post_init__(self) -> None:
         if not self.rates or not all(0 < rate <= 1 for rate in self.rates):
             raise ConfigError(f"rates = {list(self.rates)}: expected shares above 0 and up to 1, one at least")
-        if self.clip_norm < 0:
-            raise ConfigError(f"clip_norm = {self.clip_norm}: expected at least 0")
+        check_range("clip_norm", self.clip_norm, 0.0)
 
     @abstractmethod
     def units(self, state: ServerState, client_id: int) -> Units:
