@@ -66,6 +66,11 @@ class Blocks:
             return "full"
         return f"block {span}" if len(span) == 1 else f"blocks {span}"
 
+    @property
+    def head(self) -> tuple[Layer, ...]:
+        """The model's last weight layer, with the norms that follow it."""
+        return self.layer_groups(Span(len(self) - 1, len(self) - 1))[-1]
+
     def cut(self, block: int) -> Cut | None:
         """The cut after a block; None after the last."""
         return self.partition.cuts[self.ends[block]] if block < len(self) - 1 else None
@@ -100,23 +105,36 @@ class Blocks:
         """Buffers that norms in train mode update."""
         return frozenset(name for path in active for name in self.partition.statistics.get(path, ()))
 
-    def part(self, span: Span, output: OutputSpec | None, coadapted_layers: int = 0) -> Part:
-        """What a step that trains the span runs."""
+    def part(
+        self,
+        span: Span,
+        output: OutputSpec | None,
+        coadapted_layers: int = 0,
+        *,
+        tail: bool = False,
+        along: Sequence[Layer] = (),
+    ) -> Part:
+        """What a step that trains the span runs; with its `tail`, also what follows, of which layers train `along`."""
         first = self.units(span)[0]
         near = [name for _, names in self._coadapted(span, coadapted_layers) for name in names]
-        part = self._part(span, output, min((self.partition.unit_of[name] for name in near), default=first))
+        runs = self._with_tail(span) if tail else span
+        part = self._part(runs, output, min((self.partition.unit_of[name] for name in near), default=first))
+        active = self.active(span, coadapted_layers)
         return replace(
             part,
-            active=self.active(span, coadapted_layers),
+            active=tuple(sorted({*active, *(path for path, _ in along)})),
             start=self.cut(span.first - 1) if span.first else None,
             straddling=self.straddling(span),
         )
 
-    def part_of_layers(self, span: Span, output: OutputSpec | None, layers: Sequence[Layer]) -> Part:
-        """What a step that trains only some layers of a span runs: the others, before and after them, are frozen."""
+    def part_of_layers(
+        self, span: Span, output: OutputSpec | None, layers: Sequence[Layer], *, tail: bool = False
+    ) -> Part:
+        """What a step that trains only some layers, from a span on, runs: the others, around them, are frozen."""
         names = self.trainable_of(layers)
-        part = self._part(span, output, min(self.partition.unit_of[name] for name in names))
-        return replace(part, active=tuple(sorted(path for path, _ in layers)))
+        runs = self._with_tail(span) if tail else span
+        part = self._part(runs, output, min(self.partition.unit_of[name] for name in names))
+        return replace(part, active=tuple(sorted({path for path, _ in layers})))
 
     def trainable_of(self, layers: Sequence[Layer]) -> frozenset[str]:
         """The parameters of some layers."""
@@ -136,11 +154,15 @@ class Blocks:
                 groups.append([(path, own)])
         return [tuple(group) for group in groups]
 
+    def _with_tail(self, span: Span) -> Span:
+        return Span(span.first, len(self) - 1)
+
     def _part(self, span: Span, output: OutputSpec | None, first_trained_unit: int) -> Part:
         stop, last, before = self.cut(span.last), self.ends[span.last], first_trained_unit - 1
         feature = stop or self.partition.feature
         entries = proven(self.model, self.problem, self.partition.entries)
         entry = entries[before] if before >= 0 else None
+        inner = self._inner(entries[before + 1 : last], span, feature)
         return Part(
             model=self.model,
             stop=stop,
@@ -154,7 +176,8 @@ class Blocks:
             prefix=self._stretches(entries, before) if entry else (),
             entry=entry,
             own=self._needed(entry, last),
-            inner=self._inner(entries[before + 1 : last], span, feature),
+            inner=inner,
+            needed=self._needed_between(entry, inner, last),
         )
 
     def _inner(self, entries: Sequence[Entry | None], span: Span, feature: Cut | None) -> tuple[Entry, ...]:
@@ -162,6 +185,10 @@ class Blocks:
         if self.statistics(self.straddling(span)):
             return ()  # a second run of the prefix would see the statistics that the first has left
         return tuple(e for e in entries if e and (e.cut == feature or not _passes(e, feature)))
+
+    def _needed_between(self, entry: Entry | None, inner: Sequence[Entry], last: int) -> tuple[tuple[str, ...], ...]:
+        ends = [*(self.partition.cuts.index(e.cut) for e in inner), last]
+        return tuple(self._needed(start, end) for start, end in zip((entry, *inner), ends, strict=True))
 
     def _stretches(self, entries: Sequence[Entry | None], last: int) -> tuple[Stretch, ...]:
         """The frozen units up to `last`, each on its own where the model can be started between them."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.models.spec import ModelSpec
-from scalefl.params import CPU, Params, moved, num_bytes, select
+from scalefl.params import CPU, LazyParams, Params, moved, num_bytes, select
 from scalefl.parts import PartRunner, Resident, Taps
 from scalefl.prefix import Prefix, from_input, prefix_of
 from scalefl.problem import Batch, Problem, num_rows, take
@@ -46,7 +46,7 @@ def run_task(
         residents: the worker's skeletons.
         task: the steps.
         params: the tensors that the steps need, on the worker's device. Those in `task.moving` are changed in place:
-            they must be the caller's own.
+            they must be the caller's own. Lazy ones are in memory while a step holds them.
         examples: the client's data, on the CPU; batches of it go to the device.
     """
     start = time.perf_counter()
@@ -55,13 +55,21 @@ def run_task(
     with seeded(task.seed):
         for number, step in enumerate(task.steps):
             seed = derive(task.seed, "step", number)
-            if step.collects:
-                _collect(residents, step, params, examples, problem, seed)
-                continue
-            metrics = _train(residents, step, params, examples, problem, method.objective(step), seed)
+            with _in_memory(params, step):
+                if step.collects:
+                    _collect(residents, step, params, examples, problem, seed)
+                    continue
+                metrics = _train(residents, step, params, examples, problem, method.objective(step), seed)
     upload = moved(select(params, sorted(task.moving)), CPU)
     receipt = Receipt(received, num_bytes(upload), time.perf_counter() - start)
     return ClientUpdate(task.client_id, upload, num_rows(examples), metrics, receipt)
+
+
+def _in_memory(params: Params, step: Step) -> contextlib.AbstractContextManager[None]:
+    """Inside the block, what the step holds is in memory."""
+    if isinstance(params, LazyParams):
+        return params.holding(held_by(step), step.moving | step.own)
+    return contextlib.nullcontext()
 
 
 def _train(
@@ -77,7 +85,7 @@ def _train(
     sums: dict[str, list[Tensor | int]] = {}
     with contextlib.ExitStack() as stack:
         runner, trained = stack.enter_context(holding(residents[step.part.model], step, params))
-        prefix = stack.enter_context(prefix_of(step, runner, params, examples, problem, residents.device))
+        prefix = stack.enter_context(prefix_of(step, runner, examples, problem, residents.device))
         optimizer = make_optimizer(trained, step, params)
         for epoch in range(step.work.epochs):
             sums = {}
@@ -110,7 +118,7 @@ def without_prefix(step: Step) -> bool:
 def held_by(step: Step) -> frozenset[str]:
     """The tensors that a step holds for as long as it trains."""
     own = step.part.own if without_prefix(step) else step.part.held
-    return frozenset((*own, *step.part.output_names(), *step.own))
+    return frozenset((*own, *step.part.output_names(), *step.own)).difference(*step.passing)
 
 
 @contextlib.contextmanager
@@ -128,6 +136,7 @@ def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[Pa
             step.trainable,
             step.moving,
             without_prefix=without_prefix(step),
+            passing=step.passing,
             frozen_statistics=means.frozen_statistics,
         ) as held,
     ):

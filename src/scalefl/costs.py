@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -68,16 +68,12 @@ def _cost_of_collecting(step: Step, problem: Problem) -> Cost:
 def in_turn(steps: Sequence[Step], costs: Sequence[Cost]) -> Cost:
     """The cost of a task whose steps run one after another: the fullest of them, and the FLOPs of all.
 
-    While one runs, the tensors of the others are there: what they have trained, and what they will start from.
+    While one runs, the tensors of the others lie on disk; at the end, what all of them have moved is in memory.
     """
     sizes = {name: size for step in steps for name, size in sizes_of(step.part).items()}
-    held = [held_by(step) for step in steps]
-    together = frozenset().union(*held)
-    waiting = [sum(sizes[name] for name in together - own) for own in held]
-    terms = [
-        np.array([size for _, size in cost.terms]) + _term("weights", more)
-        for cost, more in zip(costs, waiting, strict=True)
-    ]
+    moved = frozenset().union(*(step.moving for step in steps))
+    terms = [np.array([size for _, size in cost.terms]) for cost in costs]
+    terms.append(_term("weights", sum(sizes[name] for name in moved)))
     return cost_of(
         max(terms, key=lambda found: int(found.sum())), sum(cost.flops for cost in costs), costs[0].num_examples
     )
@@ -89,18 +85,18 @@ def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int
     chunk = micro if mode == "resident" else min(CHUNK, micro)
     flops = prefix.total_flops(chunk, chunk) / chunk
     if mode == "cached":  # before the first batch, when there is nothing but weights
-        return prefix.peak(chunk, chunk) + _laid_out(step.part), flops
+        return prefix.peak(chunk, chunk) + _laid_out(step), flops
     terms = waiting.waiting_peak(micro, rows) + prefix.peak(chunk, chunk) + _term("weights", _prefix_bytes(step))
     if mode != "resident" and micro > CHUNK:
         terms = terms + _term("activations", micro * feature_bytes(step.part))
     return terms, flops
 
 
-def _laid_out(part: Part) -> Array:
+def _laid_out(step: Step) -> Array:
     """Bytes of the weights that training from the prefix's features holds, by term."""
-    sizes, names = sizes_of(part), (*part.own, *part.output_names())
+    sizes = sizes_of(step.part)
     found = np.zeros(len(TERMS), dtype=np.int64)
-    for name in names:
+    for name in held_by(step) - step.own:
         found += _term(_term_of(name, "weights"), sizes[name])
     return found
 
@@ -155,16 +151,16 @@ def _cost_for_real(step: Step, problem: Problem, objective: Objective, micro: in
 def _traced(step: Step, problem: Problem, objective: Objective) -> Callable[[Ledger], None]:
     """The client's own loop over one batch, with the ledger told what is what."""
     resident = _resident(step.part.model)
-    held = {*step.part.own, *step.part.output_names()}
-    empty = {name: t for name, t in resident.empty(step.part).items() if name in held}
+    every, held = resident.empty(step.part), held_by(step)
 
     def run(ledger: Ledger) -> None:
-        params = _zeros(empty, ledger)
+        params = _Coming(every, ledger)
+        params.hold(held)
         with holding(resident, step, params) as (runner, trained), _counting_outputs(runner.outputs, ledger):
             for name, p in trained.items():
                 p.register_post_accumulate_grad_hook(_filing(ledger, name))  # type: ignore[no-untyped-call]
             with ledger.counting_as("copies"):
-                params |= {OWN + name: torch.zeros_like(trained[name]) for name in trained if step.feddyn}
+                params.update({OWN + name: torch.zeros_like(trained[name]) for name in trained if step.feddyn})
             optimizer = make_optimizer(trained, step, params)
             for name, tensor in optimizer.momentum.items():
                 ledger.file([tensor], _term_of(name, "optimizer"))
@@ -198,17 +194,17 @@ def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile 
     resident = _resident(part.model)
     bare = replace(part, output=None, exits=())
     empty = resident.empty(bare)
-    names = part.own if streamed else part.held
 
     def run(ledger: Ledger) -> None:
-        held = _zeros({name: empty[name] for name in names}, ledger)
-        with resident.holding(bare, held, without_prefix=streamed) as (runner, _):
+        params = _Coming(empty, ledger)
+        params.hold(part.own if streamed else part.held)
+        with resident.holding(bare, params, without_prefix=streamed) as (runner, _):
             ledger.forget()
             with ledger.counting_as("activations"):
                 batch = problem.example(WHOLE.batch)
             ledger.forget()
             if streamed:
-                runner.streamed_features(batch, problem, _Coming(empty, ledger))
+                runner.streamed_features(batch, problem)
             else:
                 runner.prefix_features(batch, problem)
 
@@ -226,8 +222,9 @@ def _collecting(part: Part, moving: frozenset[str], problem: Problem, rows: int)
     resident = _resident(part.model)
 
     def run(ledger: Ledger) -> None:
-        held = _zeros(resident.empty(part), ledger)
-        with resident.holding(part, held, moving=moving) as (runner, _), torch.no_grad(), runner.collecting():
+        params = _Coming(resident.empty(part), ledger)
+        params.hold(part.held)
+        with resident.holding(part, params, moving=moving) as (runner, _), torch.no_grad(), runner.collecting():
             with ledger.counting_as("activations"):
                 batch = problem.example(rows)
             runner(batch, problem)
@@ -236,15 +233,20 @@ def _collecting(part: Part, moving: frozenset[str], problem: Problem, rows: int)
 
 
 class _Coming(dict[str, Tensor]):
-    """Tensors that come into being when they are asked for, as those of a streamed prefix do."""
+    """Tensors that are held, and others that come into being when they are asked for, as streamed ones do."""
 
-    def __init__(self, empty: dict[str, Tensor], ledger: Ledger) -> None:
-        super().__init__(empty)
-        self._ledger = ledger
+    def __init__(self, empty: Params, ledger: Ledger) -> None:
+        super().__init__()
+        self._empty, self._ledger = empty, ledger
 
-    def __getitem__(self, name: str) -> Tensor:
-        with self._ledger.counting_as("weights"):
-            return torch.zeros(super().__getitem__(name).shape, dtype=super().__getitem__(name).dtype)
+    def hold(self, names: Iterable[str]) -> None:
+        """Keep these from now on."""
+        self.update((name, self[name]) for name in names if name in self._empty)
+
+    def __missing__(self, name: str) -> Tensor:
+        like = self._empty[name]
+        with self._ledger.counting_as(_term_of(name, "weights")):
+            return torch.zeros(like.shape, dtype=like.dtype)
 
 
 @dataclass(frozen=True)
@@ -267,14 +269,6 @@ class _Watched:
     def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
         with self.ledger.counting_as("mentor"):
             return self.objective.batch_terms(taps, batch, problem)
-
-
-def _zeros(empty: Params, ledger: Ledger) -> dict[str, Tensor]:
-    found = {}
-    for name, t in empty.items():
-        with ledger.counting_as(_term_of(name, "weights")):
-            found[name] = torch.zeros(t.shape, dtype=t.dtype)
-    return found
 
 
 @contextlib.contextmanager
@@ -345,9 +339,9 @@ def may_fit(step: Step, problem: Problem, budget_bytes: int) -> bool:
 def estimate(step: Step, problem: Problem) -> int:
     """What a step takes at the least: what it must hold, and what its units take where the whole model trains."""
     sizes = sizes_of(step.part)
-    own = sum(sizes[name] for name in (*step.part.own, *step.part.output_names()))
     trained = sum(sizes[name] for name in step.trainable)
-    held = own + _prefix_bytes(step) + trained * (bool(step.work.momentum) + step.splits)
+    held = sum(sizes[name] for name in held_by(step) - step.own)
+    held += trained * (bool(step.work.momentum) + step.splits)
     units = _units_of(step, problem)
     found = _slices(step.part.model, problem) if units else None
     return held if found is None or step.means.bfloat16 else held + _passing(step, units, found, problem)

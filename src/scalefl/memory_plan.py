@@ -16,6 +16,7 @@ from scalefl.methods.scalefl import ScaleFL
 from scalefl.models import resolve
 from scalefl.models.spec import Factory, ModelSpec
 from scalefl.objectives import TaskLoss
+from scalefl.params import is_attachment
 from scalefl.planner import budget_error, fit, least, least_of
 from scalefl.problem import Classification, Column, Problem
 from scalefl.steps import full_step
@@ -124,7 +125,8 @@ def memory_plan(method: Method, state: ServerState, budgets: Mapping[str, int]) 
 
 def _lacking(offer: Offer, rows: Sequence[tuple[Offer, PlanRow]], budgets: Mapping[str, int]) -> set[str]:
     """The memory classes that hold nothing so far that trains all that a fallback does."""
-    more = [row for other, row in rows if offer.step.trainable <= other.step.trainable]
+    own = {name for name in offer.step.trainable if not is_attachment(name)}
+    more = [row for other, row in rows if own <= other.step.trainable]
     return {name for name in budgets if not any(name in row.fits for row in more)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ class LazyParams(Mapping[str, Tensor]):
     @abstractmethod
     def num_bytes(self) -> int:
         """Of all tensors; known without reading them."""
+
+    @abstractmethod
+    def holding(self, names: frozenset[str], moving: frozenset[str]) -> AbstractContextManager[None]:
+        """Inside the block, the tensors `names` are in memory; what has become of the `moving` ones is kept."""
 
 
 def num_bytes(params: Params) -> int:

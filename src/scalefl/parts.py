@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -64,6 +64,8 @@ class Part:
         entry: where what trains can start from the prefix's features: `start`, or before co-adapted layers.
         own: names of the model's own tensors that a run from `entry` needs.
         inner: cuts inside what trains at which a run can start.
+        needed: names of the model's own tensors that each stretch between those cuts needs: one more than there are
+            cuts.
         exits: classifiers before the end, in order of execution; a run that starts or stops on the way has none.
     """
 
@@ -82,6 +84,7 @@ class Part:
     entry: Entry | None = None
     own: tuple[str, ...] = ()
     inner: tuple[Entry, ...] = ()
+    needed: tuple[tuple[str, ...], ...] = ()
     exits: tuple[Exit, ...] = ()
 
     @property
@@ -156,18 +159,20 @@ class Resident:
         moving: frozenset[str] = frozenset(),
         *,
         without_prefix: bool = False,
+        passing: tuple[frozenset[str], ...] = (),
         frozen_statistics: bool = False,
     ) -> Iterator[tuple[PartRunner, dict[str, nn.Parameter]]]:
         """Lay `params` on the skeleton for the block's length; yield what runs them and what trains.
 
         Parameters and `moving` buffers are laid on without a copy, so those that training changes must be the
-        caller's own. `without_prefix` lays what a run from `part.entry` needs, and no more; with
-        `frozen_statistics`, norms that train normalise by their running statistics and leave them.
+        caller's own. `without_prefix` lays what a run from `part.entry` needs, and no more. Tensors that are
+        `passing`, by the stretches between `part.inner`, are laid while their stretch runs, and asked of `params` each
+        time. With `frozen_statistics`, norms that train normalise by their running statistics and leave them.
         """
-        names = part.own if without_prefix else part.held
+        names = frozenset(part.own if without_prefix else part.held).difference(*passing)
         with contextlib.ExitStack() as undo:
             undo.callback(self._skeleton.clear)
-            trained = self._skeleton.lay({name: params[name] for name in names}, trainable, moving)
+            trained = self._skeleton.lay({name: params[name] for name in sorted(names)}, trainable, moving)
             outputs = {}
             for spec in part.outputs:
                 outputs[spec], skeleton = self._output(spec)
@@ -178,7 +183,7 @@ class Resident:
             if frozen_statistics:
                 part = _without_statistics(part, self._module)
             _set_modes(self._module, part.active)
-            yield PartRunner(self._module, self._skeleton, part, outputs, moving), trained
+            yield PartRunner(self._module, self._skeleton, part, outputs, params, moving, passing), trained
 
     @contextlib.contextmanager
     def marking(self, cuts: Sequence[Cut], mark: Callable[[tuple[str, int]], None]) -> Iterator[None]:
@@ -215,9 +220,12 @@ class PartRunner:
         skeleton: Skeleton,
         part: Part,
         outputs: Mapping[OutputSpec, OutputModule],
+        params: Params,
         moving: frozenset[str],
+        passing: tuple[frozenset[str], ...],
     ) -> None:
         self._module, self._skeleton, self._part, self._outputs = module, skeleton, part, outputs
+        self._params, self._passing = params, passing
         self._statistics = [t for name, t in module.named_buffers() if name in moving]
         self._seen: dict[str, Tensor] = {}
         self._exits: list[Tensor] = []
@@ -252,9 +260,9 @@ class PartRunner:
             z, x = features()
             given.append(z)
             del z
-        if recompute and torch.is_grad_enabled():
+        if self._passing or (recompute and torch.is_grad_enabled()):
             entry, given = self._run_bare(args, kwargs, entry, given)
-        with self._leaving(mask):
+        with self._leaving(mask), self._laid(len(self._part.inner)):
             raw = self._run(args, kwargs, entry, given, self._part.stop)
         x = self._x(args, kwargs) if x is None else x
         exits = tuple(self._exits)
@@ -279,7 +287,9 @@ class PartRunner:
         after = rng_state()
         with self.keep_statistics():
             while self._again:
-                self._again.pop().backward(self._run)
+                again = self._again.pop()
+                with self._laid(again.stretch):
+                    again.backward(self._run)
         set_rng_state(after)
 
     def keep_statistics(self) -> contextlib.AbstractContextManager[None]:
@@ -296,18 +306,14 @@ class PartRunner:
         args, kwargs = problem.inputs(batch)
         return self._frozen(args, kwargs, None, [], self._part.entry.cut)
 
-    def streamed_features(self, batch: Batch, problem: Problem, params: Params) -> Features:
+    def streamed_features(self, batch: Batch, problem: Problem) -> Features:
         """The same, with the tensors of one stretch of the prefix held at a time."""
         args, kwargs = problem.inputs(batch)
         given: list[Tensor] = []
         x = None
         for stretch in self._part.prefix:
-            extra = [name for name in stretch.held if name not in self._part.own]
-            self._skeleton.lay({name: params[name] for name in extra})
-            try:
+            with self._laying(name for name in stretch.held if name not in self._part.own):
                 found = self._frozen(args, kwargs, stretch.entry, given, stretch.stop)
-            finally:
-                self._skeleton.clear(extra)
             given, x = [found.z], found.x if x is None else x
             del found
         return Features(given.pop(), x)
@@ -330,15 +336,31 @@ class PartRunner:
     def _run_bare(
         self, args: Any, kwargs: Any, entry: Entry | None, given: list[Tensor]
     ) -> tuple[Entry | None, list[Tensor]]:
-        """Run all units but the last without a graph; note how to run each again, and where the last one starts."""
-        for inner in self._part.inner:
+        """Run all stretches but the last without a graph; if there is to be one, note how to run each again."""
+        for stretch, inner in enumerate(self._part.inner):
             state = rng_state()
-            with torch.no_grad():
+            with torch.no_grad(), self._laid(stretch):
                 self._run(args, kwargs, entry, list(given), inner.cut)
-            following = self._seen.pop("z").requires_grad_()
-            self._again.append(_Rerun(args, kwargs, entry, given, inner.cut, following, state, self._seen))
+            following = self._seen.pop("z")
+            if torch.is_grad_enabled():
+                following.requires_grad_()
+                again = _Rerun(stretch, args, kwargs, entry, given, inner.cut, following, state, self._seen)
+                self._again.append(again)
             entry, given = inner, [following]
         return entry, given
+
+    def _laid(self, stretch: int) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, the tensors are there that come and go with a stretch of what trains."""
+        return self._laying(sorted(self._passing[stretch]) if self._passing else ())
+
+    @contextlib.contextmanager
+    def _laying(self, names: Iterable[str]) -> Iterator[None]:
+        names = tuple(names)
+        self._skeleton.lay({name: self._params[name] for name in names})
+        try:
+            yield
+        finally:
+            self._skeleton.clear(names)
 
     def _run(self, args: Any, kwargs: Any, entry: Entry | None, given: list[Tensor], stop: Cut | None) -> Any:
         """Run the model from an entry to a cut, noting taps; return what the model returns if it comes to its end.
@@ -409,6 +431,7 @@ class PartRunner:
 class _Rerun(NamedTuple):
     """A stretch that ran without a graph: what it started from, and the leaf that holds its end's gradient."""
 
+    stretch: int
     args: Any
     kwargs: Any
     entry: Entry | None

@@ -165,13 +165,17 @@ def _least_variants(step: Step, problem: Problem, ladder: Ladder) -> list[Step]:
     """Those of a step's variants that may need least memory, the likeliest first."""
     variants = list(_variants(step, problem, ladder, 0, 0))
     sizes = ladder.micro_sizes(step.work.batch_size)
-    freed = {variant.means for variant in variants if variant.means.free_gradients}
+    allowed = {variant.means for variant in variants}
+
+    def thriftier(means: Means) -> bool:
+        more = {replace(means, free_gradients=True), replace(means, stream_frozen=True)}
+        return not allowed.isdisjoint(more - {means})
+
     found = [
         variant
         for variant in variants
-        # Smaller micro-batches never take more: of those that split, the smallest. Nor does it to free gradients.
-        if variant.means.micro_batch_size in (sizes[0], sizes[-1])
-        and (variant.means.free_gradients or replace(variant.means, free_gradients=True) not in freed)
+        # Smaller micro-batches never take more: of those that split, the smallest. Nor does it to free or to stream.
+        if variant.means.micro_batch_size in (sizes[0], sizes[-1]) and not thriftier(variant.means)
     ]
     return sorted(found, key=lambda variant: estimate(variant, problem))
 
@@ -182,9 +186,10 @@ def _variants(step: Step, problem: Problem, ladder: Ladder, round: int, num_exam
     if ladder.frozen_statistics is not None and round >= ladder.frozen_statistics and step.statistics:
         frozen.append(True)
     for means in (
-        Means(size, recompute, prefix, free, bfloat16, frozen_statistics)
+        Means(size, recompute, prefix, free, bfloat16, frozen_statistics, stream)
         for size in ladder.micro_sizes(step.work.batch_size)
         for recompute in (_either(ladder.recompute) if step.part.inner else [False])
+        for stream in (_either(ladder.stream_frozen) if recompute and any(step.frozen) else [False])
         for prefix in _prefixes(step, problem, ladder, num_examples)
         for free in (_either(ladder.free_gradients) if not step.work.clip_norm else [False])
         for bfloat16 in _either(ladder.bfloat16)
@@ -218,7 +223,8 @@ DISK = {"resident": 0, "chunked": 0, "cached": 1, "streamed": 2}
 
 def _loss(step: Step, cost: Cost) -> tuple[int, ...]:
     """What a step of a tier loses: FLOPs, then traffic with the disk, then small micro-batches."""
-    return (cost.flops, DISK[step.means.prefix], -(step.means.micro_batch_size or 0))
+    traffic = DISK[step.means.prefix] + DISK["streamed"] * step.means.stream_frozen
+    return (cost.flops, traffic, -(step.means.micro_batch_size or 0))
 
 
 def budget_error(
@@ -273,8 +279,10 @@ def output_module(
     work: LocalWork,
     projection: Projection,
     layers: Sequence[Layers] = LAYERS,
+    *,
+    normed: bool = True,
 ) -> OutputSpec | None:
-    """The output module after a block, with one of the `layers`; None after the last.
+    """The output module after a block, with one of the `layers`, `normed` or not; None after the last.
 
     The closest stand-in whose stage costs no more, in FLOPs and in peak, than training the same block with the
     part that it stands in for: with the projection that is asked for if one can have it, else with a narrower one.
@@ -286,7 +294,7 @@ def output_module(
     if cut is None:
         return None
     later = blocks.partition.shapes_after(blocks.ends[block])
-    spec = OutputSpec(cut.module, cut.shape, light_targets(cut.shape, later), problem.num_classes)
+    spec = OutputSpec(cut.module, cut.shape, light_targets(cut.shape, later), problem.num_classes, normed=normed)
     through = span_step(blocks, Span(block, len(blocks) - 1), None, work)
     limit = step_cost(through, problem, TaskLoss())
     narrower = PROJECTIONS[PROJECTIONS.index(projection) :]

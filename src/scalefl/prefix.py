@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from scalefl.params import CPU, Params, bytes_of, moved
+from scalefl.params import CPU, bytes_of, moved
 from scalefl.parts import Features, PartRunner
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.types import Step
@@ -33,7 +33,7 @@ _Run = Callable[[Batch], Features]
 
 @contextlib.contextmanager
 def prefix_of(
-    step: Step, runner: PartRunner, params: Params, examples: Batch, problem: Problem, device: torch.device = CPU
+    step: Step, runner: PartRunner, examples: Batch, problem: Problem, device: torch.device = CPU
 ) -> Iterator[Prefix]:
     """The prefix of a step as its means say; "cached" runs it here, for all examples, on the device.
 
@@ -45,7 +45,7 @@ def prefix_of(
         return runner.prefix_features(batch, problem)
 
     def streamed(batch: Batch) -> Features:
-        return runner.streamed_features(batch, problem, params)
+        return runner.streamed_features(batch, problem)
 
     mode = step.means.prefix
     if step.part.entry is None:

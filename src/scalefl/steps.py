@@ -47,20 +47,28 @@ def span_step(
     coefficients: tuple[tuple[str, float], ...] = (),
     coadapted_layers: int = 0,
     layers: tuple[Layer, ...] | None = None,
+    tail: bool = False,
+    along: tuple[Layer, ...] = (),
 ) -> Step:
     """A step that trains a span of blocks, with the output module after it unless it ends the model.
 
+    With its tail, the blocks after the span run too, frozen: the span then learns by the model's own loss.
+
     Args:
         blocks, span: what runs.
-        output: the output module; None where the span ends the model.
+        output: the output module; None where the span ends the model or has its tail.
         work, coefficients: of the step.
         coadapted_layers: weight layers before the span that train with it.
         layers: those of the span that train; None: all.
+        tail: whether what comes after the span runs.
+        along: layers of the tail that train too.
     """
     if layers is None:
-        part, trainable = blocks.part(span, output, coadapted_layers), blocks.trainable(span, coadapted_layers)
+        part = blocks.part(span, output, coadapted_layers, tail=tail, along=along)
+        trainable = blocks.trainable(span, coadapted_layers) | blocks.trainable_of(along)
     else:
-        part, trainable = blocks.part_of_layers(span, output, layers), blocks.trainable_of(layers)
+        part = blocks.part_of_layers(span, output, (*layers, *along), tail=tail)
+        trainable = blocks.trainable_of((*layers, *along))
     if output is not None:
         trainable |= frozenset(output.names())
     moving = trainable | blocks.statistics((*part.active, *part.straddling))

@@ -79,6 +79,7 @@ class Means:
         free_gradients: update each parameter as soon as its gradient is there, and drop that.
         bfloat16: run in bfloat16 where autocast does; weights stay as they are. Approximate.
         frozen_statistics: norms that train use their running statistics, as frozen ones do. Approximate.
+        stream_frozen: with `recompute`, hold the frozen tensors of what runs with a gradient one unit at a time.
     """
 
     micro_batch_size: int | None = None
@@ -87,6 +88,7 @@ class Means:
     free_gradients: bool = False
     bfloat16: bool = False
     frozen_statistics: bool = False
+    stream_frozen: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class Ladder:
     Args:
         micro_batch_size: examples in memory at once; "auto": the batch, or halves of it; None: the batch.
         smallest_micro_batch: how far "auto" goes.
-        recompute, free_gradients: see `Means`.
+        recompute, free_gradients, stream_frozen: see `Means`.
         prefix: see `Means`; "auto" tries them all.
         cache_bytes: the most that a client may keep on disk for a cached prefix.
         bfloat16: an approximation.
@@ -110,6 +112,7 @@ class Ladder:
     prefix: PrefixMode | Literal["auto"] = "resident"
     cache_bytes: int = 2**30
     free_gradients: bool | Literal["auto"] = False
+    stream_frozen: bool | Literal["auto"] = False
     bfloat16: bool | Literal["auto"] = False
     frozen_statistics: int | None = None
 
@@ -132,7 +135,7 @@ class Ladder:
 
 
 NO_MEANS = Ladder()
-AUTO = Ladder(micro_batch_size="auto", recompute="auto", prefix="auto", free_gradients="auto")
+AUTO = Ladder(micro_batch_size="auto", recompute="auto", prefix="auto", free_gradients="auto", stream_frozen="auto")
 LADDERS: Mapping[str, Ladder] = {"none": NO_MEANS, "micro-batches": Ladder(micro_batch_size="auto"), "auto": AUTO}
 """Ladders by name: no means but the whole batch; gradient accumulation alone; everything that does not approximate."""
 LadderName = Literal["none", "micro-batches", "auto"]
@@ -225,6 +228,19 @@ class Step:
     def statistics(self) -> frozenset[str]:
         """Statistics of norms in train mode: what moves without being trained."""
         return self.moving - self.trainable
+
+    @property
+    def frozen(self) -> tuple[frozenset[str], ...]:
+        """The frozen tensors that each stretch of what runs with a gradient needs, and no prefix; see `Part.needed`."""
+        if not self.part.inner:
+            return ()
+        before = frozenset(name for stretch in self.part.prefix for name in stretch.held)
+        return tuple(frozenset(names) - self.moving - before for names in self.part.needed)
+
+    @property
+    def passing(self) -> tuple[frozenset[str], ...]:
+        """Those that come and go with their stretch."""
+        return self.frozen if self.means.stream_frozen else ()
 
     @property
     def couples(self) -> bool:
@@ -436,6 +452,7 @@ def described(step: Step) -> list[str]:
         f"micro-batch {means.micro_batch_size}{' (own norms)' if step.couples else ''}": step.splits,
         "recomputed": means.recompute,
         f"{means.prefix} prefix": means.prefix != "resident" and step.part.entry is not None,
+        "frozen parts streamed": means.stream_frozen,
         "freed gradients": means.free_gradients and not step.splits,
         "bfloat16": means.bfloat16,
         "frozen statistics": means.frozen_statistics,

@@ -82,6 +82,8 @@ ALL: dict[str, dict[str, Any]] = {
     "heterofl micro": {"name": "heterofl", "means": {"micro_batch_size": "auto", "smallest_micro_batch": 4}},
     "fedrolex random": {"name": "fedrolex", "window": "random", "server": {"kind": "fedavgm"}},
     "scalefl counted": {"name": "scalefl", "blocks": 2},
+    "scalefl elastic": {"name": "scalefl", "spans": "elastic"},
+    "scalefl elastic without tails": {"name": "scalefl", "spans": "elastic", "tails": False, "outputs": "plain"},
     "scalefl memory": {
         "name": "scalefl",
         "blocks": "memory",
@@ -351,7 +353,7 @@ def fedavg() -> dict[str, Any]:
     return params_of(make_method("fedavg"))
 
 
-@pytest.mark.parametrize("spans", ["single", "elastic"])
+@pytest.mark.parametrize("spans", ["single", "elastic", "all"])
 @pytest.mark.parametrize("mentor", [None, {"lambda_max": 0.0, "gamma_max": 0.0}])
 @pytest.mark.parametrize("blocks", [1, []])
 def test_scalefl_with_one_block_is_fedavg(fedavg, spans, mentor, blocks):
@@ -388,8 +390,26 @@ def test_scalefl_with_one_block_and_a_mentor_is_not_fedavg(fedavg):
 
 
 @pytest.mark.parametrize("mentor", [None, {"lambda_max": 0.0, "gamma_max": 0.0}])
-def test_elastic_spans_with_memory_for_everything_are_fedavg(fedavg, mentor):
-    assert identical(params_of(make_method("scalefl", blocks=BLOCKS, mentor=mentor)), fedavg)
+@pytest.mark.parametrize("spans", ["elastic", "all"])
+def test_spans_with_memory_for_everything_are_fedavg(fedavg, mentor, spans):
+    assert identical(params_of(make_method("scalefl", blocks=BLOCKS, mentor=mentor, spans=spans)), fedavg)
+
+
+@pytest.mark.parametrize("tails", [False, True])
+def test_a_client_trains_all_blocks_span_after_span(fedavg, tails):
+    """With the model's own loss where what follows a span fits; more memory never means more spans."""
+    method = make_method("scalefl", blocks=BLOCKS, mentor=None, tails=tails)
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    counts = []
+    for share in (0.525, 0.56, 0.585, 0.6):
+        budget = int(share * full_bytes())
+        (task,) = method.plan(state, [Clients(DATA, (budget,))[0]]).tasks
+        trained = [step.trainable for step in task.steps]
+        assert all(a.isdisjoint(b) for a, b in itertools.combinations(trained, 2))
+        assert frozenset().union(*trained) >= {name for name, _ in spec().build(0).named_parameters()}
+        assert tails == all(step.part.output is None for step in task.steps) or len(trained) == 1
+        counts.append(len(trained))
+    assert counts == sorted(counts, reverse=True) and counts[0] > 1 == counts[-1]
 
 
 def test_exclusive_fedavg_with_memory_for_everything_is_fedavg_for_all(fedavg):
@@ -408,7 +428,7 @@ def test_blocks_by_memory_are_one_block_where_it_fits(fedavg):
 
 
 def test_single_spans_train_the_block_in_turn_and_nothing_else():
-    method = make_method("scalefl", blocks=BLOCKS, spans="single", coadapted_layers=0, mentor=None)
+    method = make_method("scalefl", blocks=BLOCKS, spans="single", tails=False, coadapted_layers=0, mentor=None)
     with LocalEngine(DATA, Clients(DATA, (2 * full_bytes(),))) as engine:
         states, records = play(method, engine, 4, cohort=COHORT)
     assert [record.stage for record in records] == ["block 1", "block 2", "block 3", "block 1"]

@@ -244,7 +244,7 @@ def test_plan(home: Path) -> None:
 
 def test_plan_as_json(home: Path) -> None:
     found = json.loads(invoke("plan", home / "tiny.toml", "--json").stdout)
-    assert [row["label"] for row in found["rows"]] == ["block 1", "block 2", "full"]
+    assert [row["label"] for row in found["rows"]] == ["block 1 with tail", "block 2", "full"]
     assert [member["name"] for member in found["classes"]] == ["weak", "strong"]
     assert found["classes"][0]["budget_bytes"] == int(0.95 * found["full"]["peak_bytes"])
     assert found["base_bytes"] is None or 50e6 < found["base_bytes"] < 5e9

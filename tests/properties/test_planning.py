@@ -19,7 +19,7 @@ from scalefl.models.spec import ModelSpec
 from scalefl.partition import partition
 from scalefl.planner import least
 from scalefl.sampling import UniformSampler
-from scalefl.types import ClientInfo
+from scalefl.types import ClientInfo, Offer
 
 NETS = st.lists(st.integers(2, 8), min_size=2, max_size=3).map(tuple)
 MODEST = settings(max_examples=5, deadline=None)
@@ -76,7 +76,7 @@ def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels,
 @MODEST
 @given(NETS, st.integers(1, 2), st.data())
 def test_a_block_is_trained_part_by_part_where_parts_of_it_all_fit(channels, count, data):
-    method = ScaleFL(work=support.WORK, blocks=count, spans="single", means="auto", coadapted_layers=0)
+    method = ScaleFL(work=support.WORK, blocks=count, spans="single", means="auto", coadapted_layers=0, tails=False)
     state = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
     blocks = blocks_by_count(spec_of(channels), support.PROBLEM, count)
     stage = data.draw(st.integers(0, count - 1))
@@ -84,10 +84,10 @@ def test_a_block_is_trained_part_by_part_where_parts_of_it_all_fit(channels, cou
     state = replace(state, aux=replace(state.aux, values={**state.aux.values, "growth": growth}))
     peaks = [
         [least(offer, support.PROBLEM, method.objective).cost.peak_bytes for offer in tiles]
-        for tiles in method.tilings(state, stage)
+        for tiles in [_whole(method, state, stage), *method.tilings(state, stage)]
     ]
     needed = min(max(tiles) for tiles in peaks)
-    others = sum(t.nbytes for t in state.params.values())  # what a part may hold of the others, at the most
+    others = sum(t.nbytes for t in state.params.values())  # what the parts may have to send together, at the most
     for budget in (needed + others, needed + data.draw(st.integers(0, others)), needed, needed - 1):
         plan = method.plan(state, [ClientInfo(0, 8, budget)])
         steps = [step for task in plan.tasks for step in task.steps]
@@ -97,6 +97,10 @@ def test_a_block_is_trained_part_by_part_where_parts_of_it_all_fit(channels, cou
         assert whole or budget < needed + others
         assert not whole or budget >= needed
         assert bool(steps) == (budget >= min(min(tiles) for tiles in peaks))
+
+
+def _whole(method, state, stage) -> list[Offer]:
+    return [offer for offer in method.menu(state) if offer.label in (f"block {stage + 1}", "full")]
 
 
 def peaks_of(method, state) -> dict[str, int]:

@@ -40,7 +40,7 @@ def small() -> nn.Module:
 def test_plan_takes_names_factories_paths_and_modules(model):
     found = scalefl.plan(model, torch.zeros(2, 3, 16, 16), budget="1GiB", blocks=2, batch_size=8)
     assert all(row.fits["budget"].means == "" for row in found.rows)
-    assert [row.label for row in found.rows] == ["block 1", "block 2", "full"]
+    assert [row.label for row in found.rows] == ["block 1 with tail", "block 2", "full"]
     assert all(found.fitting(row) == ["budget"] for row in found.rows)
     assert found.rows[-1].cost.peak_bytes >= max(row.cost.peak_bytes for row in found.rows[:-1])
     assert "block 1" in str(found)

@@ -259,7 +259,7 @@ def test_a_disk_without_room_costs_the_client_and_not_the_run():
         assert "no room on disk for the client's examples (16.0 MiB): File too large" in cause
         answer = answered(engine, 0, step_of("streamed"))
         assert isinstance(answer, ClientLoss) and not answer.out_of_memory
-        assert "no room on disk for the frozen prefix (2.25 MiB): File too large" in answer.cause
+        assert "no room on disk for the model (2.25 MiB): File too large" in answer.cause
         done(engine, 0, step_of("resident"))
 
 
@@ -354,7 +354,7 @@ def test_a_run_under_a_cap_and_its_resumption_are_the_same(tmp_path):
     )
     summary = run(config, tmp_path / "whole")
     assert summary["num_clients_lost"] == 1, "once bitten, it is not asked again"
-    assert 0 < summary["measured_peak_bytes"] < 24 * MIB
+    assert 0 <= summary["measured_peak_bytes"] < 24 * MIB, "so little may be added that no page is"
     rounds = run_rounds(Experiment(config), tmp_path / "half")
     for progress in rounds:
         if progress.line["lost"]:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalefl.blocks import Span, blocks_by_hand
 from scalefl.client import Residents, run_task, train_batch
 from scalefl.errors import ConfigError
 from scalefl.hsic import nhsic
@@ -379,11 +378,26 @@ def test_exactly_the_moving_names_move(name, settings):
         assert update.receipt.bytes_up == sum(t.numel() * t.element_size() for t in update.params.values())
 
 
+def offered(method, state, label):
+    return next(offer.step for offer in method.menu(state) if offer.label == label)
+
+
+def test_a_span_with_its_tail_trains_the_head_along():
+    """Unless the head has a step of its own in the same task."""
+    head = {"2.5.weight", "2.5.bias"}
+    method, state, _ = choices("scalefl", blocks=["0", "1"], spans="elastic", coadapted_layers=0)
+    step = offered(method, state, "block 1 with tail")
+    own = {n for n in state.params if n.startswith("0.")}
+    assert step.moving == own | head
+    assert set(step.part.names()) == {n for n in state.params if not n.startswith("@")}
+    method, state, _ = choices("scalefl", blocks=["0", "1"])
+    assert offered(method, state, "block 1 with tail").moving == own
+
+
 def test_spans_train_what_their_names_say():
     """Block 2 of three: its own weights, the convolution before it with its norm, and its output module."""
-    method, state, _ = choices("scalefl", blocks=["0", "1"])
-    blocks = blocks_by_hand(spec(), PROBLEM, ("0", "1"))
-    step = method.stage_step(blocks, Span(1, 1), PROBLEM)
+    method, state, _ = choices("scalefl", blocks=["0", "1"], spans="elastic", tails=False)
+    step = offered(method, state, "block 2")
     own = {n for n in state.params if n.startswith(("0.", "1.")) or n.startswith("@output.1.")}
     assert step.moving == own
     assert set(step.part.names()) == own
@@ -392,8 +406,8 @@ def test_spans_train_what_their_names_say():
 @pytest.mark.parametrize("layers", [0, 1])
 def test_the_prefix_runs_with_frozen_statistics(layers):
     """Before the block the norms use what the server sent; the block's own (and co-adapted ones) the batch."""
-    method, state, _ = choices("scalefl", blocks=["0", "1"], coadapted_layers=layers)
-    step = method.stage_step(blocks_by_hand(spec(), PROBLEM, ("0", "1")), Span(1, 1), PROBLEM)
+    method, state, _ = choices("scalefl", blocks=["0", "1"], coadapted_layers=layers, spans="elastic", tails=False)
+    step = offered(method, state, "block 2")
     batch = examples_of(0, 8)
     module = spec().build(0)
     module.load_state_dict(dict(method.deploy(state)[1]))
@@ -406,7 +420,7 @@ def test_the_prefix_runs_with_frozen_statistics(layers):
 
 def test_several_steps_in_one_task_go_on_from_each_other():
     """A task of two steps ends where two tasks, one after the other, would: blocks are handed on in place."""
-    method, state, menu = choices("scalefl", blocks=["0", "1"], coadapted_layers=0)
+    method, state, menu = choices("scalefl", blocks=["0", "1"], tails=False)
     first, second = menu[0].step, menu[1].step
     params = copied(state.params)
     task = ClientTask(0, 0, (first, second), 3)

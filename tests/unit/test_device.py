@@ -58,7 +58,7 @@ def test_a_step_stays_on_its_device(name: str, means: Means) -> None:
     objective = MentorLoss(Mentor(), 1.0, 1.0)
     with (
         holding(resident, step, params) as (runner, trained),
-        prefix_of(step, runner, params, batch, c.problem, META) as prefix,
+        prefix_of(step, runner, batch, c.problem, META) as prefix,
     ):
         optimizer = make_optimizer(trained, step, {})
         found = train_batch(runner, optimizer, batch, c.problem, objective, step.means, prefix)

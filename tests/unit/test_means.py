@@ -148,16 +148,17 @@ def job(
     objective: Objective | None = None,
     projection: Any = "none",
     work: LocalWork = WORK,
+    tail: bool = False,
 ) -> Job:
-    """Blocks `first` … `last`, with a full output module where that is not the last."""
+    """Blocks `first` … `last`, where that is not the last with their tail, or a full output module."""
     blocks = blocks or blocks_by_count(c.model, c.problem, num_blocks)
     last = len(blocks) - 1 if last is None else last
     output, cut = None, blocks.cut(last)
-    if cut is not None:
+    if cut is not None and not tail:
         later = blocks.partition.shapes_after(blocks.ends[last])
         targets = light_targets(cut.shape, later)
         output = OutputSpec(cut.module, cut.shape, targets, c.problem.num_classes, "full", projection)
-    step = span_step(blocks, Span(first, last), output, work, coadapted_layers=coadapted)
+    step = span_step(blocks, Span(first, last), output, work, coadapted_layers=coadapted, tail=tail)
     return Job(c, step, objective or TaskLoss())
 
 
@@ -393,6 +394,66 @@ def test_recomputation_of_micro_batches(name: str) -> None:
         assert j.gap(j.run(num_examples=7), j.run(Means(3, recompute=True), 7)) < EXACT
 
 
+# What comes and goes with its stretch
+
+
+STREAMED = [
+    *itertools.product(["resnet10", "squeezenet", "tokens", "vit", "hf_bert"], [(0, 0, 0), (1, 1, 1)]),
+    *itertools.product(["residual", "hf_gpt2", "owner"], [(0, 0, 0)]),
+]
+
+
+@pytest.mark.parametrize(("name", "span"), STREAMED, ids=str)
+def test_streaming_frozen_tensors_gives_the_same_bits(name: str, span: tuple[int, int, int]) -> None:
+    """With whole batches, and where the batch's terms take a pass of their own."""
+    c, (first, last, coadapted) = case(name), span
+    j = job(c, first, last, coadapted=coadapted, objective=mentor(), tail=True)
+    assert any(j.step.frozen)
+    for micro in (None, 4):
+        plain = j.run(Means(micro, recompute=True))
+        assert identical(plain.params, j.run(Means(micro, recompute=True, stream_frozen=True)).params)
+
+
+def test_frozen_layers_among_those_that_train_are_streamed() -> None:
+    c = case("resnet10")
+    blocks = blocks_by_count(c.model, c.problem, 3)
+    layers = blocks.layer_groups(Span(1, 1))[-1]
+    step = span_step(blocks, Span(1, 1), None, WORK, layers=layers, tail=True)
+    assert step.trainable == blocks.trainable_of(layers)
+    j = Job(c, step)
+    assert not blocks.trainable(Span(1, 1)).isdisjoint(frozenset().union(*step.frozen))
+    assert identical(j.run(Means(recompute=True)).params, j.run(Means(recompute=True, stream_frozen=True)).params)
+
+
+def test_of_frozen_tensors_those_of_one_stretch_are_laid_out() -> None:
+    j = job(case("resnet10"), 0, 0, tail=True)
+    step, resident = replace(j.step, means=Means(recompute=True, stream_frozen=True)), Residents()[j.c.model]
+    seen: list[set[str]] = []
+    with holding(resident, step, params := j.params()) as (runner, trained):
+        module = resident._module
+
+        def note(*_: Any) -> None:
+            seen.append({n for n, t in [*module.named_parameters(), *module.named_buffers()] if not t.is_meta})
+
+        handles = [child.register_forward_hook(note) for child in module.modules()]
+        optimizer = make_optimizer(trained, step, params)
+        train_batch(runner, optimizer, j.batch(4), j.c.problem, TaskLoss(), step.means)
+        note()
+        for handle in handles:
+            handle.remove()
+    held = set(j.step.part.own).difference(*step.frozen)
+    assert held == step.moving < set().union(*seen)
+    assert seen[-1] == held
+    assert all(any(held <= laid <= held | names for names in step.frozen) for laid in seen)
+
+
+def test_nothing_is_streamed_without_recomputation_or_cuts_inside() -> None:
+    j = job(case("resnet10"), 0, 0, tail=True)
+    assert replace(j.step, means=Means(stream_frozen=True)).passing == j.step.frozen != ()
+    assert replace(j.step, part=replace(j.step.part, inner=()), means=Means(stream_frozen=True)).passing == ()
+    assert j.step.passing == ()
+
+
 # The frozen prefix
 
 MODES = ["chunked", "streamed", "cached"]
@@ -469,7 +530,7 @@ def a_cache(j: Job, rows: int) -> Iterator[tuple[_Cache, Any]]:
     step = replace(j.step, means=Means(prefix="cached"))
     params, examples = j.params(), j.batch(rows)
     with holding(Residents()[j.c.model], step, params) as (runner, _):
-        run = partial(runner.streamed_features, problem=j.c.problem, params=params)
+        run = partial(runner.streamed_features, problem=j.c.problem)
         with _Cache(run, examples, CHUNK) as cache:
             yield cache, run(examples)
 
@@ -543,9 +604,9 @@ def test_a_cache_runs_the_prefix_once_for_each_example(monkeypatch: pytest.Monke
 def test_a_part_without_a_prefix_takes_no_notice() -> None:
     j = job(case("resnet10"), 0, 1)
     for mode in MODES:
-        with holding(Residents()[j.c.model], j.step, params := j.params()) as (runner, _):
+        with holding(Residents()[j.c.model], j.step, j.params()) as (runner, _):
             step = replace(j.step, means=Means(prefix=mode))
-            with prefix_of(step, runner, params, j.batch(4), j.c.problem) as prefix:
+            with prefix_of(step, runner, j.batch(4), j.c.problem) as prefix:
                 assert prefix(j.batch(4), torch.arange(4)) is None
         assert identical(j.run().params, j.run(Means(prefix=mode)).params)
 
@@ -563,7 +624,7 @@ def test_what_trains_alone_is_laid_out_while_a_prefix_is_streamed() -> None:
 
         handles = [child.register_forward_hook(note) for child in module.modules()]
         note()
-        runner.streamed_features(j.batch(4), j.c.problem, params)
+        runner.streamed_features(j.batch(4), j.c.problem)
         note()
         for handle in handles:
             handle.remove()
@@ -584,7 +645,7 @@ def test_no_tensor_waits_for_the_collector(first: int, means: Means) -> None:
     step, params, batch = replace(j.step, means=means), j.params(), j.batch(8)
     with (
         holding(Residents()[j.c.model], step, params) as (runner, trained),
-        prefix_of(step, runner, params, batch, j.c.problem) as prefix,
+        prefix_of(step, runner, batch, j.c.problem) as prefix,
     ):
         optimizer = make_optimizer(trained, step, {})
         with collector_off():

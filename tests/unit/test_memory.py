@@ -233,25 +233,19 @@ def test_coadaptation_and_mentor_count() -> None:
 
 
 @pytest.mark.parametrize("prefix", ["resident", "streamed"])
-def test_steps_that_run_in_turn_hold_each_others_tensors(prefix: PrefixMode) -> None:
-    """A worker gets all tensors of a task at once; those of a streamed prefix only where no step trains them."""
+def test_steps_that_run_in_turn_do_not_hold_each_others_tensors(prefix: PrefixMode) -> None:
+    """Until what they have moved is sent."""
     c, work = built_in("resnet10", 0.25), LocalWork(batch_size=2)
     steps = [replace(stage_step(c, 3, block, work), means=Means(prefix=prefix)) for block in range(3)]
     costs = [cost_of(step, c.problem) for step in steps]
     sizes = {name: t.nbytes for step in steps for name, t in Resident(c.model).empty(step.part).items()}
-    own = [set(step.part.own if step.part.entry and prefix == "streamed" else step.part.held) for step in steps]
-    for step, names in zip(steps, own, strict=True):
-        names.update(step.part.output.names() if step.part.output else ())
-    everything = set().union(*own)
-    expected = max(
-        cost.peak_bytes + sum(sizes[name] for name in everything - names)
-        for cost, names in zip(costs, own, strict=True)
-    )
     found = in_turn(steps, costs)
-    assert found.peak_bytes == expected == sum(size for _, size in found.terms)
-    assert found.peak_bytes > max(cost.peak_bytes for cost in costs)
+    assert found.peak_bytes == max(cost.peak_bytes for cost in costs) == sum(size for _, size in found.terms)
     assert found.flops == sum(cost.flops for cost in costs)
     assert in_turn(steps[:1], costs[:1]) == costs[0]
+    moved = sum(sizes[name] for name in frozenset().union(*(step.moving for step in steps)))
+    nothing = [replace(cost, terms=tuple((term, 0) for term, _ in cost.terms)) for cost in costs]
+    assert in_turn(steps, nothing).peak_bytes == moved > 0
 
 
 def test_flops_of_linear_layers() -> None:

@@ -182,7 +182,7 @@ def test_a_part_passes_the_mask_to_its_output_module() -> None:
 
 
 def test_pooled_tokens_count_if_any_of_theirs_does() -> None:
-    module = spec_of((6, 4), (3, 2)).build()
+    module = replace(spec_of((6, 4), (3, 2)), normed=False).build()
     (layer,) = module.layers
     z = torch.randn(3, 6, 4)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
@@ -395,3 +395,21 @@ def test_models_beyond_images(model: type[nn.Module], problem: Classification) -
 
 def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, NUM_CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets"), [((4, 8, 8), ((6, 4, 4), (8, 2, 2))), ((6, 4), ((3, 8),)), ((5,), ((7,), (9,)))], ids=str
+)
+def test_what_light_layers_make_is_normalised(shape: tuple[int, ...], targets: tuple[tuple[int, ...], ...]) -> None:
+    """The size of their weights, which grows where training diverges, then does not show."""
+    spec = OutputSpec("cut", shape, targets, 3)
+    z = torch.randn(2, *shape)
+    for normed in (True, False):
+        module = replace(spec, normed=normed).build()
+        before = module(z)
+        features = before.features if len(shape) == 2 else before.features.flatten(1)
+        assert normed == torch.allclose(features.var(-1, unbiased=False), torch.ones(()), atol=1e-2)
+        with torch.no_grad():
+            for p in module.layers.parameters():
+                p.mul_(100)
+        assert normed == torch.allclose(module(z).logits, before.logits, atol=1e-2)

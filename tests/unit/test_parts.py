@@ -273,6 +273,70 @@ def test_the_first_block_has_nothing_to_coadapt() -> None:
     assert step_of(c, blocks, 0, coadapted_layers=2) == step_of(c, blocks, 0)
 
 
+# The tail
+
+
+@pytest.mark.parametrize("name", ["vit", "hf_bert", "residual", "resnet10"])
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_span_with_its_tail_moves_as_it_moves_when_the_whole_model_trains(name: str, block: int) -> None:
+    """In its first step, from the model's own loss: alone, or with the head along."""
+    c = plain(name)
+    blocks = blocks_by_count(c.model, c.problem, 3)
+    whole = span_step(blocks, blocks.whole, None, WORK)
+    head = blocks.trainable_of(blocks.head)
+    assert span_step(blocks, Span(block, block), None, WORK, tail=True).trainable == blocks.trainable(
+        Span(block, block)
+    )
+    tail = span_step(blocks, Span(block, block), None, WORK, tail=True, along=blocks.head)
+    assert tail.trainable == blocks.trainable(Span(block, block)) | head and not head <= blocks.trainable(
+        Span(block, block)
+    )
+    everything, own = params_of(c, whole), params_of(c, tail)
+    before = copied(own)
+    moved, expected = train(c, tail, own, 4).params, train(c, whole, everything, 4).params
+    assert set(moved) == tail.moving
+    for n in tail.trainable:
+        assert torch.allclose(moved[n], expected[n], rtol=1e-4, atol=1e-6)
+    assert all(not torch.equal(moved[n], before[n]) for n in head)
+    assert all(torch.equal(own[n], before[n]) for n in own.keys() - tail.moving)
+
+
+def plain(name: str) -> Case:
+    """Without what differs between what trains and what is frozen: dropout, and norms with statistics."""
+    found = case(name)
+    return replace(found, model=ModelSpec.of(without_noise, name=name))
+
+
+def without_noise(name: str) -> nn.Module:
+    module = case(name).model.build(0)
+    for path, child in list(module.named_modules()):
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+        if isinstance(child, nn.BatchNorm2d):
+            parent, _, attribute = path.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, nn.GroupNorm(1, child.num_features))
+    return module
+
+
+def test_a_frozen_tail_keeps_its_statistics() -> None:
+    c = case("resnet10")
+    blocks = blocks_by_count(c.model, c.problem, 3)
+    step = span_step(blocks, Span(0, 0), None, WORK, tail=True)
+    units = blocks.units(Span(0, 0))
+    assert step.statistics and {blocks.partition.unit_of[n] for n in step.statistics} <= set(units)
+    params = params_of(c, step)
+    before = copied(params)
+    train(c, step, params)
+    assert {n for n in params if not torch.equal(params[n], before[n])} == step.moving
+
+
+def test_the_last_block_has_no_tail() -> None:
+    c = case("resnet10")
+    blocks = blocks_by_count(c.model, c.problem, 3)
+    last = Span(2, 2)
+    assert span_step(blocks, last, None, WORK, tail=True) == span_step(blocks, last, None, WORK)
+
+
 # Dropout
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from models import Case, built_in, case
 from scalefl.blocks import Span, blocks_by_count
-from scalefl.client import holding, make_optimizer, train_batch
-from scalefl.costs import _Coming, _counting_outputs, _filing, _term_of, _traced, _Watched, _zeros, step_cost
+from scalefl.client import held_by, holding, make_optimizer, train_batch
+from scalefl.costs import _Coming, _counting_outputs, _filing, _term_of, _traced, _Watched, step_cost
 from scalefl.memory import SHAPES, SPLIT, WHOLE, Cost, Ledger, Symbols, predict
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.models.output import OutputSpec, light_targets
@@ -62,11 +62,10 @@ def with_prefix_by_trace(step: Step, problem: Problem, objective: Objective) -> 
     """The same for a step with a frozen prefix, which runs as the client runs it."""
     resident = Resident(step.part.model)
     empty = resident.empty(step.part)
-    streams = step.means.prefix == "streamed"
-    laid = {*step.part.own, *(step.part.output.names() if step.part.output else ())} if streams else set(empty)
 
     def run(ledger: Ledger) -> None:
-        params = _zeros({n: t for n, t in empty.items() if n in laid}, ledger)
+        params = _Coming(empty, ledger)
+        params.hold(held_by(step))
         with holding(resident, step, params) as (runner, trained), _counting_outputs(runner.outputs, ledger):
             for n, p in trained.items():
                 p.register_post_accumulate_grad_hook(_filing(ledger, n))
@@ -75,8 +74,7 @@ def with_prefix_by_trace(step: Step, problem: Problem, objective: Objective) -> 
                 ledger.file([t], _term_of(n, "optimizer"))
             with ledger.counting_as("activations"):
                 batch = problem.example(step.work.batch_size)
-            source = _Coming(empty, ledger) if streams else params
-            with prefix_of(step, runner, source, batch, problem) as prefix:
+            with prefix_of(step, runner, batch, problem) as prefix:
                 train_batch(runner, optimizer, batch, problem, _Watched(objective, ledger), step.means, prefix)
 
     return predict(run, step.work.batch_size)
@@ -169,6 +167,23 @@ def test_the_peak_with_a_frozen_prefix(name: str, objective: str, sizes: tuple[i
     predicted, traced = (f(step, c.problem, wanted).peak_bytes for f in (step_cost, with_prefix_by_trace))
     room = 0 if mode == "resident" or (micro or rows) > CHUNK else _room(step, micro or rows)
     assert traced - _copies(step) <= predicted <= traced + room
+
+
+@pytest.mark.parametrize("objective", ["task", "cka"])
+@pytest.mark.parametrize("means", [Means(None, True), Means(4, True), Means(12, True, free_gradients=True)], ids=words)
+@pytest.mark.parametrize("name", ["resnet10", "vit", "hf_bert"])
+def test_the_peak_with_a_frozen_tail(name: str, means: Means, objective: str) -> None:
+    """Held, and streamed."""
+    c = CASES[name]()
+    blocks = blocks_by_count(c.model, c.problem, 3)
+    step = span_step(blocks, Span(0, 0), None, LocalWork(batch_size=12), tail=True)
+    peaks = []
+    for stream in (False, True):
+        step = replace(step, means=replace(means, stream_frozen=stream))
+        predicted, traced = (f(step, c.problem, OBJECTIVES[objective]) for f in (step_cost, by_trace))
+        assert (predicted.peak_bytes, predicted.flops) == (traced.peak_bytes, traced.flops)
+        peaks.append(predicted.peak_bytes)
+    assert peaks[1] < peaks[0]
 
 
 def _copies(step: Step) -> int:

@@ -8,6 +8,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.blocks import Span, blocks_by_hand
+from scalefl.client import held_by
 from scalefl.coords import extract
 from scalefl.costs import step_cost
 from scalefl.engines.local import LocalEngine
-from scalefl.engines.spool import MappedExamples, TaskParams, streamed_names
+from scalefl.engines.spool import MappedExamples, TaskParams, lasting_names
 from scalefl.engines.wire import Channel, Store
 from scalefl.methods.common import initial_params, make_plan
 from scalefl.methods.fedavg import FedAvg
@@ -60,15 +62,37 @@ def received(store: Store, tensors: dict[str, Tensor]) -> None:
     theirs.close()
 
 
-def test_what_no_step_holds_is_streamed():
+def test_what_every_step_holds_lasts():
     resident, streamed, cached = (step_of(mode) for mode in ("resident", "streamed", "cached"))
-    prefix = {name for name in initial_params(HEAVY, 0) if name.startswith("0.")}
-    task = ClientTask(0, 0, (streamed, cached), 0)
-    assert streamed_names(task) == prefix
-    assert streamed_names(replace(task, steps=(resident, streamed))) == frozenset()
-    assert streamed_names(replace(task, steps=(streamed, replace(streamed, moving=frozenset({"0.0.0.weight"}))))) == (
-        prefix - {"0.0.0.weight"}
-    )
+    everything = frozenset(initial_params(HEAVY, 0))
+    own = frozenset(name for name in everything if not name.startswith("0."))
+    assert lasting_names(ClientTask(0, 0, (resident,), 0)) == everything
+    assert lasting_names(ClientTask(0, 0, (streamed,), 0)) == own
+    assert lasting_names(ClientTask(0, 0, (streamed, cached), 0)) == own
+    assert lasting_names(ClientTask(0, 0, (resident, streamed), 0)) == own
+
+
+def test_what_a_step_holds_is_in_memory_for_as_long():
+    params = initial_params(HEAVY, 0)
+    resident, streamed = step_of("resident"), step_of("streamed")
+    name, other, lasting = "0.1.0.weight", "0.2.0.weight", "1.0.weight"
+    with closing(TaskParams(ClientTask(0, 0, (resident, streamed), 0))) as store:
+        received(store, params)
+        with store.holding(held_by(resident), frozenset({name, lasting})):
+            assert store[name] is store[name]
+            for changed in (name, other, lasting):
+                store[changed].fill_(7.0)
+        assert store[name] is not store[name]
+        assert (store[name] == 7).all() and (store[lasting] == 7).all(), "what moves is kept"
+        assert torch.equal(store[other], params[other]), "and nothing else"
+        with pytest.raises(RuntimeError), store.holding(held_by(resident), frozenset({name})):
+            store[name].fill_(8.0)
+            raise RuntimeError
+        assert store[name] is not store[name]
+        assert identical(
+            {n: store[n] for n in params if n not in (name, lasting)},
+            {n: t for n, t in params.items() if n not in (name, lasting)},
+        )
 
 
 def test_tensors_of_a_streamed_prefix_are_read_by_name():

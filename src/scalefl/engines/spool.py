@@ -1,12 +1,13 @@
 """What a worker is sent but need not hold: unnamed files, which vanish with the process however it ends.
 
 A client's examples lie in its storage whatever it trains, so they are no part of its budget: a worker maps them
-from a file, which a cap on memory does not count, and copies batches out of it. The tensors of a streamed prefix
-are wanted one unit at a time: they are read from a file when asked for by name.
+from a file, which a cap on memory does not count, and copies batches out of it. Tensors that are streamed are wanted
+one unit at a time, and those of a task's other steps not now: they are read from a file when asked for by name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -52,15 +53,15 @@ class MappedExamples(dict[str, Tensor]):
 
 
 class TaskParams(LazyParams):
-    """The tensors of a task: on the worker's device, or in a file where no step holds them for as long as it trains."""
+    """The tensors of a task: on the worker's device, or in a file where not every step holds them while it trains."""
 
     def __init__(self, task: ClientTask, device: torch.device = CPU) -> None:
         self._device = device
-        self._streamed = streamed_names(task)
+        self._lasting = lasting_names(task)
         self._held: dict[str, Tensor] = {}
         self._heads: dict[str, Head] = {}
         self._places: dict[str, int] = {}
-        self._file = _unnamed_file() if self._streamed else None
+        self._file = _unnamed_file()
 
     def accept(self, head: Head, read: Read) -> None:
         """Receive a tensor.
@@ -69,7 +70,7 @@ class TaskParams(LazyParams):
             OSError: the disk has no room for it.
         """
         self._heads[head.name] = head
-        if self._file is None or head.name not in self._streamed:
+        if head.name in self._lasting:
             tensor = head.empty()
             read(bytes_of(tensor))
             self._held[head.name] = tensor.to(self._device)
@@ -78,12 +79,24 @@ class TaskParams(LazyParams):
         try:
             _write(self._file, head.num_bytes, read)
         except OSError as error:
-            raise _no_room(error, "the frozen prefix", head.num_bytes) from error
+            raise _no_room(error, "the model", head.num_bytes) from error
 
     def close(self) -> None:
         """Give the file back: what it holds cannot be read any more."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
+
+    @contextlib.contextmanager
+    def holding(self, names: frozenset[str], moving: frozenset[str]) -> Iterator[None]:
+        """See `LazyParams`."""
+        lent = [name for name in sorted(names) if name in self._places]
+        self._held |= {name: self._read(name) for name in lent}
+        try:
+            yield
+        finally:
+            for name in lent:
+                tensor = self._held.pop(name)
+                if name in moving:
+                    _overwrite(self._file, self._places[name], bytes_of(tensor.to(CPU).contiguous()))
 
     @property
     def num_bytes(self) -> int:
@@ -91,9 +104,9 @@ class TaskParams(LazyParams):
         return sum(head.num_bytes for head in self._heads.values())
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._places:
-            return self._held[name]
-        assert self._file is not None
+        return self._held[name] if name in self._held else self._read(name)
+
+    def _read(self, name: str) -> Tensor:
         tensor, place = self._heads[name].empty(), self._places[name]
         content = bytes_of(tensor)
         while content:
@@ -108,10 +121,9 @@ class TaskParams(LazyParams):
         return len(self._heads)
 
 
-def streamed_names(task: ClientTask) -> frozenset[str]:
-    """The tensors that a task needs, but that no step of it holds for as long as it trains."""
-    needed = frozenset(name for step in task.steps for name in step.part.held)
-    return needed.difference(task.moving, *map(held_by, task.steps))
+def lasting_names(task: ClientTask) -> frozenset[str]:
+    """The tensors that every step of a task holds for as long as it trains."""
+    return frozenset.intersection(*map(held_by, task.steps))
 
 
 def _unnamed_file() -> IO[bytes]:
@@ -134,6 +146,12 @@ def _write(file: IO[bytes], num_bytes: int, read: Read) -> None:
         num_bytes -= len(piece)
         while piece:
             piece = piece[file.write(piece) :]
+
+
+def _overwrite(file: IO[bytes], place: int, content: memoryview) -> None:
+    while content:
+        count = os.pwrite(file.fileno(), content, place)
+        content, place = content[count:], place + count
 
 
 def _no_room(error: OSError, what: str, num_bytes: int) -> OSError:

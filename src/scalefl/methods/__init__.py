@@ -22,6 +22,8 @@ _PAPER: Mapping[str, Any] = {
     "spans": "single",
     "means": "none",
     "parts": False,
+    "tails": False,
+    "outputs": "plain",
     "coadapted_layers": 1,
 }
 

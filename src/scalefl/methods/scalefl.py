@@ -20,7 +20,7 @@ from scalefl.models.output import LAYERS, Layers, OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import budget_error, cheapest, fit, fitting_together, least_of, output_module
+from scalefl.planner import budget_error, fit, fitting_together, least_of, output_module
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
@@ -40,6 +40,8 @@ from scalefl.types import (
     ladder_of,
 )
 
+TAIL = " with tail"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleFL:
@@ -50,25 +52,33 @@ class ScaleFL:
         blocks: how many blocks; or the module paths after which to cut; or "memory": as few as let the weakest
             client train each.
         spans: "single": all clients of a round train the block in turn (the paper); "elastic": each client
-            trains the longest span that fits its memory, around a block that moves on with the rounds.
+            trains the longest span that fits its memory, around a block that moves on with the rounds; "all": each
+            client trains all blocks in each round, in as few spans as fit, one after another.
         means: what clients may do to fit their memory: a ladder, or the name of one ("none", "micro-batches", "auto").
         mentor: the Curriculum Mentor; None trains on the task loss alone.
         growth: the order in which blocks have their turn: `RoundRobin`, `Sequential`, `Converged` or your own.
-        coadapted_layers: weight layers before the block that train with it; with elastic spans, as many as fit.
-        outputs: output modules: "light": with light layers for the missing blocks; "bare": pooling and a classifier.
+        coadapted_layers: weight layers before the block that train with it; as many as fit if spans are elastic, none
+            if they follow one another in each round ("all").
+        tails: whether the blocks after a span run too, frozen, where a client's memory holds that, so that it learns
+            by the model's own loss, and the model's head with it; else an output module stands in for them.
+        outputs: output modules: "light": with light layers for the missing blocks, and a norm after each; "plain":
+            without norms, as the authors'; "bare": pooling and a classifier.
         parts: whether a client whose memory does not hold a block may train its layers part by part, in one round.
         server: what the server does with the mean.
     """
 
     work: LocalWork = LocalWork()
     blocks: int | tuple[str, ...] | Literal["memory"] = 4
-    spans: Literal["single", "elastic"] = "elastic"
+    spans: Literal["single", "elastic", "all"] = "all"
     means: Ladder | LadderName = "auto"
     mentor: Mentor | None = Mentor()
     growth: Growth = RoundRobin()
     # Deviation: the authors co-adapt one convolution and its norm; 2 was better on validation data (docs/fidelity.md).
     coadapted_layers: int = 2
-    outputs: Literal["light", "bare"] = "light"
+    # Deviation: the paper has output modules alone (docs/fidelity.md).
+    tails: bool = True
+    # Deviation: the authors' light layers have nothing between them; ours diverge so at usual rates.
+    outputs: Literal["light", "plain", "bare"] = "light"
     parts: bool = True
     server: ServerOptimizer = Average()
 
@@ -77,43 +87,45 @@ class ScaleFL:
             raise ConfigError(f"coadapted_layers must be at least 0, not {self.coadapted_layers}")
         if isinstance(self.blocks, int) and self.blocks < 1:
             raise ConfigError(f"blocks = {self.blocks}: expected at least 1")
-        if self.spans == "elastic" and not isinstance(self.growth, RoundRobin):
-            raise ConfigError("growth other than round_robin needs spans = 'single': elastic clients are out of step")
+        if self.spans != "single" and not isinstance(self.growth, RoundRobin):
+            raise ConfigError("growth other than round_robin needs spans = 'single': other clients are out of step")
 
     def init(self, model: ModelSpec, problem: Problem, *, seed: int, smallest_memory_bytes: int) -> ServerState:
         """The model's weights, and an output module after each block but the last."""
         blocks = self._first_blocks(model, problem, smallest_memory_bytes)
         params: dict[str, Any] = dict(initial_params(model, seed))
         for block in range(len(blocks) - 1):
-            params |= self._output(blocks, block, problem).initial(seed)  # type: ignore[union-attr]
+            params |= self._output(blocks, block).initial(seed)  # type: ignore[union-attr]
         values = {"growth": Progress().to_json(), "ends": list(blocks.ends)}
         return ServerState(model, problem, params, round=0, seed=seed, aux=Aux(values=values))
 
     def menu(self, state: ServerState) -> list[Offer]:
-        """Each block, and parts of it; with elastic spans each longer span too."""
+        """Each block, and parts of it; each longer span too, unless spans are single."""
         blocks = self.blocks_of(state)
         longest = 1 if self.spans == "single" else len(blocks)
         spans = [s for s in blocks.spans() if len(s) <= longest]
-        offers = [self._offer(state, span) for span in spans]
-        return offers + [o for b in range(len(blocks)) for tiles in self.tilings(state, b)[1:] for o in tiles]
+        # A span that ends the model has no tail.
+        ways = [(span, tail) for span in spans for tail in (self._ways if blocks.cut(span.last) else (True,))]
+        offers = [self._offer(blocks, span, tail) for span, tail in ways]
+        return offers + [o for b in range(len(blocks)) for tiles in self.tilings(state, b) for o in tiles]
 
     def floor_bytes(self, state: ServerState) -> int:
-        """What the block in turn takes at the least; with elastic spans, what the cheapest block takes."""
+        """What the block in turn takes at the least; unless spans are single, what the cheapest block takes."""
         blocks = self.blocks_of(state)
         stages = [self._progress(state).stage] if self.spans == "single" else range(len(blocks))
-        tilings = [self.tilings(state, block) for block in stages]
-        offers = [offer for found in tilings for tiles in (found[0], found[-1]) for offer in tiles]
+        offers = [self._offer(blocks, _single(block), tail) for block in stages for tail in self._ways]
+        offers += [offer for block in stages for tiles in self.tilings(state, block)[-2:] for offer in tiles]
         return least_of(tuple(offers), state.problem, self.objective).cost.peak_bytes
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
-        """The block in turn for everybody; or for each client the longest span that fits around a block of its own."""
+        """The block in turn for everybody; for each client the longest span around a block of its own; or all spans."""
         stage, num_blocks = self._progress(state).stage, len(self.blocks_of(state))
-        # With elastic spans clients are out of step: so every block has its share of each round's clients, and the
-        # head in particular does not spend whole rounds with the strongest clients alone.
-        step = 0 if self.spans == "single" else 1
+        # Elastic clients are out of step: so every block has its share of each round's clients, and the head in
+        # particular does not spend whole rounds with the strongest clients alone.
+        step = 1 if self.spans == "elastic" else 0
         wanted = {c.id: ((stage + step * c.id) % num_blocks, c.memory_bytes, magnitude(c.num_examples)) for c in cohort}
-        turn = state.round // num_blocks
-        fits = {want: self._choice(state, turn, *want) for want in sorted(set(wanted.values()))}
+        choose = self._tour if self.spans == "all" else self._choice
+        fits = {want: choose(state, *want) for want in sorted(set(wanted.values()))}
         chosen = {c.id: found for c in cohort if (found := fits[wanted[c.id]])}
         label = f"block {stage + 1}" if self.spans == "single" else "spans"
         return make_plan(state, label, cohort, chosen, self.work)
@@ -145,63 +157,100 @@ class ScaleFL:
         return blocks_from_ends(state.model, state.problem, tuple(state.aux.values["ends"]))
 
     def tilings(self, state: ServerState, block: int) -> list[list[Offer]]:
-        """A block whole; then, with `parts`, in halves of its layers, in quarters, …: the largest parts first."""
+        """With `parts`: a block in halves of its layers, in quarters, …: largest parts first, with tails first."""
         blocks = self.blocks_of(state)
         groups = blocks.layer_groups(_single(block)) if self.parts else []
-        found = [[self._offer(state, _single(block))]]
+        found = []
         length = len(groups)
         while length > 1:
             length = -(-length // 2)
             parts = [_flat(groups[start : start + length]) for start in range(0, len(groups), length)]
             labels = [f"part {n + 1}/{len(parts)} of block {block + 1}" for n in range(len(parts))]
-            steps = [_span_step(self, blocks, _single(block), state.problem, 0, layers) for layers in parts]
-            ladder = ladder_of(self.means)
-            found.append([Offer(n, (("", s),), ladder, fallback=True) for n, s in zip(labels, steps, strict=True)])
+            for tail in self._ways if blocks.cut(block) else (False,):
+                steps = [_span_step(self, blocks, _single(block), 0, tail=tail, layers=layers) for layers in parts]
+                found.append(
+                    [
+                        Offer(label + (TAIL if tail else ""), (("", step),), ladder_of(self.means), fallback=True)
+                        for label, step in zip(labels, steps, strict=True)
+                    ]
+                )
         return found
 
-    def stage_step(self, blocks: Blocks, span: Span, problem: Problem, coadapted_layers: int | None = None) -> Step:
-        """The step that trains a span, before means are chosen for it; by default with all co-adapted layers.
-
-        Its coefficients are the largest of the run, so that its cost holds for every round and is predicted once.
-        """
-        layers = self.coadapted_layers if coadapted_layers is None else coadapted_layers
-        return _span_step(self, blocks, span, problem, layers)
-
-    def _choice(self, state: ServerState, turn: int, stage: int, budget: int, num_examples: int) -> tuple[Choice, ...]:
+    def _choice(self, state: ServerState, stage: int, budget: int, num_examples: int) -> tuple[Choice, ...]:
         """The longest span that fits around the block in turn, or that block part by part; else of its neighbours.
 
         Deviation: the paper gives everybody the same block, and does not split blocks.
         """
         blocks = self.blocks_of(state)
         spans = [_single(stage)] if self.spans == "single" else blocks.spans()
+        turn = state.round // len(blocks)
         for distance in sorted({_distance(span, stage) for span in spans}):
             near = [span for span in spans if _distance(span, stage) == distance]
-            for length in sorted({len(span) for span in near}, reverse=True):
-                offers = [self._offer(state, span) for span in near if len(span) == length]
-                if fits := self._fits(state, offers, num_examples, budget):
-                    return (fits[turn % len(fits)],)  # equals take turns
+            if found := self._longest(state, near, budget, num_examples):
+                return (found[turn % len(found)][1],)  # equals take turns
             for block in sorted({min(max(stage, span.first), span.last) for span in near}):
                 if fits := self._part_by_part(state, block, budget, num_examples):
                     return fits
         return ()
 
+    def _tour(self, state: ServerState, stage: int, budget: int, num_examples: int) -> tuple[Choice, ...]:
+        """All blocks, front to back: the longest span that fits, or a block part by part; what fits by no means not.
+
+        Deviation: the paper trains one block a round. Here every client has its say on every block in every round, as
+        in FeDepth: blocks that some clients train seldom learn the labels of the others.
+        """
+        return fitting_together(partial(self._all_blocks, state, num_examples), budget)
+
+    def _all_blocks(self, state: ServerState, num_examples: int, budget: int) -> tuple[Choice, ...]:
+        blocks = self.blocks_of(state)
+        found: list[Choice] = []
+        first = 0
+        while first < len(blocks):
+            from_here = [span for span in blocks.spans() if span.first == first]
+            if fits := self._longest(state, from_here, budget, num_examples):
+                ((span, choice),) = fits
+                found.append(choice)
+                first = span.last + 1
+            else:
+                found += self._part_by_part(state, first, budget, num_examples)
+                first += 1
+        return tuple(found)
+
+    def _longest(
+        self, state: ServerState, spans: Sequence[Span], budget: int, num_examples: int
+    ) -> list[tuple[Span, Choice]]:
+        """The longest of some spans that fit, all of one length: with their tails if any fits so."""
+        blocks = self.blocks_of(state)
+        for length in sorted({len(span) for span in spans}, reverse=True):
+            for tail in self._ways:
+                tried = [
+                    (s, self._fits(state, self._offer(blocks, s, tail), num_examples, budget))
+                    for s in spans
+                    if len(s) == length
+                ]
+                if fits := [(span, choice) for span, choice in tried if choice]:
+                    return fits
+        return []
+
     def _part_by_part(self, state: ServerState, block: int, budget: int, num_examples: int) -> tuple[Choice, ...]:
         """The parts of a block, one after another in one round: the largest that all fit, else what fits of any."""
         most: tuple[Choice, ...] = ()
-        for tiles in self.tilings(state, block)[1:]:
-            fits = fitting_together(partial(self._fits, state, tiles, num_examples), budget)
+        for tiles in self.tilings(state, block):
+
+            def choose(each: int, tiles: Sequence[Offer] = tiles) -> tuple[Choice, ...]:
+                found = (self._fits(state, tile, num_examples, each) for tile in tiles)
+                return tuple(choice for choice in found if choice)
+
+            fits = fitting_together(choose, budget)
             if len(fits) == len(tiles):
                 return fits
             most = fits or most
         return most
 
-    def _fits(self, state: ServerState, offers: Sequence[Offer], num_examples: int, budget: int) -> tuple[Choice, ...]:
-        """Those of some offers that fit, with the round's coefficients."""
-        found = (
-            fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=num_examples)
-            for offer in offers
-        )
-        return tuple(self._now(state, choice) for choice in found if choice)
+    def _fits(self, state: ServerState, offer: Offer, num_examples: int, budget: int) -> Choice | None:
+        """What is offered, if it fits, with the round's coefficients."""
+        found = fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=num_examples)
+        return self._now(state, found) if found else None
 
     def _now(self, state: ServerState, choice: Choice) -> Choice:
         """The choice with the coefficients of the round."""
@@ -212,19 +261,27 @@ class ScaleFL:
         coefficients = self.mentor.coefficients(end, len(blocks), state.round)
         return choice._replace(step=replace(choice.step, coefficients=coefficients))
 
-    def _offer(self, state: ServerState, span: Span) -> Offer:
-        blocks, most = self.blocks_of(state), self.coadapted_layers if span.first else 0
+    @property
+    def _ways(self) -> tuple[bool, ...]:
+        """Whether a span may be trained with its tail, best first."""
+        return (True, False) if self.tails else (False,)
+
+    def _offer(self, blocks: Blocks, span: Span, tail: bool) -> Offer:
+        most = self.coadapted_layers if span.first and self.spans != "all" else 0
         # Elastic clients give co-adapted layers up before they give up a block.
         counts = [most] if self.spans == "single" else range(most, -1, -1)
-        ways = [
-            ("" if n == most else f", {n} co-adapted", self.stage_step(blocks, span, state.problem, n)) for n in counts
-        ]
-        return Offer(blocks.label(span), tuple(ways), ladder_of(self.means))
+        ways = tuple(
+            ("" if n == most else f", {n} co-adapted", _span_step(self, blocks, span, n, tail=tail)) for n in counts
+        )
+        has_tail = tail and blocks.cut(span.last) is not None
+        label = blocks.label(span) + (TAIL if has_tail else "")
+        return Offer(label, ways, ladder_of(self.means), fallback=self.tails and not tail)
 
-    def _output(self, blocks: Blocks, block: int, problem: Problem) -> OutputSpec | None:
+    def _output(self, blocks: Blocks, block: int) -> OutputSpec | None:
         projection = self.mentor.projection if self.mentor else "none"
-        layers: tuple[Layers, ...] = LAYERS if self.outputs == "light" else ("bare",)
-        return output_module(blocks, block, problem, self.work.at_round(0), projection, layers)
+        layers: tuple[Layers, ...] = ("bare",) if self.outputs == "bare" else LAYERS
+        work, normed = self.work.at_round(0), self.outputs == "light"
+        return output_module(blocks, block, blocks.problem, work, projection, layers, normed=normed)
 
     def _progress(self, state: ServerState) -> Progress:
         return Progress(**state.aux.values["growth"])
@@ -255,16 +312,12 @@ class ScaleFL:
             ends.append(end)
         return blocks_from_ends(model, problem, tuple(ends))
 
-    def _cheapest(self, blocks: Blocks, span: Span, problem: Problem) -> Choice:
-        layers = 0 if self.spans == "elastic" or not span.first else self.coadapted_layers
-        step = self.stage_step(blocks, span, problem, layers)
-        return Choice(*cheapest(step, problem, self.objective(step), ladder_of(self.means)), blocks.label(span))
-
     def _units(self, model: ModelSpec, problem: Problem, start: int, end: int, last: int) -> Choice:
         """Units `start` to `end` as a block, with least memory."""
         ends = sorted({*([start - 1] if start else []), end, last})
         blocks = blocks_from_ends(model, problem, tuple(ends))
-        return self._cheapest(blocks, _single(ends.index(end)), problem)
+        offers = tuple(self._offer(blocks, _single(ends.index(end)), tail) for tail in self._ways)
+        return least_of(offers, problem, self.objective)
 
 
 def _single(block: int) -> Span:
@@ -284,17 +337,24 @@ def _span_step(
     method: ScaleFL,
     blocks: Blocks,
     span: Span,
-    problem: Problem,
     coadapted_layers: int,
+    *,
+    tail: bool,
     layers: tuple[Layer, ...] | None = None,
 ) -> Step:
-    mentor = method.mentor
+    """The step that trains a span, or some of its layers, before means are chosen for it.
+
+    Its coefficients are the largest of the run, so that its cost holds for every round and is predicted once.
+    """
+    mentor, end = method.mentor, len(blocks) - 1 if tail else span.last
     return span_step(
         blocks,
         span,
-        method._output(blocks, span.last, problem),
+        method._output(blocks, end),
         method.work.at_round(0),
-        coefficients=mentor.largest_coefficients(span.last, len(blocks)) if mentor else (),
+        coefficients=mentor.largest_coefficients(end, len(blocks)) if mentor else (),
         coadapted_layers=coadapted_layers,
         layers=layers,
+        tail=end > span.last,
+        along=blocks.head if end > span.last and method.spans != "all" else (),
     )

@@ -44,6 +44,7 @@ class OutputSpec:
         num_classes: K.
         projection: the head for the mentor's label term: "none" (the pooled feature itself), "linear" (d → d)
             or the authors' three linear layers "mlp" (d → 4d → 2d → d).
+        normed: whether what each light layer makes of an example (of a token) is normalised, without parameters.
     """
 
     cut: str
@@ -52,6 +53,7 @@ class OutputSpec:
     num_classes: int
     layers: Layers = "full"
     projection: Projection = "none"
+    normed: bool = True
 
     @property
     def prefix(self) -> str:
@@ -100,6 +102,7 @@ class OutputModule(nn.Module):
             _layer(source, target, separable=spec.layers == "separable")
             for source, target in itertools.pairwise(shapes)
         )
+        self.normed = spec.normed
         width = _width(shapes[-1])
         self.projection = _projection(spec.projection, width)
         self.classifier = nn.Linear(width, spec.num_classes)
@@ -112,6 +115,9 @@ class OutputModule(nn.Module):
         mask_BL = mask_BL if masks(mask_BL, z) else None
         for layer in self.layers:
             z, mask_BL = layer(z, mask_BL) if isinstance(layer, TokenLayer) else (layer(z), mask_BL)
+            if self.normed:
+                # Several layers with nothing between them diverge at rates at which the model itself learns.
+                z = F.layer_norm(z, z.shape[2:] if z.ndim == 3 else z.shape[1:])
         z = without_padding(z, mask_BL)
         pooled_BD = _pool(z, mask_BL)
         return OutputTaps(self.classifier(pooled_BD), z, self.projection(pooled_BD))
