@@ -19,7 +19,7 @@ from scalefl.methods.common import initial_params, magnitude, make_plan
 from scalefl.models.output import LAYERS, Layers, OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import Params, without_attachments
+from scalefl.params import Params, is_attachment, without_attachments
 from scalefl.planner import budget_error, fit, fitting_together, least_of, output_module
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
@@ -221,8 +221,8 @@ class ScaleFL:
     ) -> list[tuple[Span, Choice]]:
         """The longest of some spans that fit, all of one length: with their tails if any fits so."""
         blocks = self.blocks_of(state)
-        for length in sorted({len(span) for span in spans}, reverse=True):
-            for tail in self._ways:
+        for tail in self._ways:
+            for length in sorted({len(span) for span in spans}, reverse=True):
                 tried = [
                     (s, self._fits(state, self._offer(blocks, s, tail), num_examples, budget))
                     for s in spans
@@ -233,7 +233,7 @@ class ScaleFL:
         return []
 
     def _part_by_part(self, state: ServerState, block: int, budget: int, num_examples: int) -> tuple[Choice, ...]:
-        """The parts of a block, one after another in one round: the largest that all fit, else what fits of any."""
+        """The parts of a block, one after another in one round: the largest that all fit, else what trains most."""
         most: tuple[Choice, ...] = ()
         for tiles in self.tilings(state, block):
 
@@ -244,7 +244,7 @@ class ScaleFL:
             fits = fitting_together(choose, budget)
             if len(fits) == len(tiles):
                 return fits
-            most = fits or most
+            most = max(most, fits, key=lambda choices: _num_trained(state.params, choices))
         return most
 
     def _fits(self, state: ServerState, offer: Offer, num_examples: int, budget: int) -> Choice | None:
@@ -326,6 +326,11 @@ def _single(block: int) -> Span:
 
 def _distance(span: Span, block: int) -> int:
     return max(span.first - block, block - span.last, 0)
+
+
+def _num_trained(params: Params, choices: Sequence[Choice]) -> int:
+    names = frozenset(name for choice in choices for name in choice.step.trainable if not is_attachment(name))
+    return sum(params[name].numel() for name in names)
 
 
 def _flat(groups: Sequence[tuple[Layer, ...]]) -> tuple[Layer, ...]:
