@@ -357,15 +357,18 @@ def _passing(step: Step, units: range, found: Slices, problem: Problem) -> int:
     kept, start, highest = 0, units[0], 0
     for inner in step.part.inner:
         after = cuts.index(inner.cut) + 1
-        if start < after <= units[-1]:
+        if after > units[-1] + 1:
+            break
+        if start < after:
             highest = max(highest, kept + found.peak(range(start, after), rows))
             start = after
         kept += rows * inner.blank.zeros(1).nbytes
-    return max(highest, kept + found.peak(range(start, units[-1] + 1), rows))
+    rest = range(start, units[-1] + 1)
+    return max(highest, kept + found.peak(rest, rows)) if rest else highest
 
 
 def _units_of(step: Step, problem: Problem) -> range:
-    """The units of which a step trains all; without those that it trains a part of, or runs a part of."""
+    """The first run of units of which a step trains all."""
     part, nothing = step.part, range(0)
     try:
         found = partition(part.model, problem)
@@ -378,10 +381,9 @@ def _units_of(step: Step, problem: Problem) -> range:
     partly = {found.unit_of[name] for name in found.parameters - step.trainable}
     while first <= last and first in partly:  # co-adapted layers
         first += 1
-    units = range(first, last + 1)
+    end = next((unit for unit in range(first, last + 1) if unit in partly), last + 1)  # before a frozen tail
     # Alone, the last unit takes less than beside others: what it starts from needs no gradient, and is gone sooner.
-    known = partly.isdisjoint(units) and not (part.entry and first == found.num_units - 1)
-    return units if known else nothing
+    return nothing if part.entry and first == found.num_units - 1 else range(first, end)
 
 
 @lru_cache(maxsize=64)
