@@ -378,10 +378,10 @@ def _check_budgets(experiment: Experiment, state: ServerState) -> None:
     menu = sorted(experiment.method.menu(state), key=lambda offer: offer.fallback)
     trained: frozenset[str] = frozenset()
     for offer in menu:
-        if not offer.step.trainable <= trained and fit(offer, state.problem, experiment.method.objective, largest):
-            trained |= offer.step.trainable
+        if not offer.trained <= trained and fit(offer, state.problem, experiment.method.objective, largest):
+            trained |= offer.trained
     objective = experiment.method.objective
-    lacking = tuple(offer for offer in menu if not offer.step.trainable <= trained)
+    lacking = tuple(offer for offer in menu if not offer.trained <= trained)
     lacking += tuple(o for o in menu if o.is_stage and not fit(o, state.problem, objective, largest))
     if lacking:
         floor = least_of(lacking, state.problem, objective)

@@ -16,7 +16,6 @@ from scalefl.methods.scalefl import ScaleFL
 from scalefl.models import resolve
 from scalefl.models.spec import Factory, ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import is_attachment
 from scalefl.planner import budget_error, fit, least, least_of
 from scalefl.problem import Classification, Column, Problem
 from scalefl.steps import full_step
@@ -125,8 +124,7 @@ def memory_plan(method: Method, state: ServerState, budgets: Mapping[str, int]) 
 
 def _lacking(offer: Offer, rows: Sequence[tuple[Offer, PlanRow]], budgets: Mapping[str, int]) -> set[str]:
     """The memory classes that hold nothing so far that trains all that a fallback does."""
-    own = {name for name in offer.step.trainable if not is_attachment(name)}
-    more = [row for other, row in rows if own <= other.step.trainable]
+    more = [row for other, row in rows if offer.trained <= other.trained]
     return {name for name in budgets if not any(name in row.fits for row in more)}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from scalefl.errors import ConfigError, check_range
 from scalefl.memory import Cost
 from scalefl.models.spec import ModelSpec
-from scalefl.params import ATTACHMENT, Params
+from scalefl.params import ATTACHMENT, Params, is_attachment
 from scalefl.parts import Part, Taps
 from scalefl.problem import Batch, Problem, Weighted
 
@@ -430,6 +430,11 @@ class Offer(NamedTuple):
     def step(self) -> Step:
         """The best way."""
         return self.ways[0][1]
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The parameters of the model itself that the best way trains."""
+        return frozenset(name for name in self.step.trainable if not is_attachment(name))
 
 
 class Choice(NamedTuple):

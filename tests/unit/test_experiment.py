@@ -15,6 +15,7 @@ from scalefl.checkpoint import load_deployed
 from scalefl.config import make_config
 from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundFailed
 from scalefl.experiment import Experiment, run, run_rounds
+from scalefl.planner import least
 from scalefl.problem import Classification
 from scalefl.report import read_run
 from scalefl.report.comparison import Results, target_of, write
@@ -106,6 +107,19 @@ def test_an_impossible_budget_is_refused_before_anything_is_written(tmp_path, me
     with pytest.raises(BudgetError, match=r"needs .* MiB \(weights .*\); the largest budget on offer is 0\.0"):
         run(settings("1KiB", "2KiB", method=method), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_output_modules_that_nobody_holds_are_no_matter_where_tails_fit(tmp_path):
+    method = {"name": "scalefl", "blocks": ["0", "1"]}
+    experiment = Experiment(settings("200%", method=method))
+    state = experiment.initial_state()
+    peaks = {
+        offer.label: least(offer, state.problem, experiment.method.objective).cost.peak_bytes
+        for offer in experiment.method.menu(state)
+    }
+    budget = peaks["block 2 with tail"]
+    assert peaks["block 1"] <= budget < peaks["block 2"]
+    assert run(settings(f"{budget}B", method=method, rounds=1), tmp_path / "run")["num_clients_lost"] == 0
 
 
 def test_budgets_are_no_matter_to_the_reference_that_ignores_them(tmp_path):
