@@ -280,7 +280,7 @@ def output_module(
     projection: Projection,
     layers: Sequence[Layers] = LAYERS,
     *,
-    normed: bool = True,
+    normed: bool = False,
 ) -> OutputSpec | None:
     """The output module after a block, with one of the `layers`, `normed` or not; None after the last.
 

@@ -182,7 +182,7 @@ def test_a_part_passes_the_mask_to_its_output_module() -> None:
 
 
 def test_pooled_tokens_count_if_any_of_theirs_does() -> None:
-    module = replace(spec_of((6, 4), (3, 2)), normed=False).build()
+    module = spec_of((6, 4), (3, 2)).build()
     (layer,) = module.layers
     z = torch.randn(3, 6, 4)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])

@@ -53,7 +53,7 @@ class OutputSpec:
     num_classes: int
     layers: Layers = "full"
     projection: Projection = "none"
-    normed: bool = True
+    normed: bool = False
 
     @property
     def prefix(self) -> str:
