@@ -241,7 +241,8 @@ class _Coming(dict[str, Tensor]):
 
     def hold(self, names: Iterable[str]) -> None:
         """Keep these from now on."""
-        self.update((name, self[name]) for name in names if name in self._empty)
+        # Sorted: a model is known again by its operations, of which these are the first.
+        self.update((name, self[name]) for name in sorted(names) if name in self._empty)
 
     def __missing__(self, name: str) -> Tensor:
         like = self._empty[name]

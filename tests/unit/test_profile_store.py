@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -137,3 +140,29 @@ def test_fingerprints_are_the_same_in_every_process() -> None:
         found.append(costs._fingerprint(c.model, c.problem))
     assert found[0] is not None
     assert found[0] == found[1]
+
+
+FRESH = """
+from models import built_in
+from scalefl import costs
+from scalefl.objectives import TaskLoss
+from scalefl.blocks import Span, blocks_by_count
+from scalefl.steps import span_step
+from scalefl.types import LocalWork, Means
+c = built_in("resnet10", 0.25)
+blocks = blocks_by_count(c.model, c.problem, 3)
+for span, tail in ((Span(0, 0), True), (Span(1, 2), False)):
+    costs.step_cost(span_step(blocks, span, None, LocalWork(batch_size=8), tail=tail), c.problem, TaskLoss())
+"""
+
+
+def test_what_one_process_keeps_another_finds(folder: Path) -> None:
+    """Python orders sets of names anew in every process."""
+    kept = []
+    for hash_seed in ("1", "2"):
+        paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+        about = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": paths}
+        subprocess.run([sys.executable, "-c", FRESH], env=about, check=True)
+        kept.append(files(folder))
+    assert len(kept[0]) == 3  # two steps and a prefix
+    assert kept[0] == kept[1]
