@@ -134,7 +134,7 @@ class Blocks:
         names = self.trainable_of(layers)
         runs = self._with_tail(span) if tail else span
         part = self._part(runs, output, min(self.partition.unit_of[name] for name in names))
-        return replace(part, active=tuple(sorted({path for path, _ in layers})))
+        return replace(part, active=tuple(sorted(path for path, _ in layers)))
 
     def trainable_of(self, layers: Sequence[Layer]) -> frozenset[str]:
         """The parameters of some layers."""

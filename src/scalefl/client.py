@@ -60,7 +60,12 @@ def run_task(
                     _collect(residents, step, params, examples, problem, seed)
                     continue
                 metrics = _train(residents, step, params, examples, problem, method.objective(step), seed)
-    upload = moved(select(params, sorted(task.moving)), CPU)
+    upload: Params
+    if isinstance(params, LazyParams):  # read tensor by tensor when it is sent
+        params.keep(task.moving)
+        upload = params
+    else:
+        upload = moved(select(params, sorted(task.moving)), CPU)
     receipt = Receipt(received, num_bytes(upload), time.perf_counter() - start)
     return ClientUpdate(task.client_id, upload, num_rows(examples), metrics, receipt)
 

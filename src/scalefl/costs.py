@@ -65,18 +65,12 @@ def _cost_of_collecting(step: Step, problem: Problem) -> Cost:
     return cost_of(found.peak(rows, rows), found.total_flops(rows, rows), rows)
 
 
-def in_turn(steps: Sequence[Step], costs: Sequence[Cost]) -> Cost:
+def in_turn(costs: Sequence[Cost]) -> Cost:
     """The cost of a task whose steps run one after another: the fullest of them, and the FLOPs of all.
 
-    While one runs, the tensors of the others lie on disk; at the end, what all of them have moved is in memory.
+    While one runs, the tensors of the others lie on disk.
     """
-    sizes = {name: size for step in steps for name, size in sizes_of(step.part).items()}
-    moved = frozenset().union(*(step.moving for step in steps))
-    terms = [np.array([size for _, size in cost.terms]) for cost in costs]
-    terms.append(_term("weights", sum(sizes[name] for name in moved)))
-    return cost_of(
-        max(terms, key=lambda found: int(found.sum())), sum(cost.flops for cost in costs), costs[0].num_examples
-    )
+    return replace(max(costs, key=lambda cost: cost.peak_bytes), flops=sum(cost.flops for cost in costs))
 
 
 def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int) -> tuple[Array, float]:

@@ -31,6 +31,10 @@ class LazyParams(Mapping[str, Tensor]):
     def holding(self, names: frozenset[str], moving: frozenset[str]) -> AbstractContextManager[None]:
         """Inside the block, the tensors `names` are in memory; what has become of the `moving` ones is kept."""
 
+    @abstractmethod
+    def keep(self, names: frozenset[str]) -> None:
+        """Forget all others."""
+
 
 def num_bytes(params: Params) -> int:
     """Bytes that the tensors hold."""

@@ -9,7 +9,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from scalefl.blocks import Blocks, Span
-from scalefl.costs import estimate, feature_bytes, in_turn, may_fit, step_cost
+from scalefl.costs import estimate, feature_bytes, may_fit, step_cost
 from scalefl.errors import BudgetError
 from scalefl.memory import Cost
 from scalefl.models.output import LAYERS, PROJECTIONS, Layers, OutputSpec, Projection, light_targets
@@ -55,22 +55,6 @@ def least_collection(step: Step, problem: Problem) -> Choice:
 def _collection(step: Step, problem: Problem, size: int) -> Choice:
     variant = replace(step, means=Means(micro_batch_size=size))
     return Choice(variant, step_cost(variant, problem, TaskLoss()), "statistics")
-
-
-def fitting_together(choose: Callable[[int], tuple[Choice, ...]], budget_bytes: int) -> tuple[Choice, ...]:
-    """Steps for one task that fit a budget together; none where there are none.
-
-    Args:
-        choose: gives steps each of which fits a budget on its own.
-        budget_bytes: what the client may add to its worker.
-    """
-    each = budget_bytes
-    while choices := choose(each):
-        over = in_turn([c.step for c in choices], [c.cost for c in choices]).peak_bytes - budget_bytes
-        if over <= 0:
-            break
-        each -= over
-    return choices
 
 
 def least(offer: Offer, problem: Problem, objective: Callable[[Step], Objective]) -> Choice:

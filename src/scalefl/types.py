@@ -225,6 +225,11 @@ class Step:
         return frozenset(OWN + name for name in self.trainable) if self.feddyn else frozenset()
 
     @property
+    def trained(self) -> frozenset[str]:
+        """The parameters of the model itself among those that it trains."""
+        return frozenset(name for name in self.trainable if not is_attachment(name))
+
+    @property
     def statistics(self) -> frozenset[str]:
         """Statistics of norms in train mode: what moves without being trained."""
         return self.moving - self.trainable
@@ -434,7 +439,7 @@ class Offer(NamedTuple):
     @property
     def trained(self) -> frozenset[str]:
         """The parameters of the model itself that the best way trains."""
-        return frozenset(name for name in self.step.trainable if not is_attachment(name))
+        return self.step.trained
 
 
 class Choice(NamedTuple):

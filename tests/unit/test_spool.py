@@ -25,6 +25,7 @@ from scalefl.engines.spool import MappedExamples, TaskParams, lasting_names
 from scalefl.engines.wire import Channel, Store
 from scalefl.methods.common import initial_params, make_plan
 from scalefl.methods.fedavg import FedAvg
+from scalefl.methods.scalefl import ScaleFL
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import num_bytes
@@ -241,3 +242,45 @@ def test_memory_of_one_task_is_not_charged_to_the_next(engine):
     assert max(peaks) - min(peaks) < MIB
     params = copied(initial_params(HEAVY, 0))
     assert max(peaks) > num_bytes(params), "what is received is part of the peak"
+
+
+DEEP_BYTES = 16 * WIDTH * WIDTH * 9 * 4
+
+
+def deep() -> nn.Module:
+    """16 units of 2.25 MiB."""
+    widths = [1, *[WIDTH] * 17]
+    units = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU()) for a, b in itertools.pairwise(widths)]
+    return nn.Sequential(*units, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTH, 3)))
+
+
+def test_a_client_trains_and_sends_a_model_that_its_memory_does_not_hold(engine):
+    """Block after block, each read from the disk for its turn, and from there sent tensor by tensor."""
+    method = ScaleFL(work=replace(WORK, epochs=1), blocks=18, mentor=None)
+    state = method.init(ModelSpec.of("test_spool:deep"), PROBLEM, seed=0, smallest_memory_bytes=0)
+    info = replace(engine.population()[0], memory_bytes=DEEP_BYTES // 2)
+    plan = method.plan(state, [info])
+    (task,) = plan.tasks
+    assert task.moving >= {name for name, _ in deep().named_parameters()}
+    orders = [(task, extract(state.params, plan.coords[0]))]
+    (beside,) = engine.fit(method, orders)
+    assert isinstance(beside, ClientUpdate), beside
+    peak = beside.receipt.peak_bytes or 0
+    assert 0 < peak < plan.costs[0].peak_bytes + 2 * MIB < DEEP_BYTES * 2 // 3
+    assert beside.receipt.bytes_up == num_bytes(beside.params) > DEEP_BYTES
+    with LocalEngine(DATA, Clients(DATA, (10**12,))) as here:
+        (alone,) = here.fit(method, orders)
+        assert isinstance(alone, ClientUpdate)
+        assert identical(alone.params, beside.params)
+
+
+def test_what_is_not_kept_is_forgotten():
+    params = initial_params(HEAVY, 0)
+    with closing(TaskParams(ClientTask(0, 0, (step_of("streamed"),), 0))) as store:
+        received(store, params)
+        store.keep(frozenset({"0.1.0.weight", "1.0.weight"}))
+        assert set(store) == {"0.1.0.weight", "1.0.weight"}
+        assert identical(dict(store), {name: params[name] for name in store})
+        assert num_bytes(store) == sum(params[name].nbytes for name in store)
+        with pytest.raises(KeyError):
+            store["0.2.0.weight"]

@@ -98,6 +98,12 @@ class TaskParams(LazyParams):
                 if name in moving:
                     _overwrite(self._file, self._places[name], bytes_of(tensor.to(CPU).contiguous()))
 
+    def keep(self, names: frozenset[str]) -> None:
+        """See `LazyParams`."""
+        for kept in (self._heads, self._places, self._held):
+            for name in [n for n in kept if n not in names]:
+                del kept[name]
+
     @property
     def num_bytes(self) -> int:
         """Of all tensors."""

@@ -109,7 +109,7 @@ class Channel:
         self._connection.sendall(content)
         for group in groups:
             for tensor in group.values():
-                self._connection.sendall(bytes_of(tensor.contiguous()))
+                self._connection.sendall(bytes_of(tensor.cpu().contiguous()))
 
     def receive(self) -> Incoming:
         """The next message; its tensors are to be received, or discarded, before the one after it.

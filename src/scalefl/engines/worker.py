@@ -41,7 +41,8 @@ def serve(channel: Channel, threads: int, device: torch.device, *, capped: bool)
             incoming = channel.receive()
         except EOFError:
             return
-        _send(channel, _answer(incoming, residents))
+        with contextlib.ExitStack() as files:
+            _send(channel, _answer(incoming, residents, files))
 
 
 _LINEAR = (
@@ -79,7 +80,8 @@ class _Rehearsal:
         return TaskLoss()
 
 
-def _answer(incoming: Incoming, residents: Residents) -> ClientUpdate | ClientLoss:
+def _answer(incoming: Incoming, residents: Residents, files: contextlib.ExitStack) -> ClientUpdate | ClientLoss:
+    """What comes of a task; what it uploads lies in `files` as long as they are open."""
     method, problem, task, cap_bytes = incoming.header
     gauge = gauge_of(residents.device)
     try:
@@ -91,7 +93,8 @@ def _answer(incoming: Incoming, residents: Residents) -> ClientUpdate | ClientLo
             incoming.receive(examples)
             gc.collect()
             gauge.start()
-            with gauge.limited(cap_bytes), contextlib.closing(TaskParams(task, residents.device)) as params:
+            params = files.enter_context(contextlib.closing(TaskParams(task, residents.device)))
+            with gauge.limited(cap_bytes):
                 incoming.receive(params)
                 update = run_task(method, problem, residents, task, params, examples)
         finally:

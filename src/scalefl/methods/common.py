@@ -82,6 +82,6 @@ def make_plan(
         if coords_of is not None:
             windows = coords_of(client.id, do[0].step.part.model)
             coords[client.id] = {name: windows.get(name) for name in names[do]}
-        costs[client.id] = in_turn([choice.step for choice in do], [choice.cost for choice in do])
+        costs[client.id] = in_turn([choice.cost for choice in do])
     rungs = {id: " + ".join(choice.rung for choice in do) for id, do in chosen.items()}
     return RoundPlan(stage, tuple(tasks), coords, costs, rungs, {client.id: client for client in cohort})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from scalefl.blocks import Blocks, Span, blocks_as_asked
 from scalefl.methods.common import initial_params, magnitude, make_plan
@@ -16,7 +16,7 @@ from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
-from scalefl.planner import fit, fitting_together, least_of
+from scalefl.planner import fit, least_of
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
@@ -80,7 +80,7 @@ class FeDepth:
         """For each client its own blocks, front to back."""
         wanted = {c.id: (c.memory_bytes, magnitude(c.num_examples)) for c in cohort}
         found = {
-            (budget, num_examples): fitting_together(partial(self._own_blocks, state, num_examples), budget)
+            (budget, num_examples): self._own_blocks(state, num_examples, budget)
             for budget, num_examples in set(wanted.values())
         }
         chosen = {client.id: found[wanted[client.id]] for client in cohort if found[wanted[client.id]]}

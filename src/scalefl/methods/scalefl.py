@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal
 
 from scalefl.blocks import Blocks, Layer, Span, blocks_as_asked, blocks_by_count, blocks_by_hand, blocks_from_ends
@@ -19,8 +19,8 @@ from scalefl.methods.common import initial_params, magnitude, make_plan
 from scalefl.models.output import LAYERS, Layers, OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import Params, is_attachment, without_attachments
-from scalefl.planner import budget_error, fit, fitting_together, least_of, output_module
+from scalefl.params import Params, without_attachments
+from scalefl.planner import budget_error, fit, least_of, output_module
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
@@ -39,8 +39,6 @@ from scalefl.types import (
     Totals,
     ladder_of,
 )
-
-TAIL = " with tail"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +102,16 @@ class ScaleFL:
         blocks = self.blocks_of(state)
         longest = 1 if self.spans == "single" else len(blocks)
         spans = [s for s in blocks.spans() if len(s) <= longest]
-        # A span that ends the model has no tail.
-        ways = [(span, tail) for span in spans for tail in (self._ways if blocks.cut(span.last) else (True,))]
-        offers = [self._offer(blocks, span, tail) for span, tail in ways]
+        offers = [self._offer(blocks, span, tail) for span in spans for tail in self._ways(blocks, span.last)]
         return offers + [o for b in range(len(blocks)) for tiles in self.tilings(state, b) for o in tiles]
 
     def floor_bytes(self, state: ServerState) -> int:
         """What the block in turn takes at the least; unless spans are single, what the cheapest block takes."""
         blocks = self.blocks_of(state)
         stages = [self._progress(state).stage] if self.spans == "single" else range(len(blocks))
-        offers = [self._offer(blocks, _single(block), tail) for block in stages for tail in self._ways]
-        offers += [offer for block in stages for tiles in self.tilings(state, block)[-2:] for offer in tiles]
+        ways = [(block, self._ways(blocks, block)) for block in stages]
+        offers = [self._offer(blocks, _single(block), tail) for block, tails in ways for tail in tails]
+        offers += [o for block, tails in ways for tiles in self.tilings(state, block)[-len(tails) :] for o in tiles]
         return least_of(tuple(offers), state.problem, self.objective).cost.peak_bytes
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
@@ -124,8 +121,7 @@ class ScaleFL:
         # particular does not spend whole rounds with the strongest clients alone.
         step = 1 if self.spans == "elastic" else 0
         wanted = {c.id: ((stage + step * c.id) % num_blocks, c.memory_bytes, magnitude(c.num_examples)) for c in cohort}
-        choose = self._tour if self.spans == "all" else self._choice
-        fits = {want: choose(state, *want) for want in sorted(set(wanted.values()))}
+        fits = {want: self._choice(state, *want) for want in sorted(set(wanted.values()))}
         chosen = {c.id: found for c in cohort if (found := fits[wanted[c.id]])}
         label = f"block {stage + 1}" if self.spans == "single" else "spans"
         return make_plan(state, label, cohort, chosen, self.work)
@@ -166,21 +162,23 @@ class ScaleFL:
             length = -(-length // 2)
             parts = [_flat(groups[start : start + length]) for start in range(0, len(groups), length)]
             labels = [f"part {n + 1}/{len(parts)} of block {block + 1}" for n in range(len(parts))]
-            for tail in self._ways if blocks.cut(block) else (False,):
+            for tail in self._ways(blocks, block):
                 steps = [_span_step(self, blocks, _single(block), 0, tail=tail, layers=layers) for layers in parts]
+                words, ladder = _words(blocks, block, tail), ladder_of(self.means)
                 found.append(
-                    [
-                        Offer(label + (TAIL if tail else ""), (("", step),), ladder_of(self.means), fallback=True)
-                        for label, step in zip(labels, steps, strict=True)
-                    ]
+                    [Offer(n + words, (("", s),), ladder, fallback=True) for n, s in zip(labels, steps, strict=True)]
                 )
         return found
 
     def _choice(self, state: ServerState, stage: int, budget: int, num_examples: int) -> tuple[Choice, ...]:
         """The longest span that fits around the block in turn, or that block part by part; else of its neighbours.
 
-        Deviation: the paper gives everybody the same block, and does not split blocks.
+        Deviation: the paper gives everybody the same block, and does not split blocks. With "all" spans a client has
+        its say on every block in every round, as in FeDepth: a block that some clients train seldom hardly learns
+        their labels.
         """
+        if self.spans == "all":
+            return self._all_blocks(state, budget, num_examples)
         blocks = self.blocks_of(state)
         spans = [_single(stage)] if self.spans == "single" else blocks.spans()
         turn = state.round // len(blocks)
@@ -193,15 +191,8 @@ class ScaleFL:
                     return fits
         return ()
 
-    def _tour(self, state: ServerState, stage: int, budget: int, num_examples: int) -> tuple[Choice, ...]:
-        """All blocks, front to back: the longest span that fits, or a block part by part; what fits by no means not.
-
-        Deviation: the paper trains one block a round. Here every client has its say on every block in every round, as
-        in FeDepth: blocks that some clients train seldom learn the labels of the others.
-        """
-        return fitting_together(partial(self._all_blocks, state, num_examples), budget)
-
-    def _all_blocks(self, state: ServerState, num_examples: int, budget: int) -> tuple[Choice, ...]:
+    def _all_blocks(self, state: ServerState, budget: int, num_examples: int) -> tuple[Choice, ...]:
+        """Front to back the longest span that fits, or a block part by part; what fits by no means is left out."""
         blocks = self.blocks_of(state)
         found: list[Choice] = []
         first = 0
@@ -221,10 +212,10 @@ class ScaleFL:
     ) -> list[tuple[Span, Choice]]:
         """The longest of some spans that fit, all of one length: with their tails if any fits so."""
         blocks = self.blocks_of(state)
-        for tail in self._ways:
+        for tail in self._ways(blocks):
             for length in sorted({len(span) for span in spans}, reverse=True):
                 tried = [
-                    (s, self._fits(state, self._offer(blocks, s, tail), num_examples, budget))
+                    (s, self._fits(state, self._offer(blocks, s, tail), budget, num_examples))
                     for s in spans
                     if len(s) == length
                 ]
@@ -236,18 +227,14 @@ class ScaleFL:
         """The parts of a block, one after another in one round: the largest that all fit, else what trains most."""
         most: tuple[Choice, ...] = ()
         for tiles in self.tilings(state, block):
-
-            def choose(each: int, tiles: Sequence[Offer] = tiles) -> tuple[Choice, ...]:
-                found = (self._fits(state, tile, num_examples, each) for tile in tiles)
-                return tuple(choice for choice in found if choice)
-
-            fits = fitting_together(choose, budget)
+            found = (self._fits(state, tile, budget, num_examples) for tile in tiles)
+            fits = tuple(choice for choice in found if choice)
             if len(fits) == len(tiles):
                 return fits
             most = max(most, fits, key=lambda choices: _num_trained(state.params, choices))
         return most
 
-    def _fits(self, state: ServerState, offer: Offer, num_examples: int, budget: int) -> Choice | None:
+    def _fits(self, state: ServerState, offer: Offer, budget: int, num_examples: int) -> Choice | None:
         """What is offered, if it fits, with the round's coefficients."""
         found = fit(offer, state.problem, self.objective, budget, round=state.round, num_examples=num_examples)
         return self._now(state, found) if found else None
@@ -261,10 +248,10 @@ class ScaleFL:
         coefficients = self.mentor.coefficients(end, len(blocks), state.round)
         return choice._replace(step=replace(choice.step, coefficients=coefficients))
 
-    @property
-    def _ways(self) -> tuple[bool, ...]:
-        """Whether a span may be trained with its tail, best first."""
-        return (True, False) if self.tails else (False,)
+    def _ways(self, blocks: Blocks, last: int = 0) -> tuple[bool, ...]:
+        """Whether spans that end with a block are trained with their tails, best first; that of the model is empty."""
+        ways = (True, False) if self.tails else (False,)
+        return ways[:1] if blocks.cut(last) is None else ways
 
     def _offer(self, blocks: Blocks, span: Span, tail: bool) -> Offer:
         most = self.coadapted_layers if span.first and self.spans != "all" else 0
@@ -273,8 +260,7 @@ class ScaleFL:
         ways = tuple(
             ("" if n == most else f", {n} co-adapted", _span_step(self, blocks, span, n, tail=tail)) for n in counts
         )
-        has_tail = tail and blocks.cut(span.last) is not None
-        label = blocks.label(span) + (TAIL if has_tail else "")
+        label = blocks.label(span) + _words(blocks, span.last, tail)
         return Offer(label, ways, ladder_of(self.means), fallback=self.tails and not tail)
 
     def _output(self, blocks: Blocks, block: int) -> OutputSpec | None:
@@ -316,7 +302,8 @@ class ScaleFL:
         """Units `start` to `end` as a block, with least memory."""
         ends = sorted({*([start - 1] if start else []), end, last})
         blocks = blocks_from_ends(model, problem, tuple(ends))
-        offers = tuple(self._offer(blocks, _single(ends.index(end)), tail) for tail in self._ways)
+        block = ends.index(end)
+        offers = tuple(self._offer(blocks, _single(block), tail) for tail in self._ways(blocks, block))
         return least_of(offers, problem, self.objective)
 
 
@@ -329,8 +316,12 @@ def _distance(span: Span, block: int) -> int:
 
 
 def _num_trained(params: Params, choices: Sequence[Choice]) -> int:
-    names = frozenset(name for choice in choices for name in choice.step.trainable if not is_attachment(name))
-    return sum(params[name].numel() for name in names)
+    return sum(params[name].numel() for name in frozenset().union(*(choice.step.trained for choice in choices)))
+
+
+def _words(blocks: Blocks, last: int, tail: bool) -> str:
+    """What tells offers with their tail from those without."""
+    return " with tail" if tail and blocks.cut(last) is not None else ""
 
 
 def _flat(groups: Sequence[tuple[Layer, ...]]) -> tuple[Layer, ...]:
