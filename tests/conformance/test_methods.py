@@ -377,6 +377,19 @@ def test_a_client_of_fedepth_trains_all_blocks_one_after_another(fedavg):
     assert not identical(params_of(method, budget), fedavg)
 
 
+@pytest.mark.parametrize("spans", ["elastic", "all"])
+def test_the_models_own_loss_comes_before_a_longer_span(spans):
+    method = make_method("scalefl", blocks=BLOCKS, mentor=None, spans=spans, coadapted_layers=0)
+    state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)
+    peaks = {offer.label: least(offer, PROBLEM, method.objective).cost.peak_bytes for offer in method.menu(state)}
+    budget = peaks["blocks 1-2 with tail"] - 1
+    assert max(peaks["block 1 with tail"], peaks["blocks 1-2"]) <= budget
+    (task,) = method.plan(state, [Clients(DATA, (budget,))[0]]).tasks
+    first = task.steps[0]
+    assert first.part.output is None and any(name.startswith("0.") for name in first.trainable)
+    assert not any(name.startswith("1.") for name in first.trainable)
+
+
 def test_a_block_that_fits_by_no_means_is_left_out_by_fedepth():
     method = make_method("fedepth", blocks=BLOCKS)
     state = method.init(spec(), PROBLEM, seed=1, smallest_memory_bytes=0)

@@ -394,6 +394,16 @@ def test_a_span_with_its_tail_trains_the_head_along():
     assert offered(method, state, "block 1 with tail").moving == own
 
 
+def test_a_span_with_its_tail_has_the_mentors_weights_of_the_models_end():
+    """There Z is read; and what a round gives is among the terms whose cost was predicted."""
+    method, state, _ = choices("scalefl", blocks=["0", "1"])
+    _, last = method.mentor.coefficients(2, 3)
+    for span in ("block 1", "block 2", "blocks 1-2"):
+        assert offered(method, state, span + " with tail").coefficients == (("lambda", 0.0), last)
+    weights = offered(method, state, "block 1").coefficients
+    assert weights == method.mentor.coefficients(0, 3) != (("lambda", 0.0), last)
+
+
 def test_spans_train_what_their_names_say():
     """Block 2 of three: its own weights, the convolution before it with its norm, and its output module."""
     method, state, _ = choices("scalefl", blocks=["0", "1"], spans="elastic", tails=False)

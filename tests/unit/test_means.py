@@ -400,6 +400,7 @@ def test_recomputation_of_micro_batches(name: str) -> None:
 STREAMED = [
     *itertools.product(["resnet10", "squeezenet", "tokens", "vit", "hf_bert"], [(0, 0, 0), (1, 1, 1)]),
     *itertools.product(["residual", "hf_gpt2", "owner"], [(0, 0, 0)]),
+    ("owner", (1, 1, 0)),  # its tail needs tensors that its prefix holds
 ]
 
 
