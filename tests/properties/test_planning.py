@@ -19,7 +19,7 @@ from scalefl.models.spec import ModelSpec
 from scalefl.partition import partition
 from scalefl.planner import least
 from scalefl.sampling import UniformSampler
-from scalefl.types import ClientInfo, Offer
+from scalefl.types import ClientInfo
 
 NETS = st.lists(st.integers(2, 8), min_size=2, max_size=3).map(tuple)
 MODEST = settings(max_examples=5, deadline=None)
@@ -56,51 +56,67 @@ def test_every_unit_and_parameter_is_in_exactly_one_block(channels, data):
     st.integers(0, 3),
     st.lists(st.floats(0.2, 1.5), min_size=2, max_size=3),
     st.sampled_from(["micro-batches", "auto"]),
+    st.sampled_from(["elastic", "all"]),
+    st.booleans(),
 )
-def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels, turn, shares, means):
-    method = ScaleFL(work=support.WORK, blocks=len(channels) + 1, means=means, coadapted_layers=1)
+def test_no_plan_is_over_budget_and_more_budget_never_means_less_model(channels, turn, shares, means, spans, tails):
+    method = ScaleFL(
+        work=support.WORK, blocks=len(channels) + 1, means=means, coadapted_layers=1, spans=spans, tails=tails
+    )
     state = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
     full = max(peaks_of(method, state).values())
-    trained = []
+    own = blocks_by_count(spec_of(channels), support.PROBLEM, len(channels) + 1)
+    in_turn = turn % len(own)
+    found: list[tuple[float, ...]] = []
     for share in sorted(shares):
         budget = int(share * full)
         # One id: all stand at the same place in the rotation.
         plan = method.plan(state, [ClientInfo(turn, 8, budget)])
         assert all(cost.peak_bytes <= budget for cost in plan.costs.values())
         steps = [step for task in plan.tasks for step in task.steps]
-        own = blocks_by_count(spec_of(channels), support.PROBLEM, len(channels) + 1)
-        trained.append(_blocks_trained(own, frozenset().union(*(step.trainable for step in steps))))
-    assert trained == sorted(trained)
+        trained = frozenset().union(*(step.trainable for step in steps))
+        if spans == "all":
+            found.append((_blocks_trained(own, trained),))
+        else:  # the block in turn comes before a longer span, and so does the model's own loss
+            touched = [b for b in range(len(own)) if own.trainable(Span(b, b)) & trained]
+            distance = min((abs(b - in_turn) for b in touched), default=len(own))
+            longest = max((_blocks_trained(own, step.trainable) for step in steps), default=0)
+            own_loss = tails and any(step.part.output is None for step in steps)
+            found.append((-distance, longest > 0, own_loss, longest))
+    assert found == sorted(found)
 
 
-@MODEST
-@given(NETS, st.integers(1, 2), st.data())
-def test_a_block_is_trained_part_by_part_where_parts_of_it_all_fit(channels, count, data):
-    method = ScaleFL(work=support.WORK, blocks=count, spans="single", means="auto", coadapted_layers=0, tails=False)
+@settings(max_examples=10, deadline=None)
+@given(NETS, st.integers(1, 2), st.booleans(), st.data())
+def test_a_block_is_trained_part_by_part_where_parts_of_it_all_fit(channels, count, tails, data):
+    """Where they do not all fit, those that train most."""
+    method = ScaleFL(work=support.WORK, blocks=count, spans="single", means="auto", coadapted_layers=0, tails=tails)
     state = method.init(spec_of(channels), support.PROBLEM, seed=0, smallest_memory_bytes=0)
     blocks = blocks_by_count(spec_of(channels), support.PROBLEM, count)
     stage = data.draw(st.integers(0, count - 1))
     growth = Progress(stage=stage).to_json()
     state = replace(state, aux=replace(state.aux, values={**state.aux.values, "growth": growth}))
-    peaks = [
-        [least(offer, support.PROBLEM, method.objective).cost.peak_bytes for offer in tiles]
-        for tiles in [_whole(method, state, stage), *method.tilings(state, stage)]
-    ]
+    names = {"full", f"block {stage + 1}", f"block {stage + 1} with tail"}
+    ways = [[offer] for offer in method.menu(state) if offer.label in names] + method.tilings(state, stage)
+    peaks = [[least(o, support.PROBLEM, method.objective).cost.peak_bytes for o in tiles] for tiles in ways]
     needed = min(max(tiles) for tiles in peaks)
-    others = sum(t.nbytes for t in state.params.values())  # what the parts may have to send together, at the most
-    for budget in (needed + others, needed + data.draw(st.integers(0, others)), needed, needed - 1):
+    for budget in sorted({needed, *(peak + more for tiles in peaks for peak in tiles for more in (-1, 0))}):
         plan = method.plan(state, [ClientInfo(0, 8, budget)])
         steps = [step for task in plan.tasks for step in task.steps]
-        trained = frozenset().union(*(step.trainable for step in steps))
-        whole = blocks.trainable(Span(stage, stage)) <= trained
+        trained = frozenset().union(*(step.trained for step in steps))
         assert all(cost.peak_bytes <= budget for cost in plan.costs.values())
-        assert whole or budget < needed + others
-        assert not whole or budget >= needed
-        assert bool(steps) == (budget >= min(min(tiles) for tiles in peaks))
+        assert (blocks.trainable(Span(stage, stage)) <= trained) == (budget >= needed)
+        if budget < needed:
+            fitting = (
+                [o for o, peak in zip(tiles, sizes, strict=True) if peak <= budget]
+                for tiles, sizes in zip(ways, peaks, strict=True)
+            )
+            most = max(_size(state, frozenset().union(*(o.trained for o in offers))) for offers in fitting)
+            assert _size(state, trained) == most
 
 
-def _whole(method, state, stage) -> list[Offer]:
-    return [offer for offer in method.menu(state) if offer.label in (f"block {stage + 1}", "full")]
+def _size(state, names) -> int:
+    return sum(state.params[name].numel() for name in names)
 
 
 def peaks_of(method, state) -> dict[str, int]:
