@@ -466,7 +466,6 @@ def budgets_picture(results: Results) -> Figure | None:
             bars = axes.errorbar(xs, ys, [point.spread for point in points], capsize=3, elinewidth=1, **look)
             lines.append((variant, bars.lines[0]))
         axes.set(xlabel="clients' mean budget (% of full training)", ylabel=f"{_final(results)} accuracy (%)")
-        axes.set_xlim(0, 103)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{results.name}: accuracy over client budget")
         with_key(figure, lines, 4)

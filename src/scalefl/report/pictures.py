@@ -283,18 +283,17 @@ def _paths(run: Run) -> dict[str, list[dict[str, Any]]]:
 def looks() -> Iterator[dict[str, Any]]:
     """How lines look that are told apart, with and without colours; all different for as long as that goes."""
     common = {"linewidth": 1.8, "markersize": 4}
-    series = list(zip(PALETTE, MARKERS, strict=True))
     return cycle(
         {"linestyle": line, "color": colour, "marker": marker, **common}
-        for line in ("-", "--", ":")
-        for colour, marker in series
+        for line, first in (("-", 0), ("--", 3), (":", 5))  # a colour comes again with another marker
+        for colour, marker in zip(PALETTE, MARKERS[first:] + MARKERS[:first], strict=True)
     )
 
 
 def with_key(figure: Figure, entries: Sequence[tuple[str, Artist]], columns: int) -> None:
     """Say below a picture what its lines are called; names are taken as they are, with a first "_" too."""
     names, handles = zip(*entries, strict=True)
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(entries), columns))
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(entries), columns), handlelength=3.2)
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:

@@ -27,7 +27,7 @@ COLOURS = {
     "#000000": "currentColor",
 }
 """The colours of pictures, and what the page has for them."""
-SWATCH = (0.42, 0.17)
+SWATCH = (0.5, 0.17)
 """Inches."""
 
 
@@ -61,7 +61,7 @@ def key(figure: Figure, name: str) -> Iterator[tuple[str, str]]:
 def _swatch(handle: Artist, name: str) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SWATCH)
-        figure.legend([handle], [""], loc="center", borderpad=0, handletextpad=0, handlelength=2.6)
+        figure.legend([handle], [""], loc="center", borderpad=0, handletextpad=0, handlelength=3.2)
     return _element(figure, name, {"aria-hidden": "true"})
 
 
