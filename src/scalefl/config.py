@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import msgspec
 
@@ -58,12 +58,15 @@ class EngineConfig:
     """Where clients run.
 
     Args:
+        name: "local": in processes of this machine; "flower": so too, but each behind a Flower node of its own, over a
+            grid in this process. Updates are the same to the bit; counted bytes are those that crossed.
         workers: processes beside this one; 0 runs clients in this one. Results do not depend on it.
         threads: torch's threads for each process. Results depend on it in the last bits.
         cap: "hard": a client that takes more than its budget is lost. Needs workers, and Linux.
         device: where clients train and models are measured: "cpu", "cuda" or "cuda:1". Budgets are of its memory.
     """
 
+    name: Literal["local", "flower"] = "local"
     workers: int = 0
     threads: int = 1
     cap: Cap = "none"
@@ -187,8 +190,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def make_config(raw: Mapping[str, Any]) -> Config:
-    """A config from plain values."""
-    return convert(raw, Config, "")
+    """A config from plain values; `engine` may be a name alone."""
+    engine = raw.get("engine")
+    return convert({**raw, "engine": {"name": engine}} if isinstance(engine, str) else raw, Config, "")
 
 
 def to_plain(config: Config) -> dict[str, Any]:

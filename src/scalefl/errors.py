@@ -9,6 +9,7 @@
     ├── EmptyCohort        no client can take part in the round
     ├── RoundFailed        every client of a round was lost
     ├── BadUpdate          a client sent something that must not enter the mean
+    ├── NotAllowed         a server asks a node for something that is not on the node's list
     └── CheckpointError    a saved run is truncated, foreign, newer, or cannot be written
 
 A message gives the fact, the numbers, and what to do. A client that is lost is data in the round's
@@ -78,6 +79,10 @@ class BadUpdate(ScaleFLError):
     def __init__(self, client_id: int, round: int, name: str, why: str) -> None:
         super().__init__(f"update of client {client_id} in round {round}: {name}: {why}")
         self.client_id, self.round, self.name, self.why = client_id, round, name, why
+
+
+class NotAllowed(ScaleFLError):
+    """A server asks a node for a class or a factory that is not on the node's list."""
 
 
 class CheckpointError(ScaleFLError):

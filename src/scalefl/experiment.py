@@ -6,6 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -48,7 +49,7 @@ from scalefl.sampling import UniformSampler, shuffled
 from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
 from scalefl.tracking import Tracking, check_installed
-from scalefl.types import Collects, Method, Population, ServerState
+from scalefl.types import Collects, Engine, Method, Population, ServerState
 from scalefl.units import mib
 
 LOW_MEMORY_CLIENTS = 1000
@@ -210,15 +211,7 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
     residents = Residents(device_of(config.engine.device))
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
-    engine = LocalEngine(
-        experiment.data,
-        experiment.population,
-        workers=config.engine.workers,
-        threads=config.engine.threads,
-        cap=config.engine.cap,
-        device=config.engine.device,
-    )
-    with Tracking(config.tracking, files) as tracking, engine:
+    with Tracking(config.tracking, files) as tracking, _engine(experiment) as engine:
         observer = _Observer(experiment, residents)
         if state.round == 0 and not files.state.exists():
             line = {"round": 0, **observer.observe(state)}
@@ -242,6 +235,25 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
             yield RunProgress(line, config.rounds)
         if not files.summary.exists():
             _write_json(files.summary, observer.conclude(state, files.read_journal()))
+
+
+def _engine(experiment: Experiment) -> AbstractContextManager[Engine]:
+    settings = experiment.config.engine
+    local = LocalEngine(
+        experiment.data,
+        experiment.population,
+        workers=settings.workers,
+        threads=settings.threads,
+        cap=settings.cap,
+        device=settings.device,
+    )
+    if settings.name == "local":
+        return local
+    try:
+        from scalefl.engines.flower import in_process
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'engine = "flower" needs Flower ({error}): pip install "scalefl[flower]"') from error
+    return in_process(local, experiment.problem)
 
 
 def read_config(folder: Path) -> Config:

@@ -15,6 +15,7 @@ import torch
 
 from scalefl.checkpoint import load_deployed, load_state, save_state
 from scalefl.coords import extract
+from scalefl.engines.flower import in_process
 from scalefl.engines.local import LocalEngine
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models.skeleton import tensors
@@ -23,7 +24,7 @@ from scalefl.planner import least
 from scalefl.record import RoundRecord
 from scalefl.rng import derive, generator
 from scalefl.sampling import UniformSampler
-from scalefl.types import ClientInfo, Collects, LocalWork, Method, RoundPlan, ServerState
+from scalefl.types import ClientInfo, Collects, Engine, LocalWork, Method, RoundPlan, ServerState
 from support import (
     PROBLEM,
     WORK,
@@ -39,6 +40,7 @@ from support import (
 )
 
 ROUNDS, COHORT = 4, 4
+NODES = "nodes"
 IN_BLOCKS = ("depthfl", "fedepth", "profl", "scalefl", "slt", *PRESETS)
 BLOCKS = ["0", "1"]
 # Rows of each client: one batch, several, one row, a single leftover; client 3, 7, … have one class.
@@ -109,14 +111,15 @@ CLIENTS = Clients(DATA, BUDGETS)
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[dict[int, LocalEngine]]:
-    """An engine in this process, and ones with one and two workers."""
+def engines() -> Iterator[dict[int | str, Engine]]:
+    """An engine in this process, ones with one and two workers, and one whose clients are Flower's nodes."""
     with (
         LocalEngine(DATA, CLIENTS) as here,
         LocalEngine(DATA, CLIENTS, workers=1) as beside,
         LocalEngine(DATA, CLIENTS, workers=2) as apart,
+        in_process(LocalEngine(DATA, CLIENTS), PROBLEM) as nodes,
     ):
-        yield {0: here, 1: beside, 2: apart}
+        yield {0: here, 1: beside, 2: apart, NODES: nodes}
 
 
 @dataclass
@@ -248,6 +251,19 @@ def test_the_result_does_not_depend_on_workers(case, engines):
             assert identical(a.params, b.params) and identical(a.aux.tensors, b.aux.tensors)
             assert a.aux.values == b.aux.values
         assert [comparable(r) for r in runs[0].records] == [comparable(r) for r in other.records]
+
+
+@each_case
+def test_the_result_is_the_same_on_nodes(case, engines):
+    """Over a grid: every bit of the states, and what is recorded but for bytes, which are those that crossed."""
+    here, there = played(case, 0, engines), played(case, NODES, engines)
+    for a, b in zip(here.states, there.states, strict=True):
+        assert identical(a.params, b.params) and identical(a.aux.tensors, b.aux.tensors)
+        assert a.aux.values == b.aux.values
+    for a, b in zip(here.records, there.records, strict=True):
+        assert b.bytes_down > 0 and b.bytes_up > a.bytes_up
+        same = {"bytes_down": 0, "bytes_up": 0, "simulated_seconds": 0.0}
+        assert replace(comparable(a), **same) == replace(comparable(b), **same)
 
 
 @each_case

@@ -1,0 +1,177 @@
+"""Clients on Flower's nodes: the one module that imports flwr. Only its message API is used, no strategy."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from uuid import uuid4
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from scalefl.engines.codec import Allowed
+from scalefl.engines.local import LocalEngine
+from scalefl.engines.messages import Parcel, tensor_of
+from scalefl.engines.node import Node, TensorCache
+from scalefl.engines.remote import Answer, Patience, RemoteEngine
+from scalefl.params import bytes_of
+from scalefl.problem import Problem
+
+TASK, QUERY = "train.task", "query.offer"
+FIRST_NODE = SUPERLINK_NODE_ID + 1
+"""The first of the nodes in this process; others count on from it."""
+_HEADER, _TENSORS = "header", "tensors"
+_RAW = "raw"
+"""How tensors are written: their bytes, as they lie in memory."""
+
+
+def to_records(parcel: Parcel) -> RecordDict:
+    """A message as Flower carries it."""
+    arrays = {
+        name: Array(str(t.dtype).removeprefix("torch."), tuple(t.shape), _RAW, bytes(bytes_of(t.cpu().contiguous())))
+        for name, t in parcel.tensors.items()
+    }
+    return RecordDict({_HEADER: ConfigRecord({"content": parcel.header}), _TENSORS: ArrayRecord(arrays)})
+
+
+def from_records(records: RecordDict) -> Parcel:
+    """A message that Flower has carried; its tensors have memory of their own.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    header = records.config_records.get(_HEADER, ConfigRecord()).get("content")
+    if not isinstance(header, bytes):
+        raise ValueError("a message without a header")
+    arrays = records.array_records.get(_TENSORS, ArrayRecord())
+    return Parcel(header, {name: tensor_of(a.dtype, tuple(a.shape), a.data) for name, a in arrays.items()})
+
+
+class GridLink:
+    """Reaches nodes over a Grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def nodes(self) -> list[int]:
+        """See `Link`."""
+        return list(self._grid.get_node_ids())
+
+    def push(self, node: int, parcel: Parcel, *, round: int | None) -> str:
+        """See `Link`."""
+        kind, group = (QUERY, "") if round is None else (TASK, str(round))
+        (name,) = self._grid.push_messages([Message(to_records(parcel), node, kind, group_id=group)])
+        return name
+
+    def pull(self, messages: Iterable[str]) -> list[Answer]:
+        """See `Link`."""
+        return [_answer(message) for message in self._grid.pull_messages(list(messages))]
+
+
+def _answer(message: Message) -> Answer:
+    name = message.metadata.reply_to_message_id
+    if message.has_error():
+        return Answer(name, None, f"Flower's error {message.error.code}: {message.error.reason}")
+    try:
+        return Answer(name, from_records(message.content))
+    except ValueError as error:
+        return Answer(name, None, f"unreadable: {error}")
+
+
+def client_app(node_of: Callable[[Context], Node]) -> ClientApp:
+    """An app that passes messages on to the node of its context."""
+    app = ClientApp()
+
+    @app.train(TASK.partition(".")[2])
+    @app.query(QUERY.partition(".")[2])
+    def answer(message: Message, context: Context) -> Message:
+        said = node_of(context).answer(from_records(message.content))
+        return Message(to_records(said), reply_to=message)
+
+    return app
+
+
+class InProcessGrid(Grid):
+    """Nodes in this process: a message is handled when its answer is asked for, one at a time.
+
+    Args:
+        app: what nodes run.
+        contexts: node -> what its app is told of it.
+    """
+
+    def __init__(self, app: ClientApp, contexts: Mapping[int, Context]) -> None:
+        self._app, self._contexts = app, contexts
+        self._waiting: dict[str, Message] = {}
+        self._run: Run | None = None
+        # What Flower's own server process is told when it starts; messages cannot be made without.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
+
+    def set_run(self, run: Run) -> None:
+        """See `Grid`."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """See `Grid`."""
+        if self._run is None:
+            raise RuntimeError("there is no run: this grid needs none")
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See `Grid`."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See `Grid`."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See `Grid`."""
+        names = []
+        for message in messages:
+            names.append(uuid4().hex)
+            message.metadata.__dict__["_message_id"] = names[-1]  # as SuperLinks name them
+            self._waiting[names[-1]] = message
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See `Grid`: at most one answer."""
+        for name in message_ids:
+            if name in self._waiting:
+                message = self._waiting.pop(name)
+                return [self._app(message, self._contexts[message.metadata.dst_node_id])]
+        return []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See `Grid`."""
+        names = list(self.push_messages(messages))
+        return [answer for name in names for answer in self.pull_messages([name])]
+
+
+@contextlib.contextmanager
+def in_process(engine: LocalEngine, problem: Problem, *, cache_bytes: int = 2**30) -> Iterator[RemoteEngine]:
+    """The clients of a local engine, each behind a node of its own, over a grid in this process.
+
+    Args:
+        engine: does the tasks.
+        problem: what is learned.
+        cache_bytes: what nodes may keep on disk, all together: equal tensors are kept once.
+    """
+    with tempfile.TemporaryDirectory(prefix="scalefl-") as folder, engine:
+        cache = TensorCache(Path(folder), cache_bytes)
+        count = len(engine.population())
+
+        def node_of(context: Context) -> Node:
+            return Node(context.node_id - FIRST_NODE, engine, problem, cache, Allowed(("*",)))
+
+        contexts = {FIRST_NODE + i: Context(1, FIRST_NODE + i, {}, RecordDict(), {}) for i in range(count)}
+        grid = InProcessGrid(client_app(node_of), contexts)
+        yield RemoteEngine(GridLink(grid), problem, Patience(poll_seconds=0.0), in_flight=1)
