@@ -166,7 +166,13 @@ def test_the_resolved_config_spells_out_every_default(tmp_path):
     run(settings("200%", rounds=1), tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert saved["evaluation"]["plane_samples"] == 256
-    assert saved["engine"] == {"workers": 0, "threads": 1, "cap": "none", "device": "cpu"}
+    assert saved["engine"] == {
+        "name": "local",
+        "workers": 0,
+        "threads": 1,
+        "cap": "none",
+        "device": "cpu",
+    }
     assert saved["work"]["momentum"] == 0.9
 
 
