@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from scalefl.engines.codec import Allowed
-from scalefl.engines.flower import from_records, in_process, to_records
+from scalefl.engines.flower.grid import from_records, in_process, to_records
 from scalefl.engines.local import LocalEngine
 from scalefl.engines.messages import DTYPES, Offer, Parcel, Update, digest, pack, tensor_of, unpack
 from scalefl.engines.node import Node, TensorCache
@@ -19,6 +19,7 @@ from scalefl.engines.remote import Answer, Patience, RemoteEngine
 from scalefl.errors import EmptyCohort
 from scalefl.loop import federate
 from scalefl.params import num_bytes
+from scalefl.problem import Problem
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientInfo
 from support import PROBLEM, Clients, MadeData, full_bytes, identical, make_method, play, spec
@@ -27,8 +28,17 @@ SIZES = [8, 20, 9, 17]
 DATA = MadeData(SIZES)
 CLIENTS = Clients(DATA, (2 * full_bytes(),))
 TESTS = Allowed(("support:*",))
-HASTY = Patience(poll_seconds=0.001, deadline_seconds=0.3, meeting_seconds=0.1)
+HASTY = Patience(poll_seconds=0.001, deadline_seconds=0.3, meeting_seconds=0.1, absence_seconds=0.0)
 Tamper = Callable[[Parcel], Parcel | str | None]
+
+
+def node_of(client: int, engine: LocalEngine, problem: Problem, cache: TensorCache, allowed: Allowed = TESTS) -> Node:
+    def engine_for(asked: Problem) -> LocalEngine:
+        if asked != problem:
+            raise ValueError(f"the run is about {asked}")
+        return engine
+
+    return Node(client, engine_for, lambda: engine.population()[client], cache, allowed)
 
 
 @dataclass
@@ -47,7 +57,7 @@ class Lab:
 
     def node(self, number: int) -> Node:
         cache = TensorCache(self.folder / str(number), self.cache_bytes)
-        return Node(self.ids.get(number, number - 100), self.engine, self.data.problem, cache, TESTS)
+        return node_of(self.ids.get(number, number - 100), self.engine, self.data.problem, cache)
 
     def nodes(self) -> list[int]:
         return self.present
@@ -221,13 +231,13 @@ def test_a_node_refuses_what_is_not_its_own(lab, tmp_path):
     lab.data = MadeData(SIZES, replace(PROBLEM, num_classes=PROBLEM.num_classes + 1))
     with pytest.raises(Exception, match="refused: ValueError: the run is about"):
         rounds(lab)
-    other = Node(1, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0), TESTS)
+    other = node_of(1, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0))
     order = next(parcel for node, parcel, round in lab.sent if node == 100 and round is not None)
     assert b"another client's" in other.answer(order).header
-    foreign = Node(0, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0), Allowed())
+    foreign = node_of(0, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0), Allowed())
     assert b"NotAllowed: support:tiny is not on this node's list" in foreign.answer(order).header
     damaged = with_first(order, lambda t: t + 1)
-    here = Node(0, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0), TESTS)
+    here = node_of(0, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0))
     assert b"was damaged on its way" in here.answer(damaged).header
     assert b"refused" in here.answer(Parcel(b"\x00", {})).header
 
