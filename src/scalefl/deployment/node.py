@@ -26,6 +26,14 @@ from scalefl.types import ClientInfo
 from scalefl.units import mib
 
 _RESTART_SECONDS, _POLL_SECONDS = 5.0, 0.1
+_LONGEST_RESTART_SECONDS = 40.0
+_CAUSES = {
+    "[code: 2004]": "the server does not know this node's key; or it takes the node to be connected still, as it does "
+    "for a minute after one was killed",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not vouched for by this node's ca.pem",
+    "Connection refused": "nobody listens there",
+}
+"""What Flower's program says when it gives up, and what that means."""
 _PIECE_BYTES = 8 * 2**20
 """An automatic budget is a multiple of it: otherwise no two plans would be alike."""
 
@@ -150,30 +158,41 @@ class _Supervised:
             *("--host", "127.0.0.1", "--port", str(port)),
             *("--isolation", "process", "--superexec-auth-secret-file", str(secret_file)),
         )
-        self._folder, self._port, self._say = folder, port, say
-        self._program = self._started()
-        self._again = 0.0
+        self._folder, self._say = folder, say
+        self._log = folder.flower / "supernode.log"
+        self._wait, self._again = _RESTART_SECONDS, 0.0
+        self._start()
         wait_for(port, "127.0.0.1", self._program)
 
     def look(self) -> None:
-        """Start it again if it has ended, after a while: its server may take the old one to be there still."""
+        """Start it again if it has ended, after a while that grows: its server may take the old one to be there."""
         if self._program.ended is None:
             return
+        now = time.monotonic()
         if not self._again:
-            log = self._folder.flower / "supernode.log"
-            self._say(f"the SuperNode ended with status {self._program.ended} ({log}); it is started again")
-            self._again = time.monotonic() + _RESTART_SECONDS
-        if time.monotonic() >= self._again:
+            self._say(f"the SuperNode ended ({self._cause()}); it is started again in {self._wait:.0f} seconds")
+            self._again = now + self._wait
+            self._wait = min(2 * self._wait, _LONGEST_RESTART_SECONDS)
+        if now >= self._again:
             self._again = 0.0
-            self._program = self._started()
+            self._start()
 
     def close(self) -> None:
         """Stop it."""
         self._program.stop()
 
-    def _started(self) -> Program:
-        log = self._folder.flower / "supernode.log"
-        return Program(self._say, "flower-supernode", *self._arguments, home=self._folder.flower, log=log)
+    def _start(self) -> None:
+        self._said = self._log.stat().st_size if self._log.exists() else 0
+        self._program = Program(
+            self._say, "flower-supernode", *self._arguments, home=self._folder.flower, log=self._log
+        )
+
+    def _cause(self) -> str:
+        with self._log.open("rb") as file:
+            file.seek(self._said)
+            said = file.read().decode(errors="replace")
+        found = [meaning for sign, meaning in _CAUSES.items() if sign in said]
+        return "; ".join(found) or f"status {self._program.ended}, {self._log}"
 
 
 def hardware() -> str:
