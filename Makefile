@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms bench-engine bench-memory
+.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms bench-engine bench-memory
 
 help:
 	@echo "make demo       run the main job: three methods on 50 simulated clients, under 3 minutes"
-	@echo "make test       the tests (make test-full adds the slow ones)"
+	@echo "make test       the tests (make test-full adds the slow ones, test-hosts only those on network namespaces)"
 	@echo "make check      lint, types, import contracts"
 	@echo "make format     format the code"
 	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -accuracy, -tuning, -tenth, -norms, -engine, -memory"
@@ -33,6 +33,9 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest --hypothesis-profile default
+
+test-hosts: $(STAMP)
+	$(BIN)/python -m pytest tests/hosts
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -46,15 +46,20 @@ def eventually(holds: Callable[[], Any], seconds: float = 90.0, why: Callable[[]
 
 @dataclass
 class Field:
-    """A deployment and its processes."""
+    """A deployment and its processes; `host_of` says what to put before the command of one to run it elsewhere."""
 
     deployment: Deployment
+    host_of: Callable[[str], list[str]]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, name: str, *arguments: object) -> subprocess.Popen[bytes]:
-        """A command that goes on."""
+        """A command of ours that goes on."""
+        return self.start_program(name, *command(*arguments))
+
+    def start_program(self, name: str, *words: str) -> subprocess.Popen[bytes]:
+        """Any command that goes on."""
         with self.log(name).open("ab") as log:
-            process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stdout=log, stderr=log)
+            process = subprocess.Popen([*self.host_of(name), *words], env=ENVIRONMENT, stdout=log, stderr=log)
         self.processes[name] = process
         return process
 
@@ -66,6 +71,11 @@ class Field:
         folder = self.deployment.node(name).path
         options = ["--budget", budget, "--data", data, "--share", share, *more]
         self.start(name, "deploy", "node", "--dir", folder, *options)
+
+    def wait_until_there(self, *names: str) -> None:
+        """Wait until nodes have connected."""
+        for name in names:
+            eventually(lambda name=name: "SuperNode ID" in self.flower_said(name), why=self.everything)
 
     def log(self, name: str) -> Path:
         return self.deployment.path / f"{name}.log"
@@ -130,12 +140,19 @@ class Field:
         return [pid, *descendants(pid)]
 
 
+def none_elsewhere(name: str) -> list[str]:
+    """All on this host."""
+    return []
+
+
 @contextmanager
-def deployed(folder: Path, *, nodes: int) -> Iterator[Field]:
+def deployed(
+    folder: Path, *options: object, nodes: int, host_of: Callable[[str], list[str]] = none_elsewhere
+) -> Iterator[Field]:
     """A deployment whose server runs."""
-    done = scalefl("deploy", "init", folder, "--nodes", nodes, "--port", free_port())
+    done = scalefl("deploy", "init", folder, "--nodes", nodes, "--port", free_port(), *options)
     assert done.returncode == 0, done.stderr
-    area = Field(Deployment(folder))
+    area = Field(Deployment(folder), host_of)
     try:
         area.start_server()
         yield area

@@ -117,6 +117,12 @@ class Experiment:
         }
         return memory_plan(self.method, state or self.initial_state(), budgets)
 
+    def num_clients(self, seen: set[int]) -> int:
+        """How many clients there are; where they exist elsewhere, those of the start and those `seen` since."""
+        if isinstance(self.population, DeclaredPopulation):
+            return len(seen | {client.id for client in self.population.clients})
+        return len(self.population)
+
     @property
     def mean_budget(self) -> float:
         """The clients' mean budget as a share of what full training takes; more than that counts as that."""
@@ -347,7 +353,7 @@ class _Observer:
             "mean_budget": experiment.mean_budget,
             "predicted_peak_bytes": max(line["predicted_peak_bytes"] for line in rounds),
             "measured_peak_bytes": max(measured, default=None),
-            "num_clients": len(experiment.population),
+            "num_clients": experiment.num_clients(clients),
             "num_clients_seen": len(clients),
             "num_clients_lost": sum(len(line["lost"]) for line in rounds),
             **{k: sum(line[k] for line in rounds) for k in ("flops", "bytes_down", "bytes_up", "simulated_seconds")},

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import secrets
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from scalefl.data import Dataset, FederatedData, Source, load, parse_bytes
+from scalefl.data import Dataset, Source, load, parse_bytes
 from scalefl.deployment.layout import AUTO, NodeFolder, NodeSettings
 from scalefl.deployment.programs import Program, Say, free_port, wait_for
 from scalefl.engines.codec import Allowed
@@ -21,6 +25,7 @@ from scalefl.engines.local import LocalEngine
 from scalefl.engines.node import Node, TensorCache
 from scalefl.errors import ConfigError, DataError
 from scalefl.measure import spare_bytes, usable_bytes
+from scalefl.params import bytes_of
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.types import ClientInfo
 from scalefl.units import mib
@@ -120,7 +125,7 @@ def run_node(folder: NodeFolder, settings: NodeSettings, say: Say) -> None:
     if settings.data is None:
         raise ConfigError(f"{settings.name} has no data: give --data, or a [data] table in {folder.settings_file}")
     say(f"reading {settings.data.name}")
-    own = Own(settings, *_rows(settings.data, settings))
+    own = Own(settings, *_rows(settings.data, settings, folder))
     folder.flower.mkdir(mode=0o700, exist_ok=True)
     secret, port = secrets.token_bytes(32), free_port()
     secret_file = folder.flower / "secret"
@@ -201,18 +206,36 @@ def hardware() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, {mib(memory)} MiB, torch {torch.__version__}"
 
 
-def _rows(source: Source, settings: NodeSettings) -> tuple[Problem, Batch]:
+def _rows(source: Source, settings: NodeSettings, folder: NodeFolder) -> tuple[Problem, Batch]:
+    """The node's examples, mapped from a file without a name.
+
+    Read by a process of its own: what decoding takes, several times the rows, is gone when that ends.
+    """
+    with tempfile.TemporaryDirectory(prefix=".rows-", dir=folder.path) as place:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            problem, heads = pool.submit(_read, source, settings, place).result()
+        rows = {
+            name: torch.from_file(f"{place}/{i}", size=math.prod(shape), dtype=dtype).view(shape)
+            for i, (name, (shape, dtype)) in enumerate(heads.items())
+        }
+    return problem, rows
+
+
+_Heads = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _read(source: Source, settings: NodeSettings, place: str) -> tuple[Problem, _Heads]:
+    """Write the columns of the node's examples into numbered files; what they are."""
     loaded = load(source, held_out=False)
-    rows = _client_rows(loaded, settings.client)
+    rows = loaded.train if isinstance(loaded, Dataset) else loaded.examples(settings.client)
     first, count = settings.part()
     chosen = torch.arange(first, num_rows(rows), count)
     if not len(chosen):
         raise DataError(f"{source.name} has {num_rows(rows)} rows: nothing is left for the share {settings.share}")
-    return loaded.problem, take(rows, chosen)
-
-
-def _client_rows(loaded: Dataset | FederatedData, client: int) -> Batch:
-    return loaded.train if isinstance(loaded, Dataset) else loaded.examples(client)
+    columns = take(rows, chosen)
+    for i, column in enumerate(columns.values()):
+        Path(place, str(i)).write_bytes(bytes_of(column.contiguous()))
+    return loaded.problem, {name: (tuple(column.shape), column.dtype) for name, column in columns.items()}
 
 
 def _described(problem: Problem) -> str:
