@@ -30,6 +30,8 @@ DIVERGED = 1000.0
 
 Such values are finite, but one client that sends them is enough to end the run.
 """
+VARIANCE = "running_var"
+"""How torch's batch norms call theirs. A negative one is finite, and has every evaluation give NaN."""
 PIECE = 2**16
 
 
@@ -149,8 +151,8 @@ def check(
         The largest size of a value in each tensor.
 
     Raises:
-        BadUpdate: a name is missing or foreign, a shape or dtype differs, or a value is not finite, or so large
-            that the client's training has diverged.
+        BadUpdate: a name is missing or foreign, a shape or dtype differs, a value is not finite, or so large that the
+            client's training has diverged, a variance is negative, or a metric no number.
     """
 
     def refuse(name: str, why: str) -> BadUpdate:
@@ -169,6 +171,11 @@ def check(
         sizes[name] = largest(tensor)
         if not sizes[name] < LIMIT:
             raise refuse(name, "holds NaN, infinity or values beyond 4e12")
+        if name.endswith(VARIANCE) and bool((tensor < 0).any()):
+            raise refuse(name, "a negative variance")
         if name in trained and sizes[name] > DIVERGED and sizes[name] > DIVERGED * largest(wanted):
             raise refuse(name, f"has grown to {sizes[name]:.2g}: the client's training has diverged")
+    for name, (total, weight) in update.metrics.items():
+        if not (math.isfinite(total) and math.isfinite(weight) and weight >= 0):
+            raise refuse(name, f"a metric of {total} in {weight}")
     return sizes

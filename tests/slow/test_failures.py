@@ -39,7 +39,12 @@ patience = {{ min_clients = {clients}, {patience} }}
 """
 
 
-def config(*, rounds: int = 5, clients: int = 2, epochs: int = 8, patience: str = "absence_seconds = 5") -> str:
+LONG = "absence_seconds = 240, doubt_seconds = 10"
+
+
+def config(
+    *, rounds: int = 5, clients: int = 2, epochs: int = 8, patience: str = "absence_seconds = 5, doubt_seconds = 10"
+) -> str:
     return CONFIG.format(rounds=rounds, clients=clients, epochs=epochs, patience=patience)
 
 
@@ -225,10 +230,9 @@ def test_a_network_that_is_cut_for_a_minute_costs_nothing(area):
             file = area.deployment.node(f"node-{i}").settings_file
             file.write_text(file.read_text().replace(f":{settings.port}", f":{gate.port}"))
         start_nodes(area, 2)
-        patience = "absence_seconds = 240"
-        area.submit(area.write_config("alone", config(rounds=3, epochs=4, patience=patience)))
+        area.submit(area.write_config("alone", config(rounds=3, epochs=4, patience=LONG)))
         area.finish("alone")
-        area.submit(area.write_config("cut", config(rounds=3, epochs=4, patience=patience)))
+        area.submit(area.write_config("cut", config(rounds=3, epochs=4, patience=LONG)))
         wait_for_round(area, "cut", 1)
         gate.shut()
         time.sleep(60)
@@ -242,7 +246,7 @@ def test_a_network_that_is_cut_for_a_minute_costs_nothing(area):
 def test_a_budget_that_changes_between_rounds_is_planned_with(area):
     """A node that is stopped and started again with less memory goes on, within that."""
     start_nodes(area, 2)
-    area.submit(area.write_config("budget", config(rounds=6, epochs=4).replace('"fedavg"', '"scalefl"')))
+    area.submit(area.write_config("budget", config(rounds=6, epochs=4, patience=LONG).replace('"fedavg"', '"scalefl"')))
     wait_for_round(area, "budget", 1)
     area.stop("node-1")
     area.start_node("node-1", "9MiB", "1/8")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
+from msgspec import to_builtins
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import support
 from scalefl.checkpoint import load_deployed
 from scalefl.config import make_config
+from scalefl.engines.remote import Patience
 from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundFailed
 from scalefl.experiment import Experiment, run, run_rounds
 from scalefl.planner import least
@@ -172,6 +174,8 @@ def test_the_resolved_config_spells_out_every_default(tmp_path):
         "threads": 1,
         "cap": "none",
         "device": "cpu",
+        "patience": to_builtins(asdict(Patience())),
+        "precision": "exact",
     }
     assert saved["work"]["momentum"] == 0.9
 

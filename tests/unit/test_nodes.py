@@ -137,6 +137,16 @@ LIES: dict[str, tuple[Tamper, str]] = {
     "other client": (lambda parcel: with_header(parcel, client_id=1), "answered something else: Update"),
     "weight": (lambda parcel: with_header(parcel, num_examples=10**9), "num_examples"),
     "negative": (lambda parcel: with_header(parcel, num_examples=-1), "num_examples"),
+    "variance": (
+        lambda parcel: Parcel(
+            parcel.header, {n: -t if n.endswith("running_var") else t for n, t in parcel.tensors.items()}
+        ),
+        "a negative variance",
+    ),
+    "metric": (
+        lambda parcel: with_header(parcel, metrics={"loss": (float("nan"), 9.0)}),
+        "loss: a metric of nan in 9.0",
+    ),
     "word": (
         lambda parcel: Parcel(parcel.header.replace(b"\xacnum_examples\x09", b"\xacnum_examples\xa1x"), {}),
         "int",
@@ -320,7 +330,7 @@ def test_a_task_whose_node_went_away_is_sent_again_when_it_is_back(lab):
     """The round ends as if nothing had been, and counts the bytes of both tries."""
     calm, _ = rounds(Lab(lab.folder / "calm"))
     lab.tampers[2] = away()
-    states, (record,) = rounds(lab)
+    states, (record,) = rounds(lab, patience=replace(HASTY, deadline_seconds=30.0))
     assert record.lost == [] and identical(states[-1].params, calm[-1].params)
     orders = [parcel for node, parcel, round in lab.sent if node == 102 and round is not None]
     assert len(orders) == 2
@@ -338,6 +348,26 @@ def test_a_node_that_does_not_come_back_in_time_is_lost(lab):
     _, (record,) = rounds(lab, patience=patience)
     assert [(loss["client"], loss["cause"]) for loss in record.lost] == [(2, "Flower's error 5: node unavailable")]
     assert record.seconds < 30
+
+
+def test_a_task_that_its_node_has_forgotten_is_sent_again(lab, monkeypatch):
+    """As a node that was restarted forgets: it answers what is asked after, and never the task."""
+    monkeypatch.setattr(remote, "_LOOK_SECONDS", 0.001)
+    calm, _ = rounds(Lab(lab.folder / "calm"))
+    forgotten: list[str] = []
+    push = lab.push
+
+    def push_and_forget(node: int, parcel: Parcel, *, round: int | None) -> str:
+        name = push(node, parcel, round=round)
+        if node == 102 and round is not None and not forgotten:
+            forgotten.append(name)
+            lab.out[name] = lambda: None
+        return name
+
+    lab.push = push_and_forget  # type: ignore[method-assign]
+    patience = replace(HASTY, deadline_seconds=30.0, doubt_seconds=0.02)
+    states, (record,) = rounds(lab, patience=patience)
+    assert record.lost == [] and record.seconds < 20 and identical(states[-1].params, calm[-1].params)
 
 
 def test_what_a_node_offers_is_taken_from_each_answer(lab):

@@ -76,7 +76,8 @@ class Patience:
         absence_seconds: for clients to be there, and for the node of a task to come back.
         meeting_seconds: for what new nodes offer.
         fresh_seconds: a node that has said nothing for so long is asked again what it offers.
-        poll_seconds: between looks for answers.
+        doubt_seconds: a node that is at a task for so long is asked whether it still is.
+        poll_seconds: between looks for answers; up to five times as long where none come.
     """
 
     deadline_seconds: float = 3600.0
@@ -85,18 +86,19 @@ class Patience:
     absence_seconds: float = 300.0
     meeting_seconds: float = 60.0
     fresh_seconds: float = 300.0
+    doubt_seconds: float = 60.0
     poll_seconds: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "absence_seconds", "meeting_seconds", "fresh_seconds", "poll_seconds"):
-            check_range(name, getattr(self, name), 0.0)
+        for name in ("deadline", "absence", "meeting", "fresh", "doubt", "poll"):
+            check_range(f"{name}_seconds", getattr(self, f"{name}_seconds"), 0.0)
         check_range("quorum", self.quorum, 0.0, 1.0)
         check_range("min_clients", self.min_clients, 1)
 
 
 @dataclass
 class _Sent:
-    """A task that is out; or, with what became of the first try and when, one whose node may come back."""
+    """A task that is out, last doubted at some time; or one whose first try came to trouble at some time."""
 
     task: ClientTask
     node: int
@@ -107,6 +109,7 @@ class _Sent:
     is_whole: bool = False
     trouble: str = ""
     since: float = 0.0
+    doubted: float = 0.0
 
 
 @dataclass
@@ -167,11 +170,12 @@ class RemoteEngine:
     def fit(self, method: Method, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[ClientUpdate | ClientLoss]:
         """Send the tasks out; updates come as nodes answer.
 
-        What a node could not do because it went away, or because its process died, is sent to it once more.
+        What a node could not do because it went away, or because its process died, is sent to it once more. A node
+        does one message after another: one that has answered a later question, and not its task, has lost that.
         """
         round = _Round(method, time.monotonic() + self._patience.deadline_seconds)
         nodes = {peer.client.id: node for node, peer in self._peers.items() if node in self._present}
-        queue = iter(orders)
+        queue, pause = iter(orders), self._patience.poll_seconds / 2
         while not round.is_over:
             while not round.is_all and (self._in_flight is None or len(round.out) < self._in_flight):
                 task, params = next(queue, (None, {}))
@@ -185,13 +189,13 @@ class RemoteEngine:
                     self._send(round, self._prepared(round, task, nodes[task.client_id], params))
             if round.is_all and round.has_enough(self._patience.quorum):
                 break
-            answers = self._link.pull(list(round.out))
-            for answer in answers:
+            answers = self._link.pull([*round.out, *round.questions])
+            for answer in sorted(answers, key=lambda answer: answer.message in round.questions):
                 yield from self._received(round, answer)
-            if round.away:
-                yield from self._seen_again(round)
+            yield from self._looked_after(round)
+            pause = self._patience.poll_seconds if answers else min(2 * pause, 5 * self._patience.poll_seconds)
             if not answers:
-                time.sleep(self._patience.poll_seconds)
+                time.sleep(pause)
         why = "no answer by the deadline" if round.is_over else "not waited for: enough others answered"
         for sent in [*round.out.values(), *round.away]:
             yield _loss(sent.task, sent.trouble or why, Receipt(sent.bytes_down))
@@ -265,14 +269,20 @@ class RemoteEngine:
         tensors = {name: t for name, t in sent.params.items() if has.get(name) != sent.digests[name]}
         parcel = pack(Order(sent.content, sent.digests, self._precision), tensors)
         sent.bytes_down += parcel.num_bytes
+        sent.doubted = time.monotonic()
         round.out[self._link.push(sent.node, parcel, round=sent.task.round)] = sent
 
     def _received(self, round: _Round, answer: Answer) -> Iterator[ClientUpdate | ClientLoss]:
-        sent = round.out.pop(answer.message)
-        if answer.parcel is None and not sent.trouble:
-            sent.trouble, sent.since = answer.error, time.monotonic()
-            round.away.append(sent)
+        if answer.message in round.questions:
+            doubted = round.questions.pop(answer.message)
+            if answer.parcel is not None and doubted in round.out:
+                self._set_aside(round, doubted, "its node no longer knows of the task")
             return
+        sent = round.out[answer.message]
+        if answer.parcel is None and not sent.trouble:
+            self._set_aside(round, answer.message, answer.error)
+            return
+        del round.out[answer.message]
         done = self._understood(sent, answer)
         if done is None:
             self._send(round, sent)
@@ -280,12 +290,24 @@ class RemoteEngine:
         round.num_updates += isinstance(done, ClientUpdate)
         yield done
 
-    def _seen_again(self, round: _Round) -> Iterator[ClientLoss]:
-        """Send tasks again whose nodes are there; give up those that are away for too long."""
+    def _set_aside(self, round: _Round, message: str, trouble: str) -> None:
+        """Take a task that came to nothing for one that is to be sent again."""
+        sent = round.out.pop(message)
+        sent.trouble, sent.since = sent.trouble or trouble, time.monotonic()
+        round.away.append(sent)
+
+    def _looked_after(self, round: _Round) -> Iterator[ClientLoss]:
+        """Ask nodes that take long; send tasks again whose nodes are back; give up those that are away for too long."""
         now = time.monotonic()
         if now < round.next_look:
             return
         round.next_look = now + _LOOK_SECONDS
+        for name, sent in round.out.items():
+            if now >= sent.doubted + self._patience.doubt_seconds and not sent.trouble:
+                sent.doubted = now
+                round.questions[self._link.push(sent.node, pack(WhoAreYou()), round=None)] = name
+        if not round.away:
+            return
         present = set(self._link.nodes())
         away, round.away = round.away, []
         for sent in away:
@@ -332,6 +354,7 @@ class _Round:
         self.next_look = 0.0
         self.out: dict[str, _Sent] = {}
         self.away: list[_Sent] = []
+        self.questions: dict[str, str] = {}
         self.num_tasks = self.num_updates = 0
         self.is_all = False
         self._digests: dict[int, tuple[weakref.ref[Tensor], bytes]] = {}
