@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 from scalefl.errors import ConfigError, ScaleFLError
 from scalefl.measure import base_bytes
 from scalefl.run_folder import RunFolder
-from scalefl.units import mib
+from scalefl.units import mib, privacy
 
 if TYPE_CHECKING:
     from scalefl.comparison import Comparison
@@ -177,12 +177,17 @@ def plan(
         for member in experiment.population.classes
     ]
     base = base_bytes()
+    spent = experiment.privacy.spent(experiment.config.rounds) if experiment.privacy else None
+    if spent:
+        found = {**found, "privacy": spent}
     if as_json:
         typer.echo(json.dumps({**found, "classes": classes, "base_bytes": base}, indent=2))
         return
     console = _console()
     show(console, memory_table(found))
     show(console, class_table(classes, found["full"]["peak_bytes"], base))
+    if spent:
+        console.print(f"Privacy after {experiment.config.rounds} rounds: {privacy(spent)}", highlight=False)
 
 
 def _draw_plan(found: Mapping[str, Any], name: str, target: Path) -> None:
@@ -320,11 +325,12 @@ class _Totals:
 
     def describe(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """The words beside the bar."""
-        loss = line["train"].get("loss")
+        loss = line.get("train", {}).get("loss")
         return {
             "loss": "" if loss is None else f"loss {loss:.3f}",
             "accuracy": "" if self.accuracy is None else f"val. acc. {100 * self.accuracy:.1f} %",
-            "moved": f"{mib(self.bytes_moved)} MiB moved",
+            # Bytes would tell how many clients take part.
+            "moved": privacy(line["privacy"]) if "privacy" in line else f"{mib(self.bytes_moved)} MiB moved",
         }
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -42,10 +42,11 @@ from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
 from scalefl.partition import Cut, partition
 from scalefl.planner import budget_error, fit, least_of
+from scalefl.privacy import Mechanism, check_private
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive
 from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
-from scalefl.sampling import UniformSampler, shuffled
+from scalefl.sampling import UniformSampler, everybody, shuffled
 from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
 from scalefl.tracking import Tracking, check_installed
@@ -77,6 +78,9 @@ class Experiment:
         for split in ("validation", "test"):
             if not num_rows(getattr(self.data, split)):
                 raise DataError(f"the {split} data is empty: there is nothing to measure accuracy on")
+        self.privacy: Mechanism | None = None
+        if config.privacy is not None:
+            self.privacy = config.privacy.for_clients(len(self.population), config.clients_per_round)
 
     @property
     def offered(self) -> Population:
@@ -221,9 +225,10 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
         rounds = federate(
             experiment.method,
             engine,
-            UniformSampler(config.clients_per_round),
+            everybody if experiment.privacy else UniformSampler(config.clients_per_round),
             state,
             is_looked_at=observer.is_due,
+            privacy=experiment.privacy,
         )
         while state.round < config.rounds:
             state, record = next(rounds)
@@ -253,7 +258,7 @@ def _engine(experiment: Experiment) -> AbstractContextManager[Engine]:
         from scalefl.engines.flower import in_process
     except ModuleNotFoundError as error:
         raise ConfigError(f'engine = "flower" needs Flower ({error}): pip install "scalefl[flower]"') from error
-    return in_process(local, experiment.problem)
+    return in_process(local, experiment.problem, is_private=experiment.privacy is not None)
 
 
 def read_config(folder: Path) -> Config:
@@ -315,20 +320,25 @@ class _Observer:
         experiment = self._experiment
         model, params = experiment.method.deploy(state)
         rounds = [line for line in journal if line["round"] > 0]
-        measured = [peak for line in rounds if (peak := line["measured_peak_bytes"]) is not None]
-        clients = {i for line in rounds for ids in line["rungs"].values() for i in ids}
-        return {
+        figures = {
             "name": experiment.config.name,
             "rounds": state.round,
             "test": self._measure(model, params, experiment.data.test),
-            "low_memory_test": self._measure(model, params, experiment.low_memory_test),
-            "client_test": self._over_clients(model, params),
             "validation": journal[-1]["validation"],
             "full_training_peak_bytes": experiment.full_cost.peak_bytes,
             "mean_budget": experiment.mean_budget,
             "predicted_peak_bytes": max(line["predicted_peak_bytes"] for line in rounds),
-            "measured_peak_bytes": max(measured, default=None),
             "num_clients": len(experiment.population),
+        }
+        if experiment.privacy is not None:  # the rest takes clients' labels, or who took part
+            return {**figures, "privacy": rounds[-1]["privacy"]}
+        measured = [peak for line in rounds if (peak := line["measured_peak_bytes"]) is not None]
+        clients = {i for line in rounds for ids in line["rungs"].values() for i in ids}
+        return {
+            **figures,
+            "low_memory_test": self._measure(model, params, experiment.low_memory_test),
+            "client_test": self._over_clients(model, params),
+            "measured_peak_bytes": max(measured, default=None),
             "num_clients_seen": len(clients),
             "num_clients_lost": sum(len(line["lost"]) for line in rounds),
             **{k: sum(line[k] for line in rounds) for k in ("flops", "bytes_down", "bytes_up", "simulated_seconds")},
@@ -370,6 +380,8 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
         )
     state = experiment.initial_state()
     _check_budgets(experiment, state)
+    if experiment.privacy is not None:
+        check_private(experiment.method, state)
     _write_json(files.plan, experiment.plan(state).to_json())
     _write_json(files.environment, environment())
     # Last: a folder with a config in it can be resumed.
@@ -417,7 +429,21 @@ def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
     kept = [line for line in files.read_journal() if line["round"] <= state.round]  # later rounds are done again
     if [line["round"] for line in kept] != list(range(state.round + 1)):
         raise CheckpointError(f"{files.journal} is damaged: it lacks rounds that {files.state.name} has")
+    if experiment.privacy is not None and experiment.privacy.privacy.seed is None:
+        state = _with_releases(experiment, files, state, len(kept))
     write_whole(files.journal, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return state
+
+
+def _with_releases(experiment: Experiment, files: RunFolder, state: ServerState, num_kept: int) -> ServerState:
+    """The state, saved anew, with the rounds counted that will be done again: with other noise, so both tell something.
+
+    Half a line is one too. The state is saved before the journal forgets them: a kill in between counts them twice.
+    """
+    again = len(files.journal.read_text(errors="replace").splitlines()) - num_kept
+    if again:
+        state = replace(state, releases=state.releases + again)
+        save_state(files.state, state, experiment.method.deploy(state))
     return state
 
 

@@ -157,13 +157,16 @@ class InProcessGrid(Grid):
 
 
 @contextlib.contextmanager
-def in_process(engine: LocalEngine, problem: Problem, *, cache_bytes: int = 2**30) -> Iterator[RemoteEngine]:
+def in_process(
+    engine: LocalEngine, problem: Problem, *, cache_bytes: int = 2**30, is_private: bool = False
+) -> Iterator[RemoteEngine]:
     """The clients of a local engine, each behind a node of its own, over a grid in this process.
 
     Args:
         engine: does the tasks.
         problem: what is learned.
         cache_bytes: what nodes may keep on disk, all together: equal tensors are kept once.
+        is_private: see `RemoteEngine`.
     """
     with tempfile.TemporaryDirectory(prefix="scalefl-") as folder, engine:
         cache = TensorCache(Path(folder), cache_bytes)
@@ -174,4 +177,4 @@ def in_process(engine: LocalEngine, problem: Problem, *, cache_bytes: int = 2**3
 
         contexts = {FIRST_NODE + i: Context(1, FIRST_NODE + i, {}, RecordDict(), {}) for i in range(count)}
         grid = InProcessGrid(client_app(node_of), contexts)
-        yield RemoteEngine(GridLink(grid), problem, Patience(poll_seconds=0.0), in_flight=1)
+        yield RemoteEngine(GridLink(grid), problem, Patience(poll_seconds=0.0), in_flight=1, is_private=is_private)

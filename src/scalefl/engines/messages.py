@@ -42,7 +42,9 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True)
 
 
 class WhoAreYou(_Header, frozen=True):
-    """The server asks what a node offers."""
+    """The server asks what a node offers; in private runs without what its data would tell."""
+
+    is_private: bool = False
 
 
 class Order(_Header, frozen=True):

@@ -19,7 +19,7 @@ from scalefl.engines.local import LocalEngine
 from scalefl.engines.messages import Failure, Lacking, Offer, Order, Parcel, Update, WhoAreYou, digest, pack, unpack
 from scalefl.params import Params
 from scalefl.problem import Problem
-from scalefl.types import ClientInfo, ClientLoss, ClientTask, Method, Objective, Step
+from scalefl.types import ClientInfo, ClientLoss, ClientTask, Method, Objective, Receipt, Step
 
 _FILE = "{}.safetensors"
 
@@ -115,7 +115,8 @@ class Node:
         try:
             header = unpack(parcel, WhoAreYou | Order)
             if isinstance(header, WhoAreYou):
-                return pack(Offer(self._described()))
+                described = self._described()
+                return pack(Offer(described.untold if header.is_private else described))
             return self._do(header, parcel.tensors)
         except Exception as error:  # nothing that a server sends may end a node
             return pack(Failure(f"refused: {type(error).__name__}: {error}"))
@@ -135,8 +136,10 @@ class Node:
         method = Given(dict(zip(task.steps, objectives, strict=True)))
         (done,) = self._engine.fit(cast(Method, method), [(task, params)])
         if isinstance(done, ClientLoss):
+            if task.is_private:  # an error's text may quote the data, a peak tell how much there is
+                return pack(Failure("it failed; its node knows why", done.out_of_memory))
             return pack(Failure(done.cause, done.out_of_memory, done.receipt.peak_bytes))
-        receipt = done.receipt
+        receipt = Receipt() if task.is_private else done.receipt
         header = Update(
             done.client_id, task.round, done.num_examples, dict(done.metrics), receipt.seconds, receipt.peak_bytes
         )

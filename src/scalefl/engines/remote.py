@@ -105,13 +105,21 @@ class RemoteEngine:
         problem: what is learned; nodes whose data is about something else refuse.
         patience: how long to wait.
         in_flight: tasks that are out at once; None: all of a round. Each holds its tensors where it waits.
+        is_private: whether nodes are asked for nothing that their data would tell.
     """
 
     def __init__(
-        self, link: Link, problem: Problem, patience: Patience | None = None, *, in_flight: int | None = None
+        self,
+        link: Link,
+        problem: Problem,
+        patience: Patience | None = None,
+        *,
+        in_flight: int | None = None,
+        is_private: bool = False,
     ) -> None:
         self._link, self._problem = link, problem
         self._patience, self._in_flight = patience or Patience(), in_flight
+        self._is_private = is_private
         self._peers: dict[int, _Peer] = {}
 
     def population(self) -> Population:
@@ -167,7 +175,7 @@ class RemoteEngine:
 
     def _meet(self, nodes: list[int]) -> None:
         """Ask new nodes what they offer; those that do not say so in time are asked again in the next round."""
-        asked = {self._link.push(node, pack(WhoAreYou()), round=None): node for node in nodes}
+        asked = {self._link.push(node, pack(WhoAreYou(self._is_private)), round=None): node for node in nodes}
         give_up = time.monotonic() + self._patience.meeting_seconds
         while asked and time.monotonic() < give_up:
             answers = self._link.pull(list(asked))
