@@ -101,7 +101,7 @@ def _private_round(
     """
     check_plan(plan, state)
     plan = replace(plan, is_uniform=True)
-    total, drawn = privacy.total(state, plan), privacy.drawn(plan)
+    total, drawn = privacy.total(state, plan), privacy.drawn(state, plan)
     tally = _reduce(method, engine, state, replace(plan, tasks=drawn), total)
     if tally.losses and not tally.updates:
         _log.warning("round %d: all clients that took part were lost: %s", state.round + 1, tally.causes())

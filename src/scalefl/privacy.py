@@ -99,9 +99,9 @@ class Mechanism:
     privacy: Privacy
     rate: float
 
-    def drawn(self, plan: RoundPlan) -> tuple[ClientTask, ...]:
+    def drawn(self, state: ServerState, plan: RoundPlan) -> tuple[ClientTask, ...]:
         """The tasks of those that take part, of all that may; can be none. A client is told to tell nothing else."""
-        return tuple(replace(task, is_private=True) for task in plan.tasks if self._takes_part(task))
+        return tuple(replace(task, is_private=True) for task in plan.tasks if self._takes_part(state, task.client_id))
 
     def total(self, state: ServerState, plan: RoundPlan) -> NoisyTotal:
         """The sum of a round of which `plan` has all that may take part: so far, noise alone."""
@@ -110,7 +110,7 @@ class Mechanism:
     def noise(self, shape: torch.Size, state: ServerState, name: str) -> Tensor:
         """Gaussian noise for the sum of a tensor's moves, in float64."""
         scale = self.privacy.noise_multiplier * self.privacy.clip_norm
-        return normal(shape, self.privacy.seed, "noise", state.round, name).mul_(scale)
+        return normal(shape, self.privacy.seed, "noise", state.seed, state.round, name).mul_(scale)
 
     def spent(self, releases: int) -> dict[str, float | None]:
         """The privacy loss of a client that was eligible in so many rounds, as journalled; ε is None if it is infinite.
@@ -121,9 +121,9 @@ class Mechanism:
         found = epsilon(self.rate, self.privacy.noise_multiplier, self.privacy.delta, releases)
         return {"epsilon": found if math.isfinite(found) else None, "delta": self.privacy.delta, "releases": releases}
 
-    def _takes_part(self, task: ClientTask) -> bool:
-        bits = int.from_bytes(random_bytes(8, self.privacy.seed, "cohort", task.round, task.client_id), "big")
-        return bits < self.rate * 2.0**64
+    def _takes_part(self, state: ServerState, client_id: int) -> bool:
+        drawn = random_bytes(8, self.privacy.seed, "takes part", state.seed, state.round, client_id)
+        return int.from_bytes(drawn, "big") < self.rate * 2.0**64
 
 
 @lru_cache(maxsize=64)

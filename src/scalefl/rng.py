@@ -51,14 +51,15 @@ def normal(shape: Sequence[int], seed: int | None, *path: str | int) -> Tensor:
     which can be tried one after another.
     """
     found = torch.empty(math.prod(shape), dtype=torch.float64)
-    for number, piece in enumerate(torch.split(found, _PIECE)):
+    for start in range(0, len(found), _PIECE):
+        piece = found[start : start + _PIECE]
         half = -(-len(piece) // 2)
-        bits = torch.frombuffer(bytearray(random_bytes(16 * half, seed, *path, number)), dtype=torch.int64)
+        bits = torch.frombuffer(bytearray(random_bytes(16 * half, seed, *path, start)), dtype=torch.int64)
         radius, angle = ((bits & (2**53 - 1)) + 1).double().mul_(2.0**-53).view(2, half)
         radius, angle = radius.log().mul_(-2).sqrt_(), angle * (2 * math.pi)
         piece[:half] = radius * angle.cos()
         piece[half:] = (radius * angle.sin())[: len(piece) - half]
-    return found.view(*shape)
+    return found.view(tuple(shape))
 
 
 class RngState(NamedTuple):
