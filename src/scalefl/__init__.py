@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from scalefl.methods.fedavg import FedAvg
     from scalefl.methods.scalefl import ScaleFL
     from scalefl.models.spec import ModelSpec
+    from scalefl.privacy import Privacy
     from scalefl.problem import Classification, Column, Problem
     from scalefl.record import RoundRecord
     from scalefl.sampling import UniformSampler
@@ -44,6 +45,7 @@ _WHERE = {
     "scalefl.methods.fedavg": ("FedAvg",),
     "scalefl.methods.scalefl": ("ScaleFL",),
     "scalefl.models.spec": ("ModelSpec",),
+    "scalefl.privacy": ("Privacy",),
     "scalefl.problem": ("Classification", "Column", "Problem"),
     "scalefl.record": ("RoundRecord",),
     "scalefl.sampling": ("UniformSampler",),
@@ -71,6 +73,7 @@ __all__ = [
     "ModelSpec",
     "PartitionedData",
     "Population",
+    "Privacy",
     "Problem",
     "RoundRecord",
     "ScaleFL",

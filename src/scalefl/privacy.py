@@ -173,9 +173,6 @@ class NoisyTotal:
             name: mechanism.noise(state.params[name].shape, state, name).div_(self._grid).round_()
             for name in self._holders
         }
-        for name, count in self._holders.items():
-            if isinstance(count, Tensor):
-                self._sums[name].masked_fill_(count == 0, 0.0)
         self.own: Mapping[int, Params] = {}
 
     def add(self, params: Params, weight: int, coords: Coords, largest: Mapping[str, float]) -> None:

@@ -29,7 +29,7 @@ from scalefl.errors import ConfigError, EmptyCohort
 from scalefl.experiment import Experiment, run, run_rounds
 from scalefl.loop import federate
 from scalefl.methods import METHODS, PRESETS
-from scalefl.privacy import Mechanism, NoisyTotal, Privacy, check_private, epsilon, holders
+from scalefl.privacy import Mechanism, NoisyTotal, Privacy, check_plan, check_private, epsilon, holders
 from scalefl.record import PrivateRecord
 from scalefl.report import read_run
 from scalefl.report.comparison import read_results, tables, write
@@ -341,6 +341,13 @@ class Broken(MadeData):
         return MadeData(self.sizes).label_counts(client)
 
 
+def test_clients_without_data_move_nothing():
+    """Not even by weight decay: else what they add would differ from nothing by more than the clip norm allows."""
+    method = make_method("fedavg", work=replace(WORK, weight_decay=0.5))
+    states, _ = played(method, mechanism(noise_multiplier=0.0), data=MadeData([0] * len(SIZES)))
+    assert identical(states[0].params, states[1].params)
+
+
 def test_a_lost_client_changes_nothing_but_its_own_part(caplog):
     method, data = method_of("scalefl"), Broken(SIZES)
     data.broken = (2,)
@@ -482,6 +489,13 @@ def test_every_method_runs_or_is_refused_clearly(name):
 
 def test_tensors_of_a_clients_own_are_refused():
     assert "method.feddyn" in tried(make_method("depthfl", blocks=BLOCKS, feddyn={"clients": 8, "alpha": 0.3}))
+
+
+def test_tensors_of_a_clients_own_are_refused_in_any_plan():
+    method = method_of("fedavg")
+    plan = method.plan(state := start(method), [ClientInfo(0, UNTOLD, BUDGETS[0])])
+    with pytest.raises(ConfigError, match="tensors of their own"):
+        check_plan(replace(plan, own={0: {"drift": torch.zeros(2)}}), state)
 
 
 def test_statistics_that_are_collected_later_are_refused():
