@@ -21,9 +21,14 @@ def mib(num_bytes: float) -> str:
 
 
 def privacy(spent: Mapping[str, float | None]) -> str:
-    """What a journal says of the privacy loss, as "ε = 4.97 at δ = 1e-05"; a bound, so rounded up."""
+    """What a journal says of the privacy loss, as "ε = 4.97 at δ = 1e-05"."""
     epsilon, delta = spent["epsilon"], spent["delta"]
-    return "no privacy (no noise)" if epsilon is None else f"ε = {math.ceil(100 * epsilon) / 100:g} at δ = {delta:g}"
+    return "no privacy (no noise)" if epsilon is None else f"ε = {rounded_up(epsilon)} at δ = {delta:g}"
+
+
+def rounded_up(epsilon: float) -> str:
+    """With two decimals: it is an upper bound."""
+    return f"{math.ceil(100 * epsilon) / 100:.2f}"
 
 
 def digits(value: float) -> str:

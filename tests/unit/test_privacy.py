@@ -17,10 +17,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_experiment import settings
 from test_nodes import HASTY, Lab
+from typer.testing import CliRunner
 
 from scalefl import privacy as privacy_module
-from scalefl.cli import _described
+from scalefl.cli import _described, app
 from scalefl.comparison import load_comparison
+from scalefl.config import to_plain
 from scalefl.coords import take
 from scalefl.engines.local import LocalEngine
 from scalefl.engines.messages import Failure, Offer, Update, unpack
@@ -38,6 +40,7 @@ from scalefl.rng import NORMAL_LIMIT, normal, random_bytes
 from scalefl.run_folder import RunFolder
 from scalefl.sampling import UniformSampler, everybody
 from scalefl.types import UNTOLD, ClientInfo, Method, ServerState
+from scalefl.units import privacy
 from support import PROBLEM, WORK, Clients, MadeData, full_bytes, identical, make_method, play, spec
 
 MODEL = spec(norm="group")
@@ -605,6 +608,22 @@ def test_reports_and_progress_tell_epsilon(tmp_path):
     column = table.header.index("privacy")
     assert [row[column] for row in table.rows] == [words[-1], "–"]
     assert "privacy" not in comparison([plain]).header
+
+
+def test_plans_tell_what_the_run_will_come_to(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"config": to_plain(private())}))
+    expected = privacy(mechanism(0.5).spent(3))
+    said = CliRunner().invoke(app, ["plan", str(path)])
+    assert said.exit_code == 0 and f"Privacy after 3 rounds: {expected}" in said.stdout
+    found = json.loads(CliRunner().invoke(app, ["plan", str(path), "--json"]).stdout)
+    assert found["privacy"]["epsilon"] == epsilon(0.5, 1.0, 1e-3, 3)
+
+
+def test_a_bound_is_rounded_up():
+    assert privacy({"epsilon": 1.2301, "delta": 1e-5}) == "ε = 1.24 at δ = 1e-05"
+    assert privacy({"epsilon": 0.0, "delta": 1e-3}) == "ε = 0.00 at δ = 0.001"
+    assert privacy({"epsilon": None, "delta": 1e-3}) == "no privacy (no noise)"
 
 
 def test_comparisons_hold_private_runs_beside_others(tmp_path):

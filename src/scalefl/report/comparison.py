@@ -20,7 +20,7 @@ from scalefl.report.page import Page, Picture, Section, write_page
 from scalefl.report.pictures import ACCURACY, STYLE, looks, save, with_grid, with_key
 from scalefl.report.tables import NOTHING, Numbers, Table, to_markdown
 from scalefl.run_folder import RunFolder, read_json
-from scalefl.units import MIB, digits
+from scalefl.units import MIB, digits, rounded_up
 
 HIDDEN = ("test", "low_memory", "p10")
 """Figures of test data."""
@@ -218,7 +218,7 @@ def _cell(key: str, values: Sequence[float | None]) -> str:
     mean = statistics.mean(known)
     if key in SPREAD:
         return f"{mean:.1f} ± {statistics.stdev(known):.1f}" if len(known) > 1 else f"{mean:.1f}"
-    return digits(mean)
+    return rounded_up(mean) if key == "epsilon" else digits(mean)
 
 
 def write(results: Results, out: Path) -> list[Path]:
