@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from scalefl.models.spec import ModelSpec
     from scalefl.privacy import Privacy
     from scalefl.problem import Classification, Column, Problem
-    from scalefl.record import RoundRecord
+    from scalefl.record import PrivateRecord, RoundRecord
     from scalefl.sampling import UniformSampler
     from scalefl.types import ClientInfo, Engine, LocalWork, Method, Population, ServerState
 
@@ -47,7 +47,7 @@ _WHERE = {
     "scalefl.models.spec": ("ModelSpec",),
     "scalefl.privacy": ("Privacy",),
     "scalefl.problem": ("Classification", "Column", "Problem"),
-    "scalefl.record": ("RoundRecord",),
+    "scalefl.record": ("PrivateRecord", "RoundRecord"),
     "scalefl.sampling": ("UniformSampler",),
     "scalefl.types": ("ClientInfo", "Engine", "LocalWork", "Method", "Population", "ServerState"),
 }
@@ -74,6 +74,7 @@ __all__ = [
     "PartitionedData",
     "Population",
     "Privacy",
+    "PrivateRecord",
     "Problem",
     "RoundRecord",
     "ScaleFL",

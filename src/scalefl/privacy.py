@@ -73,11 +73,11 @@ class Privacy:
                 f"privacy.delta = {self.delta:g}: expected much less than {1 / num_clients:g}, one in the number of "
                 "clients: with more, even giving one client's data away would do"
             )
-        check_installed()
+        check_accountant()
         return Mechanism(self, min(clients_per_round / num_clients, 1.0))
 
 
-def check_installed() -> None:
+def check_accountant() -> None:
     """Refuse to go on without an accountant.
 
     Raises:
@@ -197,8 +197,8 @@ class NoisyTotal:
             yield name, params[name].double() - take(self._before[name], coords[name]).double()
 
     def _mean(self, base: Tensor, name: str) -> Tensor:
-        count, held = self._holders[name], self.held(name)
-        denominator = (count * self._rate).clamp(min=1) if isinstance(count, Tensor) else max(count * self._rate, 1.0)
+        held, count = self.held(name), torch.as_tensor(self._holders[name], dtype=torch.float64)
+        denominator = (count * self._rate).clamp_(min=1)
         moved = (base.double() + self._sums[name] * self._grid / denominator).to(base.dtype)
         return moved if held is None else torch.where(held, moved, base)
 

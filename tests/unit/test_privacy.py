@@ -39,6 +39,7 @@ from scalefl.report.tables import comparison, summary_table
 from scalefl.rng import NORMAL_LIMIT, normal, random_bytes
 from scalefl.run_folder import RunFolder
 from scalefl.sampling import UniformSampler, everybody
+from scalefl.tracking import figures
 from scalefl.types import UNTOLD, ClientInfo, Method, ServerState
 from scalefl.units import privacy
 from support import PROBLEM, WORK, Clients, MadeData, full_bytes, identical, make_method, play, spec
@@ -165,11 +166,13 @@ def test_a_delta_that_allows_to_give_a_client_away_is_refused():
     assert mechanism().privacy.for_clients(5, 8).rate == 1.0
 
 
-def test_a_missing_accountant_is_named(monkeypatch):
+def test_a_missing_accountant_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(privacy_module, "find_spec", lambda name: None)
     config = settings("200%", privacy={"clip_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-3})
     with pytest.raises(ConfigError, match=r'pip install "scalefl\[privacy\]"'):
         Experiment(config)
+    with pytest.raises(ConfigError, match=r"variant 'private': \[privacy\] needs a package"):
+        both(tmp_path)
 
 
 # Randomness
@@ -600,6 +603,9 @@ def test_reports_and_progress_tell_epsilon(tmp_path):
     runs = run_rounds(Experiment(private(name="private")), tmp_path / "private")
     words = [words["moved"] for _, words in _described(runs, tmp_path / "private")]
     assert words[0].startswith("ε = ") and words[0].endswith(" at δ = 0.001") and len(set(words)) == 3
+    line = RunFolder(tmp_path / "private").read_journal()[-1]
+    told = {"predicted_peak_bytes", "privacy/epsilon", "privacy/delta", "privacy/releases"}
+    assert told == {name for name in figures(line) if not name.startswith(("validation/", "plane/"))}
     run(settings("200%", name="plain"), tmp_path / "plain")
     secret, plain = (read_run(tmp_path / name) for name in ("private", "plain"))
     assert ("privacy", words[-1]) in summary_table(secret).rows
@@ -626,7 +632,8 @@ def test_a_bound_is_rounded_up():
     assert privacy({"epsilon": None, "delta": 1e-3}) == "no privacy (no noise)"
 
 
-def test_comparisons_hold_private_runs_beside_others(tmp_path):
+def both(tmp_path):
+    """A comparison of a private variant with a plain one."""
     config = {
         "name": "both",
         "model": "support:tiny",
@@ -646,7 +653,11 @@ def test_comparisons_hold_private_runs_beside_others(tmp_path):
         },
     }
     (tmp_path / "both.json").write_text(json.dumps({"config": config}))
-    found = load_comparison(tmp_path / "both.json", runs=tmp_path / "runs")
+    return load_comparison(tmp_path / "both.json", runs=tmp_path / "runs")
+
+
+def test_comparisons_hold_private_runs_beside_others(tmp_path):
+    found = both(tmp_path)
     found.describe()
     for job in found.jobs:
         run(job.config, job.folder)
