@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,30 +16,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from click import ClickException, Context
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
+from scalefl.deploy_cli import deploy
 from scalefl.errors import ConfigError, ScaleFLError
 from scalefl.measure import base_bytes
 from scalefl.run_folder import RunFolder
-from scalefl.units import mib, privacy
+from scalefl.terminal import Interrupted, bar_beside, conclude, console_of, follow, print_files
+from scalefl.units import privacy
 
 if TYPE_CHECKING:
     from scalefl.comparison import Comparison
     from scalefl.config import Config
-    from scalefl.experiment import RunProgress
 
 INTERRUPTED = 130
-PLAIN_WIDTH = 120
-"""Columns where the output is no terminal and nobody says how wide it is."""
-PLAIN_SECONDS = 30.0
-"""Where the output is no terminal, a line is printed at least so often, and after each tenth of the rounds."""
 
 DEFAULT_RUNS = Path("runs")
-
-
-class _Interrupted(KeyboardInterrupt):
-    """Ctrl-C, with what to say about it."""
 
 
 class _Commands(TyperGroup):
@@ -107,7 +96,7 @@ def run(
     """Train as CONFIG says (a TOML file, or the config.json of a run), into a folder of the run's own."""
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite contradict each other")
-    console = _console()
+    console = console_of()
     loaded = _load(config, settings)
     folder = runs / loaded.name
     console.print(_headline(loaded), highlight=False)
@@ -118,8 +107,8 @@ def run(
         command += [] if runs == DEFAULT_RUNS else ["--runs", str(runs)]
         saved = (folder / "state.safetensors").exists()
         what = f"finished rounds are saved in {folder}" if saved else "no round was finished yet"
-        raise _Interrupted(f"interrupted; {what}. Go on with\n  {shlex.join([*command, '--resume'])}") from None
-    _conclude(console, folder)
+        raise Interrupted(f"interrupted; {what}. Go on with\n  {shlex.join([*command, '--resume'])}") from None
+    conclude(console, folder)
 
 
 @app.command()
@@ -141,7 +130,7 @@ def compare(
     """
     from scalefl.comparison import load_comparison
 
-    console = _console()
+    console = console_of()
     comparison = load_comparison(config, tuple(settings or ()), runs=runs)
     comparison.describe()
     failed = _follow_jobs(console, comparison, parallel)
@@ -183,7 +172,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps({**found, "classes": classes, "base_bytes": base}, indent=2))
         return
-    console = _console()
+    console = console_of()
     show(console, memory_table(found))
     show(console, class_table(classes, found["full"]["peak_bytes"], base))
     if spent:
@@ -216,7 +205,7 @@ def report(
     from scalefl.report import draw, is_comparison, read_run, side_by_side
     from scalefl.report.tables import comparison, memory_table, show, summary_table
 
-    console = _console()
+    console = console_of()
     if len(runs) == 1 and is_comparison(runs[0]):
         _conclude_comparison(console, runs[0], out)
         return
@@ -228,7 +217,7 @@ def report(
     else:
         show(console, comparison(found))
         written = side_by_side(found, out or runs[0].parent / "report")
-    _print_files(console, written)
+    print_files(console, written)
 
 
 @app.command()
@@ -242,6 +231,9 @@ def export(
     model, num_tensors = export_model(run_folder, output)
     arguments = ", ".join(f"{name}={value!r}" for name, value in model.arguments)
     typer.echo(f"{output}: {num_tensors} tensors of {model.factory}({arguments})")
+
+
+app.add_typer(deploy, name="deploy")
 
 
 def main() -> None:
@@ -291,7 +283,6 @@ def _train(console: Console, config: Config, folder: Path, *, resume: bool, over
     experiment = Experiment(config)
     if overwrite:
         _remove(folder)
-    follow = _follow_live if console.is_terminal else _follow_plainly
     rounds = run_rounds(experiment, folder, resume=resume)
     with closing(rounds):  # Ctrl-C stops the workers at once
         follow(console, rounds, folder)
@@ -311,86 +302,10 @@ def _remove(folder: Path) -> None:
         files.remove()
 
 
-@dataclass
-class _Totals:
-    """What a run has come to."""
-
-    bytes_moved: int = 0
-    accuracy: float | None = None
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Count a line of the journal."""
-        self.bytes_moved += line.get("bytes_down", 0) + line.get("bytes_up", 0)
-        self.accuracy = line.get("validation", {}).get("accuracy", self.accuracy)
-
-    def describe(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """The words beside the bar."""
-        loss = line.get("train", {}).get("loss")
-        return {
-            "loss": "" if loss is None else f"loss {loss:.3f}",
-            "accuracy": "" if self.accuracy is None else f"val. acc. {100 * self.accuracy:.1f} %",
-            # Bytes would tell how many clients take part.
-            "moved": privacy(line["privacy"]) if "privacy" in line else f"{mib(self.bytes_moved)} MiB moved",
-        }
-
-
-def _described(rounds: Iterator[RunProgress], folder: Path) -> Iterator[tuple[RunProgress, dict[str, Any]]]:
-    """Each round with its words; totals count the rounds before a resumption too."""
-    totals: _Totals | None = None
-    for progress in rounds:
-        lines = [progress.line] if totals else RunFolder(folder).read_journal()
-        totals = totals or _Totals()
-        for line in lines:
-            totals.add(line)
-        yield progress, totals.describe(progress.line)
-
-
-def _follow_live(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
-    with _bar(console, "loss", "accuracy", "moved") as bar:
-        task = bar.add_task("preparing", total=None, loss="", accuracy="", moved="")
-        started = False
-        for progress, words in _described(rounds, folder):
-            done, stage = progress.line["round"], progress.line["stage"]
-            if not started:  # the clock starts here: preparing, and rounds before a resumption, say nothing of speed
-                bar.reset(task, total=progress.rounds, completed=done)
-                started = True
-            bar.update(task, completed=done, description=stage, **words)
-
-
-def _bar(console: Console, *fields: str) -> Progress:
-    """A bar with fields of text beside it; only on a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        *(TextColumn(f"{{task.fields[{name}]}}") for name in fields),
-        TimeRemainingColumn(),
-        console=console,
-        # What is counted may take minutes: the mean over all of it tells the time left.
-        speed_estimate_period=float("inf"),
-        disable=not console.is_terminal,
-    )
-
-
-def _follow_plainly(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
-    first, start, printed = 0, 0.0, 0.0
-    for progress, words in _described(rounds, folder):
-        done, now = progress.line["round"], time.monotonic()
-        texts = [f"round {done}/{progress.rounds}", progress.line["stage"], *filter(None, words.values())]
-        if first:
-            texts.append(f"{(now - start) / (done - first) * (progress.rounds - done):.0f} s left")
-        else:
-            first, start = done, now
-        tenth = max(1, progress.rounds // 10)
-        if done in (first, progress.rounds) or done % tenth == 0 or now - printed > PLAIN_SECONDS:
-            console.print(", ".join(texts), highlight=False, soft_wrap=True)
-            printed = now
-
-
 def _follow_jobs(console: Console, comparison: Comparison, parallel: int | None) -> list[str]:
     """Run a comparison's jobs, and show how many are done; returns what went wrong, a text for each failed run."""
     failed: list[str] = []
-    with _bar(console) as bar, closing(comparison.run(parallel)) as ended:
+    with bar_beside(console) as bar, closing(comparison.run(parallel)) as ended:
         task = bar.add_task(comparison.name, total=len(comparison.jobs))
         for number, one in enumerate(ended, 1):
             if one.before:  # the clock starts with what runs now
@@ -416,35 +331,11 @@ def _conclude_comparison(console: Console, folder: Path, out: Path | None) -> No
     for scenario in results.runs:
         for table in tables(results, scenario):
             show(console, table)
-    _print_files(console, write(results, out or folder))
-
-
-def _conclude(console: Console, folder: Path) -> None:
-    from scalefl.report import draw, read_run
-    from scalefl.report.tables import show, summary_table
-
-    finished = read_run(folder)
-    draw(finished, folder)
-    console.print()
-    show(console, summary_table(finished))
-    _print_files(console, sorted(folder.iterdir()))
-
-
-def _print_files(console: Console, paths: list[Path]) -> None:
-    console.print("Files written:")
-    for path in paths:
-        console.print(f"  {path}", highlight=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        return Console(width=PLAIN_WIDTH)
-    return console
+    print_files(console, write(results, out or folder))
 
 
 def _message(error: BaseException) -> str:
-    if isinstance(error, ScaleFLError | _Interrupted):
+    if isinstance(error, ScaleFLError | Interrupted):
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"

@@ -2,7 +2,8 @@
 
 A comparison is a run's config with three tables of its own: `[compare]` (seeds), `[variants.NAME]` and
 `[scenarios.NAME]`, each with tables of the config that replace its own. Every run is a process and a folder of its
-own: finished ones are not run again, and broken ones go on where they were.
+own: finished ones are not run again, and broken ones go on where they were. A variant whose runs no scenario's budgets
+change can be run in one of them alone, for all.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from typing import Any
 
 from scalefl.checkpoint import write_whole
 from scalefl.config import Config, convert, make_config, overridden, read_settings, to_plain
-from scalefl.errors import ConfigError, ScaleFLError, check_range
+from scalefl.errors import ConfigError, ScaleFLError, check_range, nearest
 from scalefl.experiment import check_same
 from scalefl.privacy import check_accountant
 from scalefl.run_folder import RunFolder
 from scalefl.tracking import check_installed
+
+ONCE = "run_once_in"
+"""The key of a variant that names the one scenario in which it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,7 @@ class Comparison:
         path: its folder.
         settings: its own.
         scenarios, variants: names, in the order of the file; a comparison without scenarios has one without a name.
+        run_once: variant -> the one scenario in which it runs, for those whose runs stand in all of them.
         jobs: the runs, seed by seed, so that each seed is a comparison already.
     """
 
@@ -87,6 +92,7 @@ class Comparison:
     settings: Compare
     scenarios: tuple[str, ...]
     variants: tuple[str, ...]
+    run_once: Mapping[str, str]
     jobs: tuple[Job, ...]
     _running: set[subprocess.Popen[str]] = field(default_factory=set)
     _is_over: Event = field(default_factory=Event)
@@ -95,7 +101,7 @@ class Comparison:
         """Write what is compared into the folder, for reports."""
         self.path.mkdir(parents=True, exist_ok=True)
         content = {"name": self.name, "settings": asdict(self.settings)}
-        content |= {"scenarios": self.scenarios, "variants": self.variants}
+        content |= {"scenarios": self.scenarios, "variants": self.variants, "run_once": self.run_once}
         write_whole(RunFolder(self.path).comparison, json.dumps(content, indent=2).encode())
 
     def run(self, parallel: int | None = None) -> Generator[Ended]:
@@ -165,6 +171,7 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: 
     variants, scenarios = (_tables(raw, name) for name in ("variants", "scenarios"))
     if not variants:
         raise ConfigError(f"{path}: a comparison needs variants, as [variants.fedavg] with method = {{ name = … }}")
+    run_once = _taken_once(raw, variants, scenarios)
     name = str(raw.get("name", Path(path).stem))
     jobs = []
     for seed in settings.seeds:
@@ -179,15 +186,46 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: 
                 except ConfigError as error:
                     where = f"variant {variant!r}" + (f" in scenario {scenario!r}" if scenario else "")
                     raise ConfigError(f"{path}: {where}: {error}") from error
-                jobs.append(Job(scenario, variant, seed, config, folder))
-    return Comparison(name, runs / name, settings, tuple(scenarios or {"": {}}), tuple(variants), tuple(jobs))
+                if run_once.get(variant, scenario) == scenario:
+                    jobs.append(Job(scenario, variant, seed, config, folder))
+    return Comparison(name, runs / name, settings, tuple(scenarios or {"": {}}), tuple(variants), run_once, tuple(jobs))
 
 
-def _tables(raw: dict[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
+def _taken_once(
+    raw: Mapping[str, Any], variants: Mapping[str, dict[str, Any]], scenarios: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
+    """The one scenario in which a variant runs, of each that names one; that key is taken out of its table.
+
+    Raises:
+        ConfigError: there is no such scenario, or another changes more than budgets, so that results would differ.
+    """
+    found = {}
+    for variant, changes in variants.items():
+        if ONCE not in changes:
+            continue
+        home = changes.pop(ONCE)
+        key = f"variants.{variant}.{ONCE} = {home!r}"
+        if home not in list(scenarios):  # whatever its type
+            known = f"known: {', '.join(scenarios)}" if scenarios else "there are no scenarios"
+            raise ConfigError(f"{key}{nearest(str(home), scenarios)}; {known}")
+        for scenario, tables in scenarios.items():
+            replaced = {**scenarios[home], **tables}.keys() - changes.keys() - {"devices"}
+            here, there = {**raw, **scenarios[home]}, {**raw, **tables}
+            differing = sorted(name for name in replaced if here.get(name) != there.get(name))
+            if differing:
+                raise ConfigError(
+                    f"{key}: scenario {scenario!r} differs from it in {', '.join(differing)}, not in devices alone, so "
+                    "that the variant has to run in both"
+                )
+        found[variant] = home
+    return found
+
+
+def _tables(raw: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
     found = raw.pop(name, {})
     if not isinstance(found, Mapping) or not all(isinstance(table, Mapping) for table in found.values()):
         raise ConfigError(f"{name}: expected tables, as [{name}.NAME]")
     for key in found:
         if key in ("", ".", "..") or Path(key).name != key:
             raise ConfigError(f"{name}.{key!r}: expected a name that can be a folder's, without slashes")
-    return dict(found)
+    return {key: dict(table) for key, table in found.items()}

@@ -13,6 +13,8 @@ import msgspec
 
 from scalefl.data import Devices, Iid, Partitioner, Source
 from scalefl.engines.local import Cap, check_cap
+from scalefl.engines.messages import Precision
+from scalefl.engines.remote import Patience
 from scalefl.errors import ConfigError, check_range, nearest
 from scalefl.harmonizer import GROWTHS, Growth
 from scalefl.mentor import SCHEDULES, Schedule
@@ -65,6 +67,8 @@ class EngineConfig:
         threads: torch's threads for each process. Results depend on it in the last bits.
         cap: "hard": a client that takes more than its budget is lost. Needs workers, and Linux.
         device: where clients train and models are measured: "cpu", "cuda" or "cuda:1". Budgets are of its memory.
+        patience: how long to wait for nodes.
+        precision: "float16": nodes send back the difference from what they were sent, in half precision.
     """
 
     name: Literal["local", "flower"] = "local"
@@ -72,11 +76,15 @@ class EngineConfig:
     threads: int = 1
     cap: Cap = "none"
     device: str = "cpu"
+    patience: Patience = Patience()
+    precision: Precision = "exact"
 
     def __post_init__(self) -> None:
         check_range("workers", self.workers, 0)
         check_range("threads", self.threads, 1)
         check_cap(self.cap, self.workers)
+        if self.name == "local" and self.precision != "exact":
+            raise ConfigError(f"engine.precision = {self.precision!r}: nothing is sent by the local engine")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -349,6 +349,8 @@ def _passing(step: Step, units: range, found: Slices, problem: Problem) -> int:
         return found.peak(units, rows)
     # Each stretch between two starts runs alone, beside the tensors that those before it left.
     cuts = partition(step.part.model, problem).cuts
+    if any(inner.cut not in cuts for inner in step.part.inner):
+        return 0  # cut by hand inside a unit, of which nothing is known but the whole
     kept, start, highest = 0, units[0], 0
     for inner in step.part.inner:
         after = cuts.index(inner.cut) + 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -20,10 +20,11 @@ from scalefl.checkpoint import load_state, save_state, write_whole
 from scalefl.client import Residents
 from scalefl.config import Config, make_config, to_plain
 from scalefl.costs import step_cost
-from scalefl.data import Dataset, FederatedData, Natural, PartitionedData, load
-from scalefl.data.population import SimulatedPopulation
+from scalefl.data import Dataset, FederatedData, Iid, Natural, PartitionedData, Partitioner, load
+from scalefl.data.population import DeclaredPopulation, SimulatedPopulation
 from scalefl.engines.gauge import device_of
 from scalefl.engines.local import LocalEngine, offered
+from scalefl.engines.remote import RemoteEngine
 from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, UncuttableModel
 from scalefl.evaluate import (
     accuracy_of_labels,
@@ -50,7 +51,7 @@ from scalefl.sampling import UniformSampler, everybody, shuffled
 from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
 from scalefl.tracking import Tracking, check_installed
-from scalefl.types import Collects, Engine, Method, Population, ServerState
+from scalefl.types import UNTOLD, ClientInfo, Collects, Engine, Method, Population, ServerState
 from scalefl.units import mib
 
 LOW_MEMORY_CLIENTS = 1000
@@ -58,11 +59,20 @@ LOW_MEMORY_CLIENTS = 1000
 ASKED_CLIENTS = 1000
 """Of so many clients, drawn at random, the accuracies are compared."""
 
+Reach = Callable[[Problem], RemoteEngine]
+"""Gives the engine of clients that exist elsewhere, once it is known what is learned."""
+
 
 class Experiment:
-    """What a config describes, assembled: data, clients, model and method."""
+    """What a config describes, assembled: data, clients, model and method.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: what to run.
+        reach: gives the engine whose clients exist elsewhere; then the config's data is the server's own, of which
+            only validation and test rows are used, and its devices are nobody's. None: clients are simulated.
+    """
+
+    def __init__(self, config: Config, reach: Reach | None = None) -> None:
         self.config = config
         check_installed(config.tracking)
         self.method: Method = config.make_method()
@@ -74,7 +84,9 @@ class Experiment:
             raise ConfigError(
                 f"model {self.model.name} has {outputs} outputs, the data {self.problem.num_classes} classes"
             )
-        self.data, self.population = self._clients(loaded)
+        self.remote = reach(self.problem) if reach else None
+        self.data = self._data(loaded)
+        self.population = self._population()
         for split in ("validation", "test"):
             if not num_rows(getattr(self.data, split)):
                 raise DataError(f"the {split} data is empty: there is nothing to measure accuracy on")
@@ -85,6 +97,8 @@ class Experiment:
     @property
     def offered(self) -> Population:
         """The clients as the engine shows them to methods."""
+        if self.remote is not None:
+            return self.population
         return offered(self.population, self.config.engine.cap)
 
     @cached_property
@@ -93,18 +107,14 @@ class Experiment:
         step = full_step(self.model, self.problem, self.config.work.at_round(0))
         return step_cost(step, self.problem, TaskLoss())
 
-    def initial_state(self) -> ServerState:
-        """The state before the first round."""
-        return self.method.init(
-            self.model,
-            self.problem,
-            seed=self.config.seed,
-            smallest_memory_bytes=self.offered.smallest_memory_bytes,
-        )
+    def initial_state(self, smallest_memory_bytes: int | None = None) -> ServerState:
+        """The state before the first round, for a smallest client of so much memory: by default the smallest now."""
+        smallest = self.offered.smallest_memory_bytes if smallest_memory_bytes is None else smallest_memory_bytes
+        return self.method.init(self.model, self.problem, seed=self.config.seed, smallest_memory_bytes=smallest)
 
     def plan(self, state: ServerState | None = None) -> MemoryPlan:
         """The memory plan; its budgets are what may be planned with."""
-        capped = self.config.engine.cap == "hard"
+        capped = self.config.engine.cap == "hard" and self.remote is None
         budgets = {
             member.name: usable_bytes(member.memory_bytes) if capped else member.memory_bytes
             for member in self.population.classes
@@ -126,12 +136,14 @@ class Experiment:
         return take(self.data.validation, rows)
 
     @cached_property
-    def low_memory_test(self) -> Batch:
+    def low_memory_test(self) -> Batch | None:
         """Test rows drawn by the label distribution of the clients that cannot hold full training.
 
         The same rows for every method: they depend on data, devices and seed only. Where all clients hold full
-        training, those of the weakest class are meant.
+        training, those of the weakest class are meant. None where clients exist elsewhere: they keep their labels.
         """
+        if isinstance(self.population, DeclaredPopulation):
+            return None
         smallest = self.population.smallest_memory_bytes
         limit = max(self.full_cost.peak_bytes, smallest + 1)
         counts = torch.zeros(self.problem.num_classes, dtype=torch.int64)
@@ -160,21 +172,25 @@ class Experiment:
         cuts = [blocks.cut(block) for block in range(len(blocks) - 1)]
         return tuple(cut for cut in cuts if cut), found.source
 
-    def _clients(self, loaded: Dataset | FederatedData) -> tuple[FederatedData, SimulatedPopulation]:
-        config, devices = self.config, self.config.devices
-        full_bytes = self.full_cost.peak_bytes
+    def _data(self, loaded: Dataset | FederatedData) -> FederatedData:
         if isinstance(loaded, FederatedData):
-            return loaded, SimulatedPopulation(loaded, devices, full_bytes, config.seed)
-        strengths = [member.strength for member in devices.resolve(full_bytes)]
-        data = PartitionedData.from_dataset(
-            loaded,
-            config.data.partition,
-            config.data.clients,
-            groups=[strengths[devices.class_of(i, config.seed)] for i in range(config.data.clients)],
-            validation_fraction=config.data.validation,
-            seed=config.seed,
+            return loaded
+        config, devices = self.config, self.config.devices
+        shares: Partitioner = Iid()
+        count, groups = 1, [0]
+        if self.remote is None:  # else nobody is given what is not held out
+            shares, count = config.data.partition, config.data.clients
+            strengths = [member.strength for member in devices.resolve(self.full_cost.peak_bytes)]
+            groups = [strengths[devices.class_of(i, config.seed)] for i in range(count)]
+        return PartitionedData.from_dataset(
+            loaded, shares, count, groups=groups, validation_fraction=config.data.validation, seed=config.seed
         )
-        return data, SimulatedPopulation(data, devices, full_bytes, config.seed)
+
+    def _population(self) -> SimulatedPopulation | DeclaredPopulation:
+        if self.remote is not None:
+            return self.remote.population()
+        config = self.config
+        return SimulatedPopulation(self.data, config.devices, self.full_cost.peak_bytes, config.seed)
 
 
 @dataclass(frozen=True)
@@ -228,7 +244,7 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
             everybody if experiment.privacy else UniformSampler(config.clients_per_round),
             state,
             is_looked_at=observer.is_due,
-            privacy=experiment.privacy,
+            privacy=_privacy(experiment, files),
         )
         while state.round < config.rounds:
             state, record = next(rounds)
@@ -242,7 +258,17 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
             _write_json(files.summary, observer.conclude(state, files.read_journal()))
 
 
+def _privacy(experiment: Experiment, files: RunFolder) -> Mechanism | None:
+    """With a rate by the number of clients when the run began: ε is of one rate, whoever has come and gone since."""
+    settings, begun = experiment.config.privacy, experiment.privacy
+    if settings is None or not files.clients.exists():
+        return begun
+    return settings.for_clients(len(read_json(files.clients)["clients"]), experiment.config.clients_per_round)
+
+
 def _engine(experiment: Experiment) -> AbstractContextManager[Engine]:
+    if experiment.remote is not None:
+        return nullcontext(experiment.remote)
     settings = experiment.config.engine
     local = LocalEngine(
         experiment.data,
@@ -255,10 +281,16 @@ def _engine(experiment: Experiment) -> AbstractContextManager[Engine]:
     if settings.name == "local":
         return local
     try:
-        from scalefl.engines.flower import in_process
+        from scalefl.engines.flower.grid import in_process
     except ModuleNotFoundError as error:
         raise ConfigError(f'engine = "flower" needs Flower ({error}): pip install "scalefl[flower]"') from error
-    return in_process(local, experiment.problem, is_private=experiment.privacy is not None)
+    return in_process(
+        local,
+        experiment.problem,
+        patience=settings.patience,
+        precision=settings.precision,
+        is_private=experiment.privacy is not None,
+    )
 
 
 def read_config(folder: Path) -> Config:
@@ -284,7 +316,7 @@ def check_same(config: Config, files: RunFolder) -> None:
     """
     saved, asked = to_plain(read_config(files.path)), to_plain(config)
     for content in (saved, asked):  # what the result does not depend on
-        del content["save_every"], content["tracking"], content["engine"]["workers"]
+        del content["save_every"], content["tracking"], content["engine"]["workers"], content["engine"]["patience"]
     differing = [key for key in asked if asked[key] != saved[key]]
     if differing:
         raise ConfigError(f"{files.path} holds a run whose {', '.join(differing)} differ: resume with its own config")
@@ -334,9 +366,10 @@ class _Observer:
             return {**figures, "privacy": rounds[-1]["privacy"]}
         measured = [peak for line in rounds if (peak := line["measured_peak_bytes"]) is not None]
         clients = {i for line in rounds for ids in line["rungs"].values() for i in ids}
+        low = experiment.low_memory_test
         return {
             **figures,
-            "low_memory_test": self._measure(model, params, experiment.low_memory_test),
+            "low_memory_test": None if low is None else self._measure(model, params, low),
             "client_test": self._over_clients(model, params),
             "measured_peak_bytes": max(measured, default=None),
             "num_clients_seen": len(clients),
@@ -345,8 +378,10 @@ class _Observer:
             "seconds": sum(line["seconds"] for line in rounds),
         }
 
-    def _over_clients(self, model: ModelSpec, params: Params) -> dict[str, float]:
+    def _over_clients(self, model: ModelSpec, params: Params) -> dict[str, float] | None:
         experiment, data = self._experiment, self._experiment.data
+        if experiment.remote is not None:  # clients elsewhere keep their labels
+            return None
         order = shuffled(len(experiment.population), derive(experiment.config.seed, "asked clients"))
         counts = [data.label_counts(client) for _, client in zip(range(ASKED_CLIENTS), order, strict=False)]
         of_label = accuracy_of_labels(self._residents, model, params, experiment.problem, data.test)
@@ -382,6 +417,8 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
     _check_budgets(experiment, state)
     if experiment.privacy is not None:
         check_private(experiment.method, state)
+    if isinstance(experiment.population, DeclaredPopulation):
+        _write_json(files.clients, {"clients": [_declared(client) for client in experiment.population.clients]})
     _write_json(files.plan, experiment.plan(state).to_json())
     _write_json(files.environment, environment())
     # Last: a folder with a config in it can be resumed.
@@ -424,7 +461,7 @@ def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
     check_same(experiment.config, files)
     if not files.state.exists():  # it was killed before its first save
         files.journal.unlink(missing_ok=True)
-        return experiment.initial_state()
+        return experiment.initial_state(_smallest_at_start(files))
     state = _loaded(experiment, files)
     kept = [line for line in files.read_journal() if line["round"] <= state.round]  # later rounds are done again
     if [line["round"] for line in kept] != list(range(state.round + 1)):
@@ -453,7 +490,7 @@ def _loaded(experiment: Experiment, files: RunFolder) -> ServerState:
     Raises:
         CheckpointError: the state is not of this run.
     """
-    start = experiment.initial_state()
+    start = experiment.initial_state(_smallest_at_start(files))
     state = load_state(files.state, start.model, experiment.problem)
     shapes = [{name: (t.shape, t.dtype) for name, t in s.params.items()} for s in (start, state)]
     if shapes[0] != shapes[1] or state.seed != start.seed or state.aux.values.keys() != start.aux.values.keys():
@@ -461,6 +498,22 @@ def _loaded(experiment: Experiment, files: RunFolder) -> ServerState:
             f"{files.state} belongs to another run: its tensors, seed or history are not this config's"
         )
     return state
+
+
+def _declared(client: ClientInfo) -> dict[str, Any]:
+    return {
+        "client": client.id,
+        "name": client.device,
+        "num_examples": None if client.num_examples == UNTOLD else client.num_examples,
+        "memory_bytes": client.memory_bytes,
+    }
+
+
+def _smallest_at_start(files: RunFolder) -> int | None:
+    """By which the model was cut: clients may have come and gone since."""
+    if not files.clients.exists():
+        return None
+    return min(int(client["memory_bytes"]) for client in read_json(files.clients)["clients"])
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:

@@ -129,6 +129,28 @@ def usable_bytes(budget_bytes: int) -> int:
     return max(0, budget_bytes - max(math.ceil(MARGIN_SHARE * budget_bytes), MARGIN_BYTES))
 
 
+_SPARED_SHARE = 0.05
+"""Of the machine's memory: what an automatic budget leaves to everything else."""
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def spare_bytes() -> int:
+    """What this machine, or the container that this process is in, can spare now; Linux only.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+    sizes = {name.rstrip(":"): int(size) * 1024 for name, size, *_ in lines}
+    total, free = sizes["MemTotal"], sizes["MemAvailable"]
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit; no such file: no container
+        limit = int((_CGROUP / "memory.max").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        held = int((_CGROUP / "memory.current").read_text()) - int(stat["inactive_file"])
+        total, free = min(total, limit), min(free, limit - held)
+    return max(0, free - int(_SPARED_SHARE * total))
+
+
 @contextlib.contextmanager
 def limited(before: Held | None, added_bytes: int | None) -> Iterator[None]:
     """Inside the block, the process gets no more than so many bytes of private memory beyond what it held `before`.

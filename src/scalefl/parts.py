@@ -38,10 +38,17 @@ class Stretch:
 
 
 class Exit(NamedTuple):
-    """A classifier on the way: where it reads, and what it is made of."""
+    """A classifier on the way.
+
+    Attributes:
+        cut: where it reads.
+        output: what it is made of.
+        copies: whether it reads a copy, as a later module writes into the tensor.
+    """
 
     cut: Cut
     output: OutputSpec
+    copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -392,7 +399,7 @@ class PartRunner:
         def leave(each: Exit) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                 z = floating(output)[each.cut.position]
-                self._exits.append(self._outputs[each.output](z, mask).logits)
+                self._exits.append(self._outputs[each.output](z.clone() if each.copies else z, mask).logits)
 
             return hook
 

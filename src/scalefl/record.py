@@ -24,7 +24,7 @@ class RoundRecord:
         lost: clients that failed: `client`, `cause`, `predicted_peak_bytes` and `measured_peak_bytes` of its task.
         train: mean loss and metrics over the examples trained on, in each client's last epoch.
         num_examples: examples of the clients that took part.
-        bytes_down, bytes_up: sent to and by clients.
+        bytes_down, bytes_up: sent to and by clients, lost ones included.
         flops: of all clients.
         peaks: of each client that took part, by number: `client`, `predicted_bytes`, and `measured_bytes` if known.
         predicted_peak_bytes: the largest predicted peak of a task.
@@ -129,6 +129,7 @@ class Tally:
             for client_id, d in done
         }
         measured = [peak for _, d in done if (peak := d.receipt.peak_bytes) is not None]
+        receipts = [d.receipt for _, d in done] + [loss.receipt for loss in self.losses.values()]
         return RoundRecord(
             round=round,
             stage=plan.stage,
@@ -136,8 +137,8 @@ class Tally:
             lost=self.lost(plan),
             train=_means([d.metrics for _, d in done]),
             num_examples=sum(d.num_examples for _, d in done),
-            bytes_down=sum(d.receipt.bytes_down for _, d in done),
-            bytes_up=sum(d.receipt.bytes_up for _, d in done),
+            bytes_down=sum(receipt.bytes_down for receipt in receipts),
+            bytes_up=sum(receipt.bytes_up for receipt in receipts),
             flops=sum(flops.values()),
             peaks=[_peaks(client_id, d.receipt, plan) for client_id, d in done],
             predicted_peak_bytes=max(plan.costs[client_id].peak_bytes for client_id, _ in done),

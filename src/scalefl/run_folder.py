@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def clients(self) -> Path:
+        """Where clients exist elsewhere: what each offered when the run started."""
+        return self.path / "clients.json"
+
+    @property
     def journal(self) -> Path:
         """One line for each round, and a first one for the state before them."""
         return self.path / "journal.jsonl"
@@ -81,7 +86,7 @@ class RunFolder:
 
     def only_begun(self) -> bool:
         """Whether nothing has been written but what precedes the first round."""
-        first = {path.name for path in (self.plan, self.environment, self.config, self.lock)}
+        first = {path.name for path in (self.plan, self.environment, self.config, self.clients, self.lock)}
         return all(entry.name.removesuffix(".partial") in first for entry in self.path.iterdir())
 
     @contextlib.contextmanager
@@ -112,8 +117,8 @@ class RunFolder:
         """Remove the run's files, and nothing else."""
         for entry in (*self.path.glob("*.partial"), *self.path.glob("*.png"), *self.event_files):
             entry.unlink()
-        files = (self.config, self.environment, self.plan, self.journal, self.state, self.summary, self.mlflow)
-        for path in (*files, self.path / PAGE):
+        files = (self.config, self.environment, self.plan, self.clients, self.journal, self.state, self.summary)
+        for path in (*files, self.mlflow, self.path / PAGE):
             path.unlink(missing_ok=True)
         if self.tensorboard.is_dir() and not any(self.tensorboard.iterdir()):
             self.tensorboard.rmdir()

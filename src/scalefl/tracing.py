@@ -1,12 +1,12 @@
-"""Watch a model run once: which modules ran when, and the autograd graph from the input to the logits."""
+"""Watch a model run once: which modules ran when, the graph from the input to the logits, and writes in place."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from scalefl.models.skeleton import lay_fakes
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import NoTemplate, Template, floating, template_of
 from scalefl.problem import Problem
+from scalefl.rng import seeded
 from scalefl.torch_private import FakeTensorMode, quiet_fakes
+
+T = TypeVar("T")
 
 PROBE_EXAMPLES = 2
 
@@ -71,16 +74,33 @@ def traced(model: ModelSpec, problem: Problem) -> Trace:
     Raises:
         UncuttableModel: it does not run, or its output does not depend on its input and parameters.
     """
+    return _watching(model, lambda module: _probe(module, problem))
+
+
+@lru_cache(maxsize=64)
+def rewritten(model: ModelSpec, problem: Problem) -> frozenset[str]:
+    """The modules into whose output a later one writes in place while the model trains.
+
+    What is computed from such an output on the side needs a copy: autograd won't go back through what has changed.
+
+    Raises:
+        UncuttableModel: the model does not run.
+    """
+    return _watching(model, lambda module: _rewritten(module, problem))
+
+
+def _watching(model: ModelSpec, watch: Callable[[nn.Module], T]) -> T:
+    """What `watch` sees of a model: on fake tensors where it can be run on them."""
     try:
         module = model.skeleton()
         with quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
             lay_fakes(module)
-            return _probe(module, problem)
+            return watch(module)
     except ScaleFLError:
         raise
     except Exception as fake_error:  # control flow that depends on data, or an operator without a fake
         try:
-            return _probe(model.build(0), problem)
+            return watch(model.build(0))
         except ScaleFLError:
             raise
         except Exception as error:
@@ -103,6 +123,23 @@ def _probe(module: nn.Module, problem: Problem) -> Trace:
     if logits.grad_fn is None:
         raise UncuttableModel("the model's output does not depend on its input or parameters")
     return Trace(module, trainable, calls, inputs, logits.grad_fn, logits.shape[-1])
+
+
+def _rewritten(module: nn.Module, problem: Problem) -> frozenset[str]:
+    args, kwargs = problem.inputs(problem.example(PROBE_EXAMPLES))
+    outputs: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def note(path: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            outputs[path] = [(t, t._version) for t in floating(output)]
+
+        return hook
+
+    with contextlib.ExitStack() as hooks, seeded(0), torch.no_grad():
+        for path, child in module.named_modules():
+            hooks.callback(child.register_forward_hook(note(path)).remove)
+        module.train()(*args, **kwargs)
+    return frozenset(path for path, found in outputs.items() if any(t._version != before for t, before in found))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 
 from scalefl.checkpoint import load_deployed, load_state, save_state
 from scalefl.coords import extract
-from scalefl.engines.flower import in_process
+from scalefl.engines.flower.grid import in_process
 from scalefl.engines.local import LocalEngine
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models.skeleton import tensors

@@ -348,6 +348,61 @@ def test_a_collection_that_costs_clients_costs_nothing_else(spared: int) -> None
     assert states[-1].tightened == {}, "what was too much there says nothing of training"
 
 
+class Spoiling:
+    """An engine by which one client's collected statistics hold what they must not; its training is as ever."""
+
+    def __init__(self, engine: LocalEngine, client: int, value: float) -> None:
+        self._engine, self._client, self._value = engine, client, value
+        self.population = engine.population
+
+    def fit(self, method: Any, orders: Any) -> Any:
+        orders = list(orders)
+        collects = {task.client_id for task, _ in orders if task.steps[0].collects}
+        for answer in self._engine.fit(method, orders):
+            if answer.client_id == self._client and self._client in collects:
+                spoilt = answer.params["0.1.running_var"].index_fill(0, torch.tensor([2]), self._value)
+                answer = replace(answer, params={**answer.params, "0.1.running_var": spoilt})
+            yield answer
+
+
+class Absent(Spoiling):
+    """An engine by which that client is not there where statistics are collected."""
+
+    def fit(self, method: Any, orders: Any) -> Any:
+        here = [o for o in orders if not (o[0].steps[0].collects and o[0].client_id == self._client)]
+        yield from self._engine.fit(method, here)
+
+
+@pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e13])
+def test_statistics_that_are_no_numbers_cost_their_client_alone(name: str, value: float) -> None:
+    data = MadeData([16] * 4)
+    method = make_method(name)
+    with LocalEngine(data, Clients(data, (2 * full_bytes(),))) as engine:
+        states, records = play(method, Spoiling(engine, 1, value), 2, cohort=4)
+        without, _ = play(method, Absent(engine, 1, value), 2, cohort=4)
+    for record in records:
+        assert record.collected == [0, 2, 3]
+        (lost,) = record.lost
+        assert (lost["client"], lost["cause"].partition(":")[0]) == (1, "0.1.running_var")
+        assert sorted(i for ids in record.rungs.values() for i in ids) == [0, 1, 2, 3], "it has trained"
+    assert identical(states[-1].params, without[-1].params)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_that_are_no_numbers_cost_their_client_its_collection(workers: int) -> None:
+    """It is lost where it trains, and again where statistics are collected."""
+    data = MadeData([16] * 4, spoilt={1: math.nan})
+    with LocalEngine(data, Clients(data, (2 * full_bytes(),)), workers=workers) as engine:
+        (_, after), (record,) = play(make_method("heterofl"), engine, 1, cohort=4)
+    assert record.collected == [0, 2, 3]
+    assert [(loss["client"], loss["cause"].partition(":")[0]) for loss in record.lost] == [
+        (1, "0.0.weight"),
+        (1, "0.1.running_mean"),
+    ]
+    assert all(bool(tensor.isfinite().all()) for tensor in after.params.values())
+
+
 def test_a_servers_momentum_rests_where_nobody_trained() -> None:
     poor = (int(0.6 * full_bytes()),)
     method = make_method("fedrolex", server={"kind": "fedavgm"}, **PLAIN)

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from made_up import write_comparison
 from scalefl.cli import app
 from scalefl.comparison import Comparison, load_comparison
 from scalefl.errors import ConfigError
 from scalefl.report.comparison import (
     all_figures,
+    budget_curves,
     budgets_picture,
     curves_picture,
     figures,
@@ -55,6 +57,15 @@ SCENARIOS = f"""
 [scenarios.generous]
 [scenarios.tight]
 devices = {{ classes = [{CLASS.format("105%")}] }}
+"""
+EVERYBODY = """
+[variants.everybody]
+method = { name = "fedavg", population = "all" }
+run_once_in = "tight"
+"""
+OTHER_DATA = """
+[scenarios.skewed]
+data = { source = { name = "test_experiment:make_data" }, validation = 0.2 }
 """
 
 
@@ -99,6 +110,13 @@ def test_every_variant_runs_with_every_seed_in_every_scenario(tmp_path):
         (BASE.replace("seeds = [3, 5]", "seeds = []"), "one at least"),
         (BASE.replace("seeds", "sedes"), "unknown key 'compare.sedes': did you mean 'seeds'"),
         (BASE.replace("seeds = [3, 5]", "target_accuracy = nan"), "compare.target_accuracy = nan"),
+        (
+            BASE + SCENARIOS + EVERYBODY.replace("tight", "tigth"),
+            "everybody.run_once_in = 'tigth': did you mean 'tight'",
+        ),
+        (BASE + SCENARIOS + EVERYBODY.replace('"tight"', "3"), "run_once_in = 3; known: generous, tight"),
+        (BASE + EVERYBODY, "variants.everybody.run_once_in = 'tight'; there are no scenarios"),
+        (BASE + SCENARIOS + OTHER_DATA + EVERYBODY, "scenario 'skewed' differs from it in data, not in devices alone"),
         ("variants = 3\n" + BASE.partition("[variants")[0], "variants: expected tables"),
     ],
 )
@@ -139,6 +157,64 @@ def test_a_finished_run_of_another_config_is_not_taken_for_this_one(tmp_path):
     ended = list(changed.run())
     assert all("holds a run whose work differ" in end.error for end in ended)
     assert not any(end.error for end in loaded(tmp_path, BASE, "compare.seeds=[3]", "engine.workers=1").run())
+
+
+def test_a_variant_can_run_in_one_scenario_for_all(tmp_path):
+    text, one_seed = BASE + SCENARIOS + EVERYBODY, "compare.seeds=[3]"
+    comparison = loaded(tmp_path, text, one_seed)
+    assert [(job.scenario, job.variant) for job in comparison.jobs] == [
+        ("generous", "fedavg"),
+        ("generous", "own-blocks"),
+        ("tight", "fedavg"),
+        ("tight", "own-blocks"),
+        ("tight", "everybody"),
+    ]
+    comparison.describe()
+    assert not any(end.error for end in comparison.run(2))
+    assert not (comparison.path / "generous" / "everybody-3").exists()
+    assert all(end.before and not end.error for end in loaded(tmp_path, text, one_seed).run())
+
+    done = CliRunner().invoke(app, ["report", str(comparison.path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.stderr
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert page.count("| everybody | 1 |") == 4
+    assert page.count("Run in tight alone, and the same in each scenario: everybody.") == 2
+    with (tmp_path / "out" / "comparison.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["variant"] == "everybody"]
+    assert [row["scenario"] for row in rows] == ["generous", "tight"]
+    assert rows[0]["test"] == rows[1]["test"] != ""
+    results = read_results(comparison.path)
+    assert mean_curves(results, "generous")["everybody"] == mean_curves(results, "tight")["everybody"]
+
+    # What it stands for: without the key it runs there, to the same result; with it again, that run is let alone.
+    everywhere = text.replace('run_once_in = "tight"', "")
+    ended = list(loaded(tmp_path, everywhere, one_seed).run())
+    (own,) = [end.job for end in ended if not end.before]
+    assert own.folder == comparison.path / "generous" / "everybody-3"
+    states = [(comparison.path / s / "everybody-3" / "state.safetensors").read_bytes() for s in ("generous", "tight")]
+    assert states[0] == states[1]
+    assert all(end.before and not end.error for end in loaded(tmp_path, text, one_seed).run())
+
+
+def test_a_run_that_stands_in_all_scenarios_has_the_budget_of_each(tmp_path):
+    scenarios = ["generous", "tight", "new"]
+    missing = [("tight", "fedavg", seed) for seed in (0, 1, 2)]
+    missing += [("new", variant, seed) for variant in ("fedavg", "scalefl") for seed in (0, 1, 2)]
+    folder = write_comparison(tmp_path / "grid", scenarios=scenarios, unfinished=[*missing, ("generous", "fedavg", 2)])
+    head = RunFolder(folder).comparison
+    assert read_results(folder).num_missing == 10  # as an earlier version has left it
+    assert [point.scenario for point in budget_curves(read_results(folder))["fedavg"]] == ["generous"]
+
+    head.write_text(json.dumps({**json.loads(head.read_text()), "run_once": {"fedavg": "generous"}}))
+    results = read_results(folder)
+    assert (results.num_runs, results.num_missing) == (12, 4)
+    curves = budget_curves(results)
+    budgets = {variant: [(point.scenario, point.budget) for point in points] for variant, points in curves.items()}
+    assert budgets["scalefl"] == [("tight", pytest.approx(60)), ("generous", pytest.approx(90))]
+    assert budgets["fedavg"] == budgets["scalefl"]  # nothing tells the budget of `new` yet
+    assert len({point.mean for point in curves["fedavg"]}) == 1
+    assert {point.num_seeds for point in curves["fedavg"]} == {2}
+    assert "8 of 12 finished" in write(results, tmp_path / "out")[-1].read_text()
 
 
 def test_what_runs_warn_of_is_shown(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,15 +11,28 @@ import msgspec
 import pytest
 import torch
 
+from scalefl.engines import remote
 from scalefl.engines.codec import Allowed
-from scalefl.engines.flower import from_records, in_process, to_records
+from scalefl.engines.flower.grid import from_records, in_process, to_records
 from scalefl.engines.local import LocalEngine
-from scalefl.engines.messages import DTYPES, Offer, Parcel, Update, digest, pack, tensor_of, unpack
+from scalefl.engines.messages import (
+    DTYPES,
+    Offer,
+    Parcel,
+    Update,
+    digest,
+    expanded,
+    pack,
+    reduced,
+    tensor_of,
+    unpack,
+)
 from scalefl.engines.node import Node, TensorCache
 from scalefl.engines.remote import Answer, Patience, RemoteEngine
 from scalefl.errors import EmptyCohort
 from scalefl.loop import federate
 from scalefl.params import num_bytes
+from scalefl.problem import Problem
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientInfo
 from support import PROBLEM, Clients, MadeData, full_bytes, identical, make_method, play, spec
@@ -27,8 +41,17 @@ SIZES = [8, 20, 9, 17]
 DATA = MadeData(SIZES)
 CLIENTS = Clients(DATA, (2 * full_bytes(),))
 TESTS = Allowed(("support:*",))
-HASTY = Patience(poll_seconds=0.001, deadline_seconds=0.3, meeting_seconds=0.1)
+HASTY = Patience(poll_seconds=0.001, deadline_seconds=0.3, meeting_seconds=0.1, absence_seconds=0.0)
 Tamper = Callable[[Parcel], Parcel | str | None]
+
+
+def node_of(client: int, engine: LocalEngine, problem: Problem, cache: TensorCache, allowed: Allowed = TESTS) -> Node:
+    def engine_for(asked: Problem) -> LocalEngine:
+        if asked != problem:
+            raise ValueError(f"the run is about {asked}")
+        return engine
+
+    return Node(client, engine_for, lambda: engine.population()[client], cache, allowed)
 
 
 @dataclass
@@ -47,7 +70,7 @@ class Lab:
 
     def node(self, number: int) -> Node:
         cache = TensorCache(self.folder / str(number), self.cache_bytes)
-        return Node(self.ids.get(number, number - 100), self.engine, self.data.problem, cache, TESTS)
+        return node_of(self.ids.get(number, number - 100), self.engine, self.data.problem, cache)
 
     def nodes(self) -> list[int]:
         return self.present
@@ -167,7 +190,7 @@ def test_nodes_come_and_go_and_tell_their_budgets(lab):
     lab.present = [101, 103, 100]
     assert [engine.population()[i].id for i in range(3)] == [0, 1, 3]
     lab.present = []
-    with pytest.raises(EmptyCohort, match="none of 0 connected nodes"):
+    with pytest.raises(EmptyCohort, match="0 of 0 connected nodes have said"):
         engine.population()
 
 
@@ -221,13 +244,13 @@ def test_a_node_refuses_what_is_not_its_own(lab, tmp_path):
     lab.data = MadeData(SIZES, replace(PROBLEM, num_classes=PROBLEM.num_classes + 1))
     with pytest.raises(Exception, match="refused: ValueError: the run is about"):
         rounds(lab)
-    other = Node(1, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0), TESTS)
+    other = node_of(1, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0))
     order = next(parcel for node, parcel, round in lab.sent if node == 100 and round is not None)
     assert b"another client's" in other.answer(order).header
-    foreign = Node(0, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0), Allowed())
+    foreign = node_of(0, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0), Allowed())
     assert b"NotAllowed: support:tiny is not on this node's list" in foreign.answer(order).header
     damaged = with_first(order, lambda t: t + 1)
-    here = Node(0, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0), TESTS)
+    here = node_of(0, LocalEngine(DATA, CLIENTS), PROBLEM, TensorCache(tmp_path, 0))
     assert b"was damaged on its way" in here.answer(damaged).header
     assert b"refused" in here.answer(Parcel(b"\x00", {})).header
 
@@ -281,3 +304,140 @@ def test_a_thousand_nodes_are_no_state(tmp_path):
         largest = max(len(peer.has) for peer in engine._peers.values())
     assert largest <= len(states[0].params)
     assert records[-1].bytes_up > 30 * num_bytes(states[0].params)
+
+
+def away() -> Tamper:
+    """The node goes away over its first task, as Flower reports it, and is there again for the second."""
+    answers: list[str | None] = ["Flower's error 5: node unavailable", None]
+
+    def tamper(parcel: Parcel) -> Parcel | str | None:
+        return answers.pop(0) or parcel if answers else parcel
+
+    return tamper
+
+
+def test_a_task_whose_node_went_away_is_sent_again_when_it_is_back(lab):
+    """The round ends as if nothing had been, and counts the bytes of both tries."""
+    calm, _ = rounds(Lab(lab.folder / "calm"))
+    lab.tampers[2] = away()
+    states, (record,) = rounds(lab)
+    assert record.lost == [] and identical(states[-1].params, calm[-1].params)
+    orders = [parcel for node, parcel, round in lab.sent if node == 102 and round is not None]
+    assert len(orders) == 2
+    assert record.bytes_down == sum(parcel.num_bytes for _, parcel, round in lab.sent if round is not None)
+
+
+def test_a_node_that_does_not_come_back_in_time_is_lost(lab):
+    patience = replace(HASTY, deadline_seconds=60.0, absence_seconds=0.05)
+
+    def leaves(parcel: Parcel) -> str:
+        lab.present = [100, 101, 103]
+        return "Flower's error 5: node unavailable"
+
+    lab.tampers[2] = leaves
+    _, (record,) = rounds(lab, patience=patience)
+    assert [(loss["client"], loss["cause"]) for loss in record.lost] == [(2, "Flower's error 5: node unavailable")]
+    assert record.seconds < 30
+
+
+def test_what_a_node_offers_is_taken_from_each_answer(lab):
+    """A budget that has changed counts from the next round on, without a question."""
+    engine = server(lab)
+    states, _ = play(make_method("fedavg"), engine, 1, model=spec())
+    smaller = Clients(DATA, (full_bytes() + 1,))
+    lab.engine = LocalEngine(DATA, smaller)
+    play(make_method("fedavg"), engine, 1, state=states[-1])
+    assert engine.population().largest_memory_bytes == full_bytes() + 1
+    questions = [node for node, _, round in lab.sent if round is None]
+    assert sorted(questions) == [100, 101, 102, 103], "each was asked once"
+
+
+def test_nodes_that_were_not_heard_for_long_are_asked_again_and_not_waited_for(lab):
+    engine = server(lab, replace(HASTY, fresh_seconds=0.0))
+    engine.population()
+    lab.engine = LocalEngine(DATA, Clients(DATA, (full_bytes() + 1,)))
+    engine.population()
+    assert engine.population().largest_memory_bytes == full_bytes() + 1
+    questions = [node for node, _, round in lab.sent if round is None]
+    assert questions.count(100) > 1
+
+
+def test_a_node_that_was_away_says_anew_what_it_offers(lab):
+    engine = server(lab)
+    engine.population()
+    lab.present = [100, 101, 103]
+    engine.population()
+    lab.engine = LocalEngine(DATA, Clients(DATA, (full_bytes() + 1,)))
+    lab.present = [100, 101, 102, 103]
+    found = {client.id: client.memory_bytes for client in engine.population().clients}
+    assert found[2] == full_bytes() + 1 and found[1] == 2 * full_bytes()
+
+
+def test_a_round_waits_until_enough_clients_are_there(lab, monkeypatch):
+    monkeypatch.setattr(remote, "_LOOK_SECONDS", 0.01)
+    lab.present = [100]
+    engine = server(lab, replace(HASTY, min_clients=3, absence_seconds=0.2))
+    with pytest.raises(EmptyCohort, match="1 of 1 connected nodes have said what they offer; a round needs 3"):
+        engine.population()
+    looks: list[int] = []
+    nodes = lab.nodes
+
+    def arriving() -> list[int]:
+        looks.append(1)
+        lab.present = [100, 101, 102][: len(looks)]
+        return nodes()
+
+    lab.nodes = arriving  # type: ignore[method-assign]
+    assert len(server(lab, replace(HASTY, min_clients=3, absence_seconds=0.5)).population()) == 3
+
+
+def test_a_mute_node_holds_up_one_round_only(lab, caplog):
+    push = lab.push
+
+    def deaf(node: int, parcel: Parcel, *, round: int | None) -> str:
+        name = push(node, parcel, round=round)
+        if node == 103:
+            lab.out[name] = lambda: None
+        return name
+
+    lab.push = deaf  # type: ignore[method-assign]
+    engine = server(lab, replace(HASTY, meeting_seconds=0.3))
+    assert len(engine.population()) == 3 and "node 103 has not said what it offers" in caplog.text
+    start = time.monotonic()
+    assert len(engine.population()) == 3
+    assert time.monotonic() - start < 0.2
+
+
+def test_halved_updates_are_close_and_half_as_large(lab):
+    """Differences in half precision: the next state is off by 2⁻¹¹ of what each client changed."""
+    whole, (exact,) = rounds(Lab(lab.folder / "exact"))
+    engine = RemoteEngine(lab, PROBLEM, HASTY, precision="float16")
+    halved, (record,) = play(make_method("fedavg"), engine, 1, model=spec())
+    assert record.lost == [] and record.bytes_up < 0.65 * exact.bytes_up
+    for name, tensor in whole[-1].params.items():
+        change = (tensor - whole[0].params[name]).abs().max()
+        error = (tensor - halved[-1].params[name]).abs().max()
+        assert error <= 1e-3 * change, name
+    counters = [name for name in whole[-1].params if name.endswith("num_batches_tracked")]
+    assert counters and all(torch.equal(whole[-1].params[n], halved[-1].params[n]) for n in counters)
+
+
+@pytest.mark.parametrize(
+    ("scales", "cause"), [({"foreign": 1.0}, "a difference from nothing"), ({"0.0.weight": float("nan")}, "NaN")]
+)
+def test_scales_that_are_lies_cost_their_client(lab, scales, cause):
+    lab.tampers[2] = lambda parcel: with_header(parcel, scales=scales)
+    _, (record,) = rounds(lab)
+    assert [loss["client"] for loss in record.lost] == [2] and cause in record.lost[0]["cause"]
+
+
+def test_reduced_tensors_expand_to_what_they_were():
+    base = {"w": torch.randn(50), "same": torch.ones(3), "count": torch.tensor(7), "nan": torch.ones(2)}
+    after = {"w": base["w"] + 1e-6 * torch.randn(50), "same": torch.ones(3), "count": torch.tensor(9)}
+    after["nan"] = torch.tensor([float("nan"), 1.0])
+    tensors, scales = reduced(after, base)
+    assert tensors["w"].dtype == torch.float16 and tensors["count"].dtype == torch.int64
+    assert "nan" not in scales and torch.isnan(tensors["nan"]).any(), "seen by whoever checks updates"
+    back = expanded(tensors, scales, base)
+    assert torch.equal(back["same"], after["same"]) and torch.equal(back["count"], after["count"])
+    assert (back["w"] - after["w"]).abs().max() <= 2e-3 * (after["w"] - base["w"]).abs().max()

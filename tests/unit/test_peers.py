@@ -149,6 +149,30 @@ def test_what_is_deployed_is_the_mean_of_all_classifiers():
         torch.testing.assert_close(ensemble.eval()(x), torch.stack(said).mean(0))
 
 
+def writing(inplace: bool) -> nn.Module:
+    """ReLUs write into what convolutions give; so does a dropout, in train mode."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(inplace)),
+        *(nn.Conv2d(6, 16, 3, stride=2, padding=1), nn.Dropout(0.2, inplace)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(inplace)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 3)),
+    )
+
+
+def test_exits_read_what_later_modules_write_into():
+    method = make_method("depthfl", blocks=["0", "2"])
+    states, copies = {}, {}
+    for inplace in (True, False):
+        model = ModelSpec.of("test_peers:writing", inplace=inplace)
+        with LocalEngine(EQUAL, Clients(EQUAL, (10**9,))) as engine:
+            (first, *_, states[inplace]), records = play(method, engine, 2, cohort=4, model=model)
+        assert {rung for record in records for rung in record.rungs} == {"depth 3"}
+        exits = method.menu(first)[0].step.part.exits
+        copies[inplace] = [each.copies for each in exits]
+    assert copies == {True: [True, True], False: [False, False]}
+    assert identical(states[True].params, states[False].params)
+
+
 def test_feddyn_is_its_algorithm():
     """Two clients, two rounds of one step each without momentum, against algorithm 1 by hand."""
     data = MadeData([16, 16])

@@ -112,12 +112,18 @@ def test_the_mentor_in_micro_batches_costs_a_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cnn", "vgg11_bn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet18", "squeezenet", "vit"))]
+    ("name", "blocks"),
+    [
+        ("cnn", 3),
+        ("vgg11_bn", 3),
+        ("vgg11_bn", ("features.1.conv", "features.4.conv")),  # where the search would not cut
+        *(pytest.param(n, 3, marks=pytest.mark.slow) for n in ("resnet18", "squeezenet", "vit")),
+    ],
 )
-def test_no_estimate_rules_out_what_fits(name: str) -> None:
+def test_no_estimate_rules_out_what_fits(name: str, blocks: int | tuple[str, ...]) -> None:
     """Means are not traced where their estimate is over the budget: so none may be over the truth."""
     c = built_in(name, **({"image_size": 32} if name == "vit" else {}))
-    method = ScaleFL(work=replace(WORK, batch_size=32), blocks=3)
+    method = ScaleFL(work=replace(WORK, batch_size=32), blocks=blocks)
     state = method.init(c.model, c.problem, seed=0, smallest_memory_bytes=0)
     ladder = replace(AUTO, smallest_micro_batch=16)
     for offer in method.menu(state):

@@ -20,7 +20,7 @@ from test_nodes import HASTY, Lab
 from typer.testing import CliRunner
 
 from scalefl import privacy as privacy_module
-from scalefl.cli import _described, app
+from scalefl.cli import app
 from scalefl.comparison import load_comparison
 from scalefl.config import to_plain
 from scalefl.coords import take
@@ -37,8 +37,9 @@ from scalefl.report import read_run
 from scalefl.report.comparison import read_results, tables, write
 from scalefl.report.tables import comparison, summary_table
 from scalefl.rng import NORMAL_LIMIT, normal, random_bytes
-from scalefl.run_folder import RunFolder
+from scalefl.run_folder import RunFolder, read_json
 from scalefl.sampling import UniformSampler, everybody
+from scalefl.terminal import _described
 from scalefl.tracking import figures
 from scalefl.types import UNTOLD, ClientInfo, Method, ServerState
 from scalefl.units import privacy
@@ -434,7 +435,8 @@ def test_nothing_but_moves_crosses_to_the_server(tmp_path):
     offers = [header for header in headers if isinstance(header, Offer)]
     assert [offer.client for offer in offers] == [clients[i].untold for i in range(4)]
     updates = [header for header in headers if isinstance(header, Update)]
-    assert [(u.num_examples, u.metrics, u.seconds, u.peak_bytes) for u in updates] == [(1, {}, 0.0, None)] * 3
+    told = [(u.num_examples, u.metrics, u.seconds, u.peak_bytes, u.scales, u.client) for u in updates]
+    assert told == [(1, {}, 0.0, None, {}, None)] * 3
     (failure,) = [header for header in headers if isinstance(header, Failure)]
     assert failure == Failure("it failed; its node knows why")
     assert not any(b"Miller" in parcel.header for parcel in said)
@@ -589,6 +591,25 @@ def test_rounds_that_are_done_again_with_other_noise_count_again(tmp_path):
     assert run(config, files.path, resume=True)["privacy"]["releases"] == 8
     assert [line["privacy"]["releases"] for line in files.read_journal()[1:]] == [6, 7, 8]
     assert run(config, files.path, resume=True)["privacy"]["releases"] == 8
+
+
+def test_clients_elsewhere_are_asked_for_no_more_and_keep_the_rate_of_the_start(tmp_path):
+    data = MadeData([8, 20, 9, 17])
+    lab = Lab(tmp_path, data, LocalEngine(data, Clients(data, (2 * full_bytes(MODEL),))))
+    config = private(save_every=1)
+
+    def begun():
+        experiment = Experiment(config, lambda problem: RemoteEngine(lab, problem, HASTY, is_private=True))
+        return run_rounds(experiment, tmp_path / "run", resume=(tmp_path / "run").exists())
+
+    rounds = begun()
+    next(rounds)
+    rounds.close()
+    assert all(client["num_examples"] is None for client in read_json(RunFolder(tmp_path / "run").clients)["clients"])
+    lab.present = [100, 101]
+    assert [progress.line["privacy"]["epsilon"] for progress in begun()] == [epsilon(0.5, 1.0, 1e-3, n) for n in (2, 3)]
+    summary = read_json(RunFolder(tmp_path / "run").summary)
+    assert summary["privacy"]["releases"] == 3 and "num_clients_seen" not in summary
 
 
 def test_clients_on_nodes_give_the_same_run(tmp_path):

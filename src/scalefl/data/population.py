@@ -1,6 +1,8 @@
-"""The clients of a simulation: what each holds and what its device can do, worked out when asked."""
+"""Who the clients are: worked out when asked in a simulation, or as they say themselves."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from scalefl.data.dataset import FederatedData
 from scalefl.data.devices import Devices, ResolvedClass
@@ -49,3 +51,44 @@ class SimulatedPopulation:
     def device(self, index: int) -> ResolvedClass:
         """A client's device class."""
         return self.classes[self._devices.class_of(index, self._seed)]
+
+
+@dataclass(frozen=True)
+class DeclaredPopulation:
+    """Clients that have said themselves what they hold and what they offer; one at least."""
+
+    clients: tuple[ClientInfo, ...]
+
+    @property
+    def classes(self) -> tuple[ResolvedClass, ...]:
+        """A class for each device name and budget."""
+        kinds = sorted({(client.memory_bytes, client.device) for client in self.clients})
+        sizes = sorted({memory_bytes for memory_bytes, _ in kinds})
+        alike = [[c for c in self.clients if (c.memory_bytes, c.device) == kind] for kind in kinds]
+        return tuple(
+            ResolvedClass(
+                device,
+                len(members) / len(self.clients),
+                memory_bytes,
+                members[0].flops_per_second,
+                members[0].bandwidth_bytes_per_second,
+                sizes.index(memory_bytes),
+            )
+            for (memory_bytes, device), members in zip(kinds, alike, strict=True)
+        )
+
+    @property
+    def smallest_memory_bytes(self) -> int:
+        """The least that any client offers."""
+        return min(client.memory_bytes for client in self.clients)
+
+    @property
+    def largest_memory_bytes(self) -> int:
+        """The most that any client offers."""
+        return max(client.memory_bytes for client in self.clients)
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def __getitem__(self, index: int) -> ClientInfo:
+        return self.clients[index]

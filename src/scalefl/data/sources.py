@@ -67,7 +67,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     arguments: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-def load(source: Source, *, natural_ids: str | None = None) -> Dataset | FederatedData:
+def load(source: Source, *, natural_ids: str | None = None, held_out: bool = True) -> Dataset | FederatedData:
     """Read a data set into memory.
 
     Images are decoded once, to uint8 [N, C, H, W] with C = 1 for grayscale and 3 otherwise; `mean` and `std`
@@ -77,6 +77,8 @@ def load(source: Source, *, natural_ids: str | None = None) -> Dataset | Federat
         source: what to read.
         natural_ids: a further training column (text or integers), kept under its name as int64 codes for
             the `Natural` partitioner.
+        held_out: where there is no split to test on, hold a sixth of the training rows out; else the test set
+            stays empty, as for data of a client.
 
     Raises:
         ConfigError: options that the source does not have, or a function that cannot be called.
@@ -94,7 +96,7 @@ def load(source: Source, *, natural_ids: str | None = None) -> Dataset | Federat
     if source.image and source.columns:
         raise ConfigError(f"image = {source.image!r} and columns = {list(source.columns)}: give one of them")
     with _opened(source, path) as splits:
-        return _from_splits(source, splits, natural_ids)
+        return _from_splits(source, splits, natural_ids, held_out=held_out)
 
 
 def _expanded(name: str) -> str:
@@ -198,7 +200,7 @@ def _listing(folder: Path, limit: int = 10) -> str:
     return (", ".join(names[:limit]) or "nothing") + more
 
 
-def _from_splits(source: Source, splits: Any, natural_ids: str | None) -> Dataset:
+def _from_splits(source: Source, splits: Any, natural_ids: str | None, *, held_out: bool) -> Dataset:
     train_split = _split(splits, source.train)
     test_split = _split(splits, source.test or "test") if source.test or "test" in splits else None
     label = source.label or _guessed_label(train_split)
@@ -213,15 +215,16 @@ def _from_splits(source: Source, splits: Any, natural_ids: str | None) -> Datase
     num_classes = _num_classes(train_split, label, [train, test or {}])
     if natural_ids:
         train.setdefault(natural_ids, _codes(train_split, natural_ids))
-    if test is None:
+    if test is None and held_out:
         train_rows, test_rows = stratified_split(train[label], _TEST_FRACTION, generator(_SPLIT_SEED, "test"))
         train, test = take(train, train_rows), take(train, test_rows)
-    _check_same_shapes(train, test, inputs)
+    if test is not None:
+        _check_same_shapes(train, test, inputs)
     if source.columns:
         problem = Classification(num_classes, _columns(train, inputs), label, augmentation=source.augmentation)
     else:
         problem = _image_problem(train, inputs[0], label, num_classes, source.augmentation)
-    return Dataset(problem, train, test)
+    return Dataset(problem, train, test or {})
 
 
 def _split(splits: Any, name: str) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import torch
@@ -22,6 +23,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
 """The kinds of tensor that may cross."""
+
+
+Precision = Literal["exact", "float16"]
+"""How nodes send back what moved: as it is, or the difference from what they were sent, in half precision."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,19 @@ class Order(_Header, frozen=True):
         content: the task, an objective for each of its steps, and the problem; see `scalefl.engines.codec`.
         digests: every tensor that the task needs -> its digest. Those that the server takes the node to have are not
             sent.
+        precision: of the answer.
     """
 
     content: bytes
     digests: dict[str, bytes]
+    precision: Precision = "exact"
 
 
 class Offer(_Header, frozen=True):
-    """A node says what it offers."""
+    """A node says what it offers, and in words on what it runs."""
 
     client: ClientInfo
+    hardware: str = ""
 
 
 class Lacking(_Header, frozen=True):
@@ -73,7 +81,15 @@ class Lacking(_Header, frozen=True):
 
 
 class Update(_Header, frozen=True):
-    """A node has done its task; what moved is beside."""
+    """A node has done its task; what moved is beside.
+
+    Args:
+        client_id, round: whose task, and of which round.
+        num_examples, metrics: see `ClientUpdate`.
+        seconds, peak_bytes: see `Receipt`.
+        scales: of the tensors that are differences, in half precision: what to multiply them with.
+        client: what the node offers now; not in private runs.
+    """
 
     client_id: int
     round: int
@@ -81,6 +97,8 @@ class Update(_Header, frozen=True):
     metrics: dict[str, tuple[float, float]]
     seconds: float
     peak_bytes: int | None
+    scales: dict[str, float] = {}
+    client: ClientInfo | None = None
 
 
 class Failure(_Header, frozen=True):
@@ -89,6 +107,7 @@ class Failure(_Header, frozen=True):
     cause: str
     out_of_memory: bool = False
     peak_bytes: int | None = None
+    client: ClientInfo | None = None
 
 
 Reply = Offer | Lacking | Update | Failure
@@ -116,6 +135,39 @@ def digest(tensor: Tensor) -> bytes:
     found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=DIGEST_BYTES)
     found.update(bytes_of(tensor.cpu().contiguous()))
     return found.digest()
+
+
+def reduced(params: Params, base: Params) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What moved as differences from `base` in half precision, each tensor on a scale of its own; and the scales.
+
+    An element is off by at most 2⁻¹¹ of its own difference, or 2⁻²⁵ of the largest one in its tensor. Integers, and
+    what is no longer finite, stay as they are.
+    """
+    tensors, scales = {}, {}
+    for name, tensor in params.items():
+        tensors[name] = tensor
+        if tensor.dtype not in (torch.float32, torch.float64):
+            continue
+        difference = tensor - base[name]
+        largest = float(difference.abs().max()) if difference.numel() else 0.0
+        if math.isfinite(largest):
+            scales[name] = largest or 1.0
+            tensors[name] = (difference / scales[name]).to(torch.float16)
+    return tensors, scales
+
+
+def expanded(params: Params, scales: Mapping[str, float], base: Params) -> dict[str, Tensor]:
+    """What moved, from what `reduced` made of it elsewhere.
+
+    Raises:
+        ValueError: a difference is of a tensor that was not sent, or has another shape.
+    """
+    tensors = dict(params)
+    for name, scale in scales.items():
+        if name not in params or name not in base or params[name].shape != base[name].shape:
+            raise ValueError(f"{name}: a difference from nothing that was sent")
+        tensors[name] = base[name] + params[name].to(base[name].dtype) * scale
+    return tensors
 
 
 def tensor_of(dtype: str, shape: tuple[int, ...], content: bytes) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -16,7 +16,19 @@ from torch import Tensor
 
 from scalefl.engines.codec import Allowed, decode
 from scalefl.engines.local import LocalEngine
-from scalefl.engines.messages import Failure, Lacking, Offer, Order, Parcel, Update, WhoAreYou, digest, pack, unpack
+from scalefl.engines.messages import (
+    Failure,
+    Lacking,
+    Offer,
+    Order,
+    Parcel,
+    Update,
+    WhoAreYou,
+    digest,
+    pack,
+    reduced,
+    unpack,
+)
 from scalefl.params import Params
 from scalefl.problem import Problem
 from scalefl.types import ClientInfo, ClientLoss, ClientTask, Method, Objective, Receipt, Step
@@ -98,52 +110,65 @@ class Node:
 
     Args:
         client_id: its number.
-        engine: does its tasks, under a cap or not.
-        problem: of its data.
+        engine_for: the engine that does its tasks, under a cap or not, when they are about a problem.
+            Raises ValueError where the node's data is about something else.
+        describe: what it offers now.
         cache: for tensors that tasks do not move.
         allowed: what it makes of names that a server sends.
+        hardware: on what it runs, in words.
     """
 
     def __init__(
-        self, client_id: int, engine: LocalEngine, problem: Problem, cache: TensorCache, allowed: Allowed
+        self,
+        client_id: int,
+        engine_for: Callable[[Problem], LocalEngine],
+        describe: Callable[[], ClientInfo],
+        cache: TensorCache,
+        allowed: Allowed,
+        hardware: str = "",
     ) -> None:
-        self._id, self._engine, self._problem = client_id, engine, problem
-        self._cache, self._allowed = cache, allowed
+        self._id, self._engine_for, self._describe = client_id, engine_for, describe
+        self._cache, self._allowed, self._hardware = cache, allowed, hardware
 
     def answer(self, parcel: Parcel) -> Parcel:
         """What it has to say to a message."""
         try:
             header = unpack(parcel, WhoAreYou | Order)
             if isinstance(header, WhoAreYou):
-                described = self._described()
-                return pack(Offer(described.untold if header.is_private else described))
+                described = self._describe()
+                return pack(Offer(described.untold if header.is_private else described, self._hardware))
             return self._do(header, parcel.tensors)
         except Exception as error:  # nothing that a server sends may end a node
             return pack(Failure(f"refused: {type(error).__name__}: {error}"))
-
-    def _described(self) -> ClientInfo:
-        return self._engine.population()[self._id]
 
     def _do(self, order: Order, sent: Params) -> Parcel:
         task, objectives, problem = decode(order.content, self._allowed)
         if not isinstance(task, ClientTask) or task.client_id != self._id:
             raise ValueError("the task is another client's")
-        if problem != self._problem:
-            raise ValueError(f"the run is about {problem}, this node's data about {self._problem}")
+        engine = self._engine_for(problem)
         params, lacking = self._gathered(order.digests, sent, task.moving)
         if lacking:
             return pack(Lacking(lacking))
         method = Given(dict(zip(task.steps, objectives, strict=True)))
-        (done,) = self._engine.fit(cast(Method, method), [(task, params)])
+        (done,) = engine.fit(cast(Method, method), [(task, params)])
         if isinstance(done, ClientLoss):
             if task.is_private:  # an error's text may quote the data, a peak tell how much there is
                 return pack(Failure("it failed; its node knows why", done.out_of_memory))
-            return pack(Failure(done.cause, done.out_of_memory, done.receipt.peak_bytes))
+            return pack(Failure(done.cause, done.out_of_memory, done.receipt.peak_bytes, self._describe()))
+        tensors, scales = (done.params, {}) if order.precision == "exact" else reduced(done.params, params)
         receipt = Receipt() if task.is_private else done.receipt
         header = Update(
-            done.client_id, task.round, done.num_examples, dict(done.metrics), receipt.seconds, receipt.peak_bytes
+            done.client_id,
+            task.round,
+            done.num_examples,
+            dict(done.metrics),
+            receipt.seconds,
+            receipt.peak_bytes,
+            scales,
+            # What is planned next must not depend on who was asked now: in private runs offers alone tell.
+            None if task.is_private else self._describe(),
         )
-        return pack(header, done.params)
+        return pack(header, tensors)
 
     def _gathered(
         self, digests: Mapping[str, bytes], sent: Params, moving: frozenset[str]

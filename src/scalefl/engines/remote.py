@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from torch import Tensor
+
+from scalefl.data.population import DeclaredPopulation
 from scalefl.engines.codec import encode
 from scalefl.engines.messages import (
     Failure,
@@ -15,10 +20,12 @@ from scalefl.engines.messages import (
     Offer,
     Order,
     Parcel,
+    Precision,
     Reply,
     Update,
     WhoAreYou,
     digest,
+    expanded,
     pack,
     unpack,
 )
@@ -26,9 +33,12 @@ from scalefl.engines.worker import logged
 from scalefl.errors import EmptyCohort, check_range
 from scalefl.params import Params
 from scalefl.problem import Problem
-from scalefl.types import ClientInfo, ClientLoss, ClientTask, ClientUpdate, Method, Population, Receipt
+from scalefl.types import ClientInfo, ClientLoss, ClientTask, ClientUpdate, Method, Receipt
 
 _log = logging.getLogger("scalefl")
+
+_LOOK_SECONDS = 1.0
+"""Between looks for nodes that are missing."""
 
 
 class Answer(NamedTuple):
@@ -57,28 +67,36 @@ class Link(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """How long a server waits.
+    """How long a server waits for its nodes.
 
     Args:
         deadline_seconds: for a round's answers; clients that have not answered by then are lost.
         quorum: share of a round's clients after whose answers the others are not waited for.
-        poll_seconds: between looks for answers.
+        min_clients: so many have to be there before a round starts.
+        absence_seconds: for clients to be there, and for the node of a task to come back.
         meeting_seconds: for what new nodes offer.
+        fresh_seconds: a node that has said nothing for so long is asked again what it offers.
+        poll_seconds: between looks for answers.
     """
 
     deadline_seconds: float = 3600.0
     quorum: float = 1.0
-    poll_seconds: float = 0.2
+    min_clients: int = 1
+    absence_seconds: float = 300.0
     meeting_seconds: float = 60.0
+    fresh_seconds: float = 300.0
+    poll_seconds: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("deadline_seconds", "quorum", "poll_seconds", "meeting_seconds"):
+        for name in ("deadline_seconds", "absence_seconds", "meeting_seconds", "fresh_seconds", "poll_seconds"):
             check_range(name, getattr(self, name), 0.0)
+        check_range("quorum", self.quorum, 0.0, 1.0)
+        check_range("min_clients", self.min_clients, 1)
 
 
 @dataclass
 class _Sent:
-    """A task that is out."""
+    """A task that is out; or, with what became of the first try and when, one whose node may come back."""
 
     task: ClientTask
     node: int
@@ -87,13 +105,16 @@ class _Sent:
     content: bytes
     bytes_down: int = 0
     is_whole: bool = False
+    trouble: str = ""
+    since: float = 0.0
 
 
 @dataclass
 class _Peer:
-    """What the server knows of a node: what it offers, and the digests of tensors that it should have."""
+    """What the server knows of a node: what it offers and when it said so, and the digests that it should have."""
 
     client: ClientInfo
+    heard: float
     has: dict[str, bytes] = field(default_factory=dict)
 
 
@@ -105,6 +126,7 @@ class RemoteEngine:
         problem: what is learned; nodes whose data is about something else refuse.
         patience: how long to wait.
         in_flight: tasks that are out at once; None: all of a round. Each holds its tensors where it waits.
+        precision: of what nodes send back.
         is_private: whether nodes are asked for nothing that their data would tell.
     """
 
@@ -115,100 +137,166 @@ class RemoteEngine:
         patience: Patience | None = None,
         *,
         in_flight: int | None = None,
+        precision: Precision = "exact",
         is_private: bool = False,
     ) -> None:
-        self._link, self._problem = link, problem
-        self._patience, self._in_flight = patience or Patience(), in_flight
-        self._is_private = is_private
+        self._link, self._problem, self._is_private = link, problem, is_private
+        self._patience, self._in_flight, self._precision = patience or Patience(), in_flight, precision
         self._peers: dict[int, _Peer] = {}
+        self._present: set[int] = set()
+        self._asked: dict[str, tuple[int, float]] = {}
+        self._mute: set[int] = set()
 
-    def population(self) -> Population:
-        """The clients that are there now: who has left is forgotten, who is new is asked.
+    def population(self) -> DeclaredPopulation:
+        """The clients that are there now, with what they last said of themselves.
 
         Raises:
-            EmptyCohort: nobody is.
+            EmptyCohort: there are fewer than `Patience.min_clients`, and no more have come in time.
         """
-        present = set(self._link.nodes())
-        self._peers = {node: peer for node, peer in self._peers.items() if node in present}
-        self._meet(sorted(present - self._peers.keys()))
-        if not self._peers:
-            raise EmptyCohort(f"none of {len(present)} connected nodes has said what it offers")
-        return _Declared(tuple(sorted((peer.client for peer in self._peers.values()), key=lambda c: c.id)))
+        give_up = time.monotonic() + self._patience.absence_seconds
+        while True:
+            self._look_around()
+            clients = [self._peers[node].client for node in self._present if node in self._peers]
+            if len(clients) >= self._patience.min_clients:
+                return DeclaredPopulation(tuple(sorted(clients, key=lambda client: client.id)))
+            if time.monotonic() >= give_up:
+                raise EmptyCohort(
+                    f"{len(clients)} of {len(self._present)} connected nodes have said what they offer; "
+                    f"a round needs {self._patience.min_clients}"
+                )
+            time.sleep(min(_LOOK_SECONDS, self._patience.absence_seconds))
 
     def fit(self, method: Method, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[ClientUpdate | ClientLoss]:
-        """Send the tasks out; updates come as nodes answer."""
-        give_up = time.monotonic() + self._patience.deadline_seconds
-        nodes = {peer.client.id: node for node, peer in self._peers.items()}
+        """Send the tasks out; updates come as nodes answer.
+
+        What a node could not do because it went away, or because its process died, is sent to it once more.
+        """
+        round = _Round(method, time.monotonic() + self._patience.deadline_seconds)
+        nodes = {peer.client.id: node for node, peer in self._peers.items() if node in self._present}
         queue = iter(orders)
-        out: dict[str, _Sent] = {}
-        num_updates, num_tasks, is_all = 0, 0, False
-        while time.monotonic() < give_up:
-            while not is_all and (self._in_flight is None or len(out) < self._in_flight):
+        while not round.is_over:
+            while not round.is_all and (self._in_flight is None or len(round.out) < self._in_flight):
                 task, params = next(queue, (None, {}))
-                is_all = task is None
                 if task is None:
-                    break
-                num_tasks += 1
-                if task.client_id not in nodes:
+                    round.is_all = True
+                elif task.client_id not in nodes:
+                    round.num_tasks += 1
                     yield _loss(task, "its node has left")
-                    continue
-                sent = self._prepared(method, task, nodes[task.client_id], params)
-                out[self._send(sent)] = sent
-            if is_all and (not out or num_updates >= self._patience.quorum * num_tasks):
+                else:
+                    round.num_tasks += 1
+                    self._send(round, self._prepared(round, task, nodes[task.client_id], params))
+            if round.is_all and round.has_enough(self._patience.quorum):
                 break
-            answers = self._link.pull(list(out))
+            answers = self._link.pull(list(round.out))
             for answer in answers:
-                sent = out.pop(answer.message)
-                done = self._understood(sent, answer)
-                if done is None:
-                    out[self._send(sent)] = sent
-                    continue
-                num_updates += isinstance(done, ClientUpdate)
-                yield done
+                yield from self._received(round, answer)
+            if round.away:
+                yield from self._seen_again(round)
             if not answers:
                 time.sleep(self._patience.poll_seconds)
-        why = "no answer by the deadline" if time.monotonic() >= give_up else "not waited for: enough others answered"
-        for sent in out.values():
-            yield _loss(sent.task, why)
+        why = "no answer by the deadline" if round.is_over else "not waited for: enough others answered"
+        for sent in [*round.out.values(), *round.away]:
+            yield _loss(sent.task, sent.trouble or why, Receipt(sent.bytes_down))
         for task, _ in queue:
             yield _loss(task, why)
 
-    def _meet(self, nodes: list[int]) -> None:
-        """Ask new nodes what they offer; those that do not say so in time are asked again in the next round."""
-        asked = {self._link.push(node, pack(WhoAreYou(self._is_private)), round=None): node for node in nodes}
-        give_up = time.monotonic() + self._patience.meeting_seconds
-        while asked and time.monotonic() < give_up:
-            answers = self._link.pull(list(asked))
+    def _look_around(self) -> None:
+        """See who is there; ask nodes that are new, or back, what they offer, and others that were not heard lately.
+
+        Those that are new are waited for, unless they have been in vain before.
+        """
+        self._present, now = set(self._link.nodes()), time.monotonic()
+        for node in self._peers.keys() - self._present:
+            self._peers[node].heard = -math.inf
+        heard = {node: self._peers[node].heard if node in self._peers else -math.inf for node in self._present}
+        asked = {node for node, _ in self._asked.values()}
+        for node in sorted(self._present - asked):
+            if heard[node] < now - self._patience.fresh_seconds:
+                self._asked[self._link.push(node, pack(WhoAreYou(self._is_private)), round=None)] = node, now
+        awaited = {node for node in self._present - self._mute if heard[node] == -math.inf}
+        self._listen()
+        while any(node in awaited for node, _ in self._asked.values()):
+            if time.monotonic() >= now + self._patience.meeting_seconds:
+                break
+            time.sleep(self._patience.poll_seconds)
+            self._listen()
+        for name, (node, when) in list(self._asked.items()):
+            if time.monotonic() >= when + self._patience.meeting_seconds:
+                del self._asked[name]
+                self._mute.add(node)
+                if node in self._present:
+                    _log.warning("node %d has not said what it offers", node)
+
+    def _listen(self) -> None:
+        while self._asked and (answers := self._link.pull(list(self._asked))):
             for answer in answers:
-                self._introduce(asked.pop(answer.message), answer)
-            if not answers:
-                time.sleep(self._patience.poll_seconds)
-        for node in asked.values():
-            _log.warning("node %d has not said what it offers", node)
+                node, _ = self._asked.pop(answer.message)
+                self._introduce(node, answer)
 
     def _introduce(self, node: int, answer: Answer) -> None:
         try:
-            offer = unpack(_parcel(answer), Offer)
+            offer = unpack(_parcel(answer), Offer | Failure)
+            if isinstance(offer, Failure):
+                raise ValueError(offer.cause)
         except ValueError as error:
             _log.warning("node %d is left out: %s", node, error)
+            self._mute.add(node)
             return
-        if any(peer.client.id == offer.client.id for peer in self._peers.values()):
+        others = (self._peers[n].client.id for n in self._present if n in self._peers and n != node)
+        if offer.client.id in others:
             _log.warning("node %d is left out: another one is client %d already", node, offer.client.id)
+            self._peers.pop(node, None)
+            self._mute.add(node)
             return
-        self._peers[node] = _Peer(offer.client)
+        self._hear(node, offer.client)
 
-    def _prepared(self, method: Method, task: ClientTask, node: int, params: Params) -> _Sent:
-        objectives = tuple(method.objective(step) for step in task.steps)
+    def _hear(self, node: int, client: ClientInfo) -> None:
+        """Note what a node says of itself."""
+        self._mute.discard(node)
+        peer = self._peers.setdefault(node, _Peer(client, 0.0))
+        peer.client, peer.heard = client, time.monotonic()
+
+    def _prepared(self, round: _Round, task: ClientTask, node: int, params: Params) -> _Sent:
+        objectives = tuple(round.method.objective(step) for step in task.steps)
         content = encode((task, objectives, self._problem))
-        return _Sent(task, node, params, {name: digest(t) for name, t in params.items()}, content)
+        return _Sent(task, node, params, {name: round.digest(t) for name, t in params.items()}, content)
 
-    def _send(self, sent: _Sent) -> str:
-        """Send a task with the tensors that its node lacks; returns the message's name."""
+    def _send(self, round: _Round, sent: _Sent) -> None:
+        """Send a task with the tensors that its node lacks."""
         has = {} if sent.is_whole else self._peers[sent.node].has
         tensors = {name: t for name, t in sent.params.items() if has.get(name) != sent.digests[name]}
-        parcel = pack(Order(sent.content, sent.digests), tensors)
+        parcel = pack(Order(sent.content, sent.digests, self._precision), tensors)
         sent.bytes_down += parcel.num_bytes
-        return self._link.push(sent.node, parcel, round=sent.task.round)
+        round.out[self._link.push(sent.node, parcel, round=sent.task.round)] = sent
+
+    def _received(self, round: _Round, answer: Answer) -> Iterator[ClientUpdate | ClientLoss]:
+        sent = round.out.pop(answer.message)
+        if answer.parcel is None and not sent.trouble:
+            sent.trouble, sent.since = answer.error, time.monotonic()
+            round.away.append(sent)
+            return
+        done = self._understood(sent, answer)
+        if done is None:
+            self._send(round, sent)
+            return
+        round.num_updates += isinstance(done, ClientUpdate)
+        yield done
+
+    def _seen_again(self, round: _Round) -> Iterator[ClientLoss]:
+        """Send tasks again whose nodes are there; give up those that are away for too long."""
+        now = time.monotonic()
+        if now < round.next_look:
+            return
+        round.next_look = now + _LOOK_SECONDS
+        present = set(self._link.nodes())
+        away, round.away = round.away, []
+        for sent in away:
+            if sent.node in present:
+                self._send(round, sent)
+            elif now < sent.since + self._patience.absence_seconds:
+                round.away.append(sent)
+            else:
+                yield _loss(sent.task, sent.trouble, Receipt(sent.bytes_down))
 
     def _understood(self, sent: _Sent, answer: Answer) -> ClientUpdate | ClientLoss | None:
         """What a node has made of its task; None where it needs to be sent all tensors."""
@@ -222,35 +310,50 @@ class RemoteEngine:
         if isinstance(header, Lacking) and not sent.is_whole:
             sent.is_whole, peer.has = True, {}
             return None
+        if isinstance(header, Update | Failure) and header.client is not None and header.client.id == peer.client.id:
+            self._hear(sent.node, header.client)
         if isinstance(header, Failure):
             receipt = Receipt(sent.bytes_down, parcel.num_bytes, peak_bytes=header.peak_bytes)
             return _loss(task, header.cause, receipt, out_of_memory=header.out_of_memory)
         if not isinstance(header, Update) or (header.client_id, header.round) != (task.client_id, task.round):
             return _loss(task, f"it answered something else: {type(header).__name__}", receipt)
+        try:
+            params = expanded(parcel.tensors, header.scales, sent.params)
+        except ValueError as error:
+            return _loss(task, str(error), receipt)
         peer.has |= {name: found for name, found in sent.digests.items() if name not in task.moving}
         receipt = Receipt(sent.bytes_down, parcel.num_bytes, header.seconds, header.peak_bytes)
-        return ClientUpdate(task.client_id, parcel.tensors, header.num_examples, header.metrics, receipt)
+        return ClientUpdate(task.client_id, params, header.num_examples, header.metrics, receipt)
 
 
-@dataclass(frozen=True)
-class _Declared:
-    """The clients as their nodes describe them."""
+class _Round:
+    """What is out in a round, and what has come."""
 
-    clients: tuple[ClientInfo, ...]
+    def __init__(self, method: Method, give_up: float) -> None:
+        self.method, self._give_up = method, give_up
+        self.next_look = 0.0
+        self.out: dict[str, _Sent] = {}
+        self.away: list[_Sent] = []
+        self.num_tasks = self.num_updates = 0
+        self.is_all = False
+        self._digests: dict[int, tuple[weakref.ref[Tensor], bytes]] = {}
 
     @property
-    def smallest_memory_bytes(self) -> int:
-        return min(client.memory_bytes for client in self.clients)
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.monotonic() >= self._give_up
 
-    @property
-    def largest_memory_bytes(self) -> int:
-        return max(client.memory_bytes for client in self.clients)
+    def has_enough(self, quorum: float) -> bool:
+        """Whether nobody is waited for any more."""
+        return not (self.out or self.away) or self.num_updates >= max(1.0, quorum * self.num_tasks)
 
-    def __len__(self) -> int:
-        return len(self.clients)
-
-    def __getitem__(self, index: int) -> ClientInfo:
-        return self.clients[index]
+    def digest(self, tensor: Tensor) -> bytes:
+        """Of a tensor that many clients may be sent: worked out once, and not kept alive."""
+        known, found = self._digests.get(id(tensor), (None, b""))
+        if known is None or known() is not tensor:
+            found = digest(tensor)
+            self._digests[id(tensor)] = weakref.ref(tensor), found
+        return found
 
 
 def _parcel(answer: Answer) -> Parcel:

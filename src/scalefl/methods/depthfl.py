@@ -27,6 +27,7 @@ from scalefl.planner import least_of, output_module
 from scalefl.problem import Batch, Problem, Weighted
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
+from scalefl.tracing import rewritten
 from scalefl.types import (
     OWN,
     Aux,
@@ -216,11 +217,11 @@ class DepthFL:
         return Offer(f"depth {depth}", (("", step),), ladder_of(self.means))
 
     def _exits(self, blocks: Blocks) -> tuple[Exit, ...]:
-        found = []
+        found, overwritten = [], rewritten(blocks.model, blocks.problem)
         for block in range(len(blocks) - 1):
             cut, output = blocks.cut(block), self._output(blocks, block)
             assert cut is not None and output is not None
-            found.append(Exit(cut, output))
+            found.append(Exit(cut, output, copies=cut.module in overwritten))
         return tuple(found)
 
     def _output(self, blocks: Blocks, block: int) -> OutputSpec | None:

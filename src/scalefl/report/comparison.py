@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,28 @@ class Results:
         path: its folder.
         settings: `seeds`, `target_accuracy` and `validation_only`.
         runs: scenario -> variant -> its finished runs, by seed. A comparison without scenarios has one without a name.
+        run_once: variant -> the one scenario in which it ran, for those whose runs stand in all of them.
     """
 
     name: str
     path: Path
     settings: Mapping[str, Any]
     runs: Mapping[str, Mapping[str, Mapping[int, Run]]]
+    run_once: Mapping[str, str] = field(default_factory=dict)
+
+    def run_in(self, scenario: str) -> dict[str, Mapping[int, Run]]:
+        """The variants that ran in a scenario, without those whose runs come from another."""
+        return {v: found for v, found in self.runs[scenario].items() if self.run_once.get(v, scenario) == scenario}
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of the comparison, finished or not."""
+        return len(self.settings["seeds"]) * sum(len(self.run_in(scenario)) for scenario in self.runs)
 
     @property
     def num_missing(self) -> int:
         """Runs that are not finished."""
-        seeds = len(self.settings["seeds"])
-        return sum(seeds - len(found) for variants in self.runs.values() for found in variants.values())
+        return self.num_runs - sum(len(found) for scenario in self.runs for found in self.run_in(scenario).values())
 
 
 def read_results(folder: Path) -> Results:
@@ -56,13 +66,15 @@ def read_results(folder: Path) -> Results:
         CheckpointError: there is none, or one of its runs is damaged.
     """
     head = read_json(RunFolder(folder).comparison)
+    run_once = head.get("run_once", {})  # earlier versions wrote none
     runs: dict[str, dict[str, dict[int, Run]]] = {}
     for scenario in head["scenarios"]:
         for variant in head["variants"]:
-            folders = {seed: folder / scenario / f"{variant}-{seed}" for seed in head["settings"]["seeds"]}
+            home = folder / run_once.get(variant, scenario)
+            folders = {seed: home / f"{variant}-{seed}" for seed in head["settings"]["seeds"]}
             done = {seed: read_run(at) for seed, at in folders.items() if RunFolder(at).summary.exists()}
             runs.setdefault(scenario, {})[variant] = done
-    return Results(head["name"], folder, head["settings"], runs)
+    return Results(head["name"], folder, head["settings"], runs, run_once)
 
 
 # Figures
@@ -185,6 +197,9 @@ def tables(results: Results, scenario: str) -> list[Table]:
         "that cannot hold full training. 10th pct.: a tenth of the clients do worse, on test data with their labels' "
         "shares. Equal FLOPs: the best validation accuracy before the clients have spent what the cheapest run spent."
     ]
+    for home in dict.fromkeys(results.run_once.values()):
+        names = ", ".join(variant for variant, where in results.run_once.items() if where == home)
+        notes.append(f"Run in {home} alone, and the same in each scenario: {names}.")
     if results.num_missing:
         notes.append(f"{results.num_missing} runs of the comparison are not finished.")
     costs = [
@@ -245,13 +260,12 @@ def write(results: Results, out: Path) -> list[Path]:
 def _page(results: Results) -> Page:
     variants = [*next(iter(results.runs.values()))]
     seeds = results.settings["seeds"]
-    num_runs = len(results.runs) * len(variants) * len(seeds)
     missing = f", {results.num_missing} missing" if results.num_missing else ""
     facts = {
         "variants": ", ".join(variants),
         "scenarios": ", ".join(results.runs),
         "seeds": ", ".join(map(str, seeds)),
-        "runs": f"{num_runs - results.num_missing} of {num_runs} finished{missing}",
+        "runs": f"{results.num_runs - results.num_missing} of {results.num_runs} finished{missing}",
     }
     sections = [
         Section(scenario or "Variants", tables(results, scenario), _curves_on_page(results, scenario))
@@ -432,15 +446,26 @@ def budget_curves(results: Results) -> dict[str, list[BudgetPoint]]:
     """For each variant its accuracy in each scenario, by budget: on test data, unless these are not to be looked at."""
     key = _final(results)
     curves: dict[str, list[BudgetPoint]] = {}
-    for scenario, variants in results.runs.items():
+    for scenario in results.runs:
         for variant, seeds in all_figures(results, scenario).items():
             values = [100 * value for f in seeds.values() if (value := f[key]) is not None]
-            if values:
-                share = next(iter(variants[variant].values())).summary["mean_budget"]  # type: ignore[index]
+            share = _mean_budget(results, scenario, variant)
+            if values and share is not None:
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 point = BudgetPoint(scenario, 100 * share, statistics.mean(values), spread, len(values))
                 curves.setdefault(variant, []).append(point)
     return {variant: sorted(points, key=lambda point: point.budget) for variant, points in curves.items()}
+
+
+def _mean_budget(results: Results, scenario: str, variant: str) -> float | None:
+    """The clients' mean budget of a variant in a scenario; None where no run tells it.
+
+    Runs that come from another scenario had that one's budgets: most of the runs that were done here tell this one's.
+    """
+    here = results.run_in(scenario)
+    tell = [here[variant]] if variant in here else here.values()
+    shares = [run.summary["mean_budget"] for found in tell for run in found.values() if run.summary]
+    return statistics.mode(shares) if shares else None
 
 
 def _final(results: Results) -> str:

@@ -1,10 +1,11 @@
-"""Clients on Flower's nodes: the one module that imports flwr. Only its message API is used, no strategy."""
+"""A link over Flower's Grid, and a Grid whose nodes are in this process."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -17,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from scalefl.engines.codec import Allowed
 from scalefl.engines.local import LocalEngine
-from scalefl.engines.messages import Parcel, tensor_of
+from scalefl.engines.messages import Parcel, Precision, tensor_of
 from scalefl.engines.node import Node, TensorCache
 from scalefl.engines.remote import Answer, Patience, RemoteEngine
 from scalefl.params import bytes_of
@@ -158,23 +159,38 @@ class InProcessGrid(Grid):
 
 @contextlib.contextmanager
 def in_process(
-    engine: LocalEngine, problem: Problem, *, cache_bytes: int = 2**30, is_private: bool = False
+    engine: LocalEngine,
+    problem: Problem,
+    *,
+    patience: Patience | None = None,
+    precision: Precision = "exact",
+    cache_bytes: int = 2**30,
+    is_private: bool = False,
 ) -> Iterator[RemoteEngine]:
     """The clients of a local engine, each behind a node of its own, over a grid in this process.
 
     Args:
         engine: does the tasks.
         problem: what is learned.
+        patience, precision: see `RemoteEngine`.
         cache_bytes: what nodes may keep on disk, all together: equal tensors are kept once.
         is_private: see `RemoteEngine`.
     """
+    clients = engine.population()
+
+    def engine_for(asked: Problem) -> LocalEngine:
+        if asked != problem:
+            raise ValueError(f"the run is about {asked}, this node's data about {problem}")
+        return engine
+
     with tempfile.TemporaryDirectory(prefix="scalefl-") as folder, engine:
         cache = TensorCache(Path(folder), cache_bytes)
-        count = len(engine.population())
 
         def node_of(context: Context) -> Node:
-            return Node(context.node_id - FIRST_NODE, engine, problem, cache, Allowed(("*",)))
+            number = context.node_id - FIRST_NODE
+            return Node(number, engine_for, lambda: clients[number], cache, Allowed(("*",)))
 
-        contexts = {FIRST_NODE + i: Context(1, FIRST_NODE + i, {}, RecordDict(), {}) for i in range(count)}
-        grid = InProcessGrid(client_app(node_of), contexts)
-        yield RemoteEngine(GridLink(grid), problem, Patience(poll_seconds=0.0), in_flight=1, is_private=is_private)
+        contexts = {FIRST_NODE + i: Context(1, FIRST_NODE + i, {}, RecordDict(), {}) for i in range(len(clients))}
+        link = GridLink(InProcessGrid(client_app(node_of), contexts))
+        at_once = replace(patience or Patience(), poll_seconds=0.0)  # whoever asks for an answer has it made
+        yield RemoteEngine(link, problem, at_once, in_flight=1, precision=precision, is_private=is_private)

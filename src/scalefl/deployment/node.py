@@ -1,0 +1,221 @@
+"""A node of a deployment: Flower's SuperNode, and beside it the process that holds the data and does the tasks."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scalefl.data import Dataset, FederatedData, Source, load, parse_bytes
+from scalefl.deployment.layout import AUTO, NodeFolder, NodeSettings
+from scalefl.deployment.programs import Program, Say, free_port, wait_for
+from scalefl.engines.codec import Allowed
+from scalefl.engines.flower.executor import Executor
+from scalefl.engines.local import LocalEngine
+from scalefl.engines.node import Node, TensorCache
+from scalefl.errors import ConfigError, DataError
+from scalefl.measure import spare_bytes, usable_bytes
+from scalefl.problem import Batch, Problem, num_rows, take
+from scalefl.types import ClientInfo
+from scalefl.units import mib
+
+_RESTART_SECONDS, _POLL_SECONDS = 5.0, 0.1
+_LONGEST_RESTART_SECONDS = 40.0
+_CAUSES = {
+    "[code: 2004]": "the server does not know this node's key; or it takes the node to be connected still, as it does "
+    "for a minute after one was killed",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not vouched for by this node's ca.pem",
+    "Connection refused": "nobody listens there",
+}
+"""What Flower's program says when it gives up, and what that means."""
+_PIECE_BYTES = 8 * 2**20
+"""An automatic budget is a multiple of it: otherwise no two plans would be alike."""
+
+
+class Own:
+    """What one client has: its examples and its budget, as data and as a population of one."""
+
+    num_clients = 1
+
+    def __init__(self, settings: NodeSettings, problem: Problem, rows: Batch) -> None:
+        self._settings, self._rows = settings, rows
+        self.problem = problem
+        self.validation: Batch = {}
+        self.test: Batch = {}
+        self._budget = 0
+
+    def describe(self) -> ClientInfo:
+        """What it offers now: what is promised here is what its next task may take."""
+        budget = self._settings.budget
+        self._budget = parse_bytes(budget) if budget != AUTO else spare_bytes() // _PIECE_BYTES * _PIECE_BYTES
+        return self._info(usable_bytes(self._budget))
+
+    def __getitem__(self, index: int) -> ClientInfo:
+        return self._info(self._budget)
+
+    def __len__(self) -> int:
+        return 1
+
+    @property
+    def smallest_memory_bytes(self) -> int:
+        """Its budget."""
+        return self._budget
+
+    @property
+    def largest_memory_bytes(self) -> int:
+        """Its budget."""
+        return self._budget
+
+    def num_examples(self, client: int) -> int:
+        """Its rows."""
+        return num_rows(self._rows)
+
+    def label_counts(self, client: int) -> Tensor:
+        """Its rows for each class: [K]."""
+        return torch.bincount(self.problem.labels(self._rows), minlength=self.problem.num_classes)
+
+    def examples(self, client: int) -> Batch:
+        """Its rows."""
+        return self._rows
+
+    def take_over(self, problem: Problem) -> None:
+        """Take the server's word for what is learned: how images are normalised has to be the same everywhere.
+
+        Raises:
+            ValueError: this data is about something else.
+        """
+        mine, theirs = _described(self.problem), _described(problem)
+        if mine != theirs:
+            raise ValueError(f"the run is about {theirs}, this node's data about {mine}")
+        highest = int(problem.labels(self._rows).max())
+        if highest >= problem.num_classes:
+            raise ValueError(f"the run tells {problem.num_classes} classes apart, this node has labels up to {highest}")
+        self.problem = problem
+
+    def _info(self, memory_bytes: int) -> ClientInfo:
+        settings = self._settings
+        counts = self.label_counts(0)
+        return ClientInfo(
+            settings.client,
+            num_rows(self._rows),
+            memory_bytes,
+            settings.name,
+            classes=tuple(counts.nonzero().flatten().tolist()),
+        )
+
+
+def run_node(folder: NodeFolder, settings: NodeSettings, say: Say) -> None:
+    """Serve as a node until interrupted; leave nothing running.
+
+    Raises:
+        ConfigError, DataError: the settings are wrong, or the data cannot be read.
+        ProgramFailed: the SuperNode does not start.
+    """
+    if settings.data is None:
+        raise ConfigError(f"{settings.name} has no data: give --data, or a [data] table in {folder.settings_file}")
+    say(f"reading {settings.data.name}")
+    own = Own(settings, *_rows(settings.data, settings))
+    folder.flower.mkdir(mode=0o700, exist_ok=True)
+    secret, port = secrets.token_bytes(32), free_port()
+    secret_file = folder.flower / "secret"
+    secret_file.unlink(missing_ok=True)
+    with os.fdopen(os.open(secret_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secret)
+    with LocalEngine(own, own, workers=1, threads=settings.threads, cap="hard") as engine:
+
+        def engine_for(problem: Problem) -> LocalEngine:
+            own.take_over(problem)
+            return engine
+
+        cache = TensorCache(folder.cache, parse_bytes(settings.cache))
+        node = Node(settings.client, engine_for, own.describe, cache, Allowed(settings.allow), hardware())
+        offer = own.describe()
+        say(f"{settings.name}: {offer.num_examples} examples, budget {mib(own.largest_memory_bytes)} MiB")
+        with (
+            closing(_Supervised(folder, settings, secret_file, port, say)) as flower,
+            closing(Executor(f"127.0.0.1:{port}", secret, node.answer)) as executor,
+        ):
+            while True:
+                flower.look()
+                if not executor.step():
+                    time.sleep(_POLL_SECONDS)
+
+
+class _Supervised:
+    """A SuperNode that is started again when it ends."""
+
+    def __init__(self, folder: NodeFolder, settings: NodeSettings, secret_file: Path, port: int, say: Say) -> None:
+        self._arguments = (
+            *("--superlink", settings.server),
+            *("--root-certificates", str(folder.authority)),
+            *("--auth-supernode-private-key", str(folder.key)),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--isolation", "process", "--superexec-auth-secret-file", str(secret_file)),
+        )
+        self._folder, self._say = folder, say
+        self._log = folder.flower / "supernode.log"
+        self._wait, self._again = _RESTART_SECONDS, 0.0
+        self._start()
+        wait_for(port, "127.0.0.1", self._program)
+
+    def look(self) -> None:
+        """Start it again if it has ended, after a while that grows: its server may take the old one to be there."""
+        if self._program.ended is None:
+            return
+        now = time.monotonic()
+        if not self._again:
+            self._say(f"the SuperNode ended ({self._cause()}); it is started again in {self._wait:.0f} seconds")
+            self._again = now + self._wait
+            self._wait = min(2 * self._wait, _LONGEST_RESTART_SECONDS)
+        if now >= self._again:
+            self._again = 0.0
+            self._start()
+
+    def close(self) -> None:
+        """Stop it."""
+        self._program.stop()
+
+    def _start(self) -> None:
+        self._said = self._log.stat().st_size if self._log.exists() else 0
+        self._program = Program(
+            self._say, "flower-supernode", *self._arguments, home=self._folder.flower, log=self._log
+        )
+
+    def _cause(self) -> str:
+        with self._log.open("rb") as file:
+            file.seek(self._said)
+            said = file.read().decode(errors="replace")
+        found = [meaning for sign, meaning in _CAUSES.items() if sign in said]
+        return "; ".join(found) or f"status {self._program.ended}, {self._log}"
+
+
+def hardware() -> str:
+    """What this machine is, in words."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{platform.machine()}, {os.cpu_count()} cores, {mib(memory)} MiB, torch {torch.__version__}"
+
+
+def _rows(source: Source, settings: NodeSettings) -> tuple[Problem, Batch]:
+    loaded = load(source, held_out=False)
+    rows = _client_rows(loaded, settings.client)
+    first, count = settings.part()
+    chosen = torch.arange(first, num_rows(rows), count)
+    if not len(chosen):
+        raise DataError(f"{source.name} has {num_rows(rows)} rows: nothing is left for the share {settings.share}")
+    return loaded.problem, take(rows, chosen)
+
+
+def _client_rows(loaded: Dataset | FederatedData, client: int) -> Batch:
+    return loaded.train if isinstance(loaded, Dataset) else loaded.examples(client)
+
+
+def _described(problem: Problem) -> str:
+    """The columns of a problem: their names, shapes and kinds."""
+    columns = problem.example(1).items()
+    return ", ".join(f"{name} {list(t.shape[1:])} {str(t.dtype).removeprefix('torch.')}" for name, t in columns)

@@ -1,0 +1,209 @@
+"""Flower's programs, as processes that end with the one that started them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from scalefl.errors import ScaleFLError
+
+Say = Callable[[str], None]
+"""Shows a line to whoever started this."""
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_GRACE_SECONDS = 10.0
+_LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+"""Loaded here: between a fork and the program that follows, little may be done."""
+
+
+class ProgramFailed(ScaleFLError):
+    """One of Flower's programs did not do what it was started for."""
+
+
+def environment(home: Path, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """For Flower's programs: what they keep lies in `home`, and they ask nobody else for anything."""
+    path = os.pathsep.join([str(_bin()), os.environ.get("PATH", "")])
+    return {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
+        "PYTHONUNBUFFERED": "1",
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",
+        **(more or {}),
+    }
+
+
+def ask(say: Say, name: str, *arguments: str, home: Path) -> str:
+    """Run a program to its end and return what it printed.
+
+    Raises:
+        ProgramFailed: it did not succeed; what it said.
+    """
+    say(_shown(name, arguments, home))
+    done = subprocess.run(
+        [_found(name), *arguments], env=environment(home), stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise ProgramFailed(f"{name} failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]}")
+    return done.stdout
+
+
+class Program:
+    """One of Flower's programs that runs until it is stopped.
+
+    Args:
+        say: is told the command.
+        name, arguments: the command.
+        home: see `environment`.
+        log: where its output goes; None: where ours goes.
+    """
+
+    def __init__(self, say: Say, name: str, *arguments: str, home: Path, log: Path | None = None) -> None:
+        say(_shown(name, arguments, home))
+        output: IO[bytes] | None = log.open("ab") if log else None
+        try:
+            self._process = subprocess.Popen(
+                [_found(name), *arguments],
+                env=environment(home),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,  # Ctrl-C is ours to pass on
+                preexec_fn=_die_with_parent,
+            )
+        finally:
+            if output is not None:
+                output.close()
+        self.name = name
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    @property
+    def ended(self) -> int | None:
+        """The status with which it has ended; None while it runs."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """End it, and all that it has started, gently at first."""
+        family = [self.pid, *descendants(self.pid)]
+        _signal(family[:1], signal.SIGTERM)
+        try:
+            self._process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            _signal([self.pid], signal.SIGKILL)
+            self._process.wait()
+        end(family[1:])
+
+
+def end(processes: Iterable[int]) -> None:
+    """End processes that may have lost their parent: gently, then not."""
+    left = [pid for pid in processes if _lives(pid)]
+    _signal(left, signal.SIGTERM)
+    give_up = time.monotonic() + _GRACE_SECONDS
+    while any(map(_lives, left)) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    _signal([pid for pid in left if _lives(pid)], signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Have this process become the parent of whatever its children leave behind, so that it can be found and ended."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes that one has started, and those that they have."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue
+    found, new = [], [pid]
+    while new:
+        new = [child for child, parent in parents.items() if parent in new]
+        found += new
+    return found
+
+
+def free_port() -> int:
+    """A port of the loopback interface on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(port: int, host: str, program: Program, seconds: float = 60.0) -> None:
+    """Wait until a program listens.
+
+    Raises:
+        ProgramFailed: it has ended, or does not.
+    """
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up:
+        if program.ended is not None:
+            raise ProgramFailed(f"{program.name} ended with status {program.ended}: its output says why")
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            if probe.connect_ex((host, port)) == 0:
+                return
+        time.sleep(0.1)
+    raise ProgramFailed(f"{program.name} does not listen on {host}:{port} after {seconds:.0f} seconds")
+
+
+def _shown(name: str, arguments: Iterable[str], home: Path) -> str:
+    return f"FLWR_HOME={shlex.quote(str(home))} {shlex.join([name, *arguments])}"
+
+
+def _bin() -> Path:
+    return Path(sys.executable).parent
+
+
+def _found(name: str) -> str:
+    beside = _bin() / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise ProgramFailed(f'{name} is not installed: pip install "scalefl[flower]"')
+    return found
+
+
+def _die_with_parent() -> None:
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _prctl(option: int, value: int) -> None:
+    """Linux only; elsewhere a parent that is killed leaves its children."""
+    if _LIBC is not None:
+        _LIBC.prctl(option, value, 0, 0, 0)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (OSError, IndexError):
+        return False
+
+
+def _signal(processes: Iterable[int], number: signal.Signals) -> None:
+    for pid in processes:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue

@@ -1,0 +1,136 @@
+"""What the commands have in common: a console, a bar or lines for progress, and the figures at the end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from scalefl.run_folder import RunFolder
+from scalefl.units import mib, privacy
+
+if TYPE_CHECKING:
+    from scalefl.experiment import RunProgress
+
+PLAIN_WIDTH = 120
+"""Columns where the output is no terminal and nobody says how wide it is."""
+PLAIN_SECONDS = 30.0
+"""Where the output is no terminal, a line is printed at least so often, and after each tenth of the rounds."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with what to say about it."""
+
+
+@dataclass
+class _Totals:
+    """What a run has come to."""
+
+    bytes_moved: int = 0
+    accuracy: float | None = None
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Count a line of the journal."""
+        self.bytes_moved += line.get("bytes_down", 0) + line.get("bytes_up", 0)
+        self.accuracy = line.get("validation", {}).get("accuracy", self.accuracy)
+
+    def describe(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """The words beside the bar."""
+        loss = line.get("train", {}).get("loss")
+        return {
+            "loss": "" if loss is None else f"loss {loss:.3f}",
+            "accuracy": "" if self.accuracy is None else f"val. acc. {100 * self.accuracy:.1f} %",
+            # Bytes would tell how many clients take part.
+            "moved": privacy(line["privacy"]) if "privacy" in line else f"{mib(self.bytes_moved)} MiB moved",
+        }
+
+
+def _described(rounds: Iterator[RunProgress], folder: Path) -> Iterator[tuple[RunProgress, dict[str, Any]]]:
+    """Each round with its words; totals count the rounds before a resumption too."""
+    totals: _Totals | None = None
+    for progress in rounds:
+        lines = [progress.line] if totals else RunFolder(folder).read_journal()
+        totals = totals or _Totals()
+        for line in lines:
+            totals.add(line)
+        yield progress, totals.describe(progress.line)
+
+
+def follow(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
+    """Show rounds as they come: in a bar, or line by line where the output is no terminal."""
+    (_follow_live if console.is_terminal else _follow_plainly)(console, rounds, folder)
+
+
+def _follow_live(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
+    with bar_beside(console, "loss", "accuracy", "moved") as bar:
+        task = bar.add_task("preparing", total=None, loss="", accuracy="", moved="")
+        started = False
+        for progress, words in _described(rounds, folder):
+            done, stage = progress.line["round"], progress.line["stage"]
+            if not started:  # the clock starts here: preparing, and rounds before a resumption, say nothing of speed
+                bar.reset(task, total=progress.rounds, completed=done)
+                started = True
+            bar.update(task, completed=done, description=stage, **words)
+
+
+def bar_beside(console: Console, *fields: str) -> Progress:
+    """A bar with fields of text beside it; only on a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        *(TextColumn(f"{{task.fields[{name}]}}") for name in fields),
+        TimeRemainingColumn(),
+        console=console,
+        # What is counted may take minutes: the mean over all of it tells the time left.
+        speed_estimate_period=float("inf"),
+        disable=not console.is_terminal,
+    )
+
+
+def _follow_plainly(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
+    first, start, printed = 0, 0.0, 0.0
+    for progress, words in _described(rounds, folder):
+        done, now = progress.line["round"], time.monotonic()
+        texts = [f"round {done}/{progress.rounds}", progress.line["stage"], *filter(None, words.values())]
+        if first:
+            texts.append(f"{(now - start) / (done - first) * (progress.rounds - done):.0f} s left")
+        else:
+            first, start = done, now
+        tenth = max(1, progress.rounds // 10)
+        if done in (first, progress.rounds) or done % tenth == 0 or now - printed > PLAIN_SECONDS:
+            console.print(", ".join(texts), highlight=False, soft_wrap=True)
+            printed = now
+
+
+def conclude(console: Console, folder: Path) -> None:
+    """Draw a finished run, and print its figures and files."""
+    from scalefl.report import draw, read_run
+    from scalefl.report.tables import show, summary_table
+
+    finished = read_run(folder)
+    draw(finished, folder)
+    console.print()
+    show(console, summary_table(finished))
+    print_files(console, sorted(folder.iterdir()))
+
+
+def print_files(console: Console, paths: list[Path]) -> None:
+    """Print which files were written."""
+    console.print("Files written:")
+    for path in paths:
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
+
+
+def console_of() -> Console:
+    """Standard output."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        return Console(width=PLAIN_WIDTH)
+    return console

@@ -1,0 +1,177 @@
+"""A server and two nodes, as an administrator starts them: real programs, TLS, registered keys, hard budgets."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from deployed import Field, deployed, eventually, is_alive, scalefl
+from scalefl.cli import app
+from scalefl.deployment.layout import Deployment, NodeFolder
+from scalefl.deployment.server import connected
+from scalefl.deployment.submit import run_status
+from scalefl.run_folder import RunFolder, read_json
+from scalefl.units import MIB
+
+BUDGETS = {"node-0": 9, "node-1": 32}
+"""MiB: the first holds no training of the whole model, the second does."""
+ROUNDS = 3
+CONFIG = f"""
+model = "cnn"
+model_arguments = {{ width = 0.5, norm = "group" }}
+rounds = {ROUNDS}
+clients_per_round = 2
+data = {{ source = {{ name = "mnist5k" }} }}
+work = {{ batch_size = 16, lr = 0.02 }}
+engine = {{ name = "flower", patience = {{ min_clients = 2 }} }}
+method = {{ name = "scalefl" }}
+"""
+
+pytestmark = pytest.mark.timeout(280)
+
+
+def here(*arguments: object) -> Result:
+    """A command to its end, in this process."""
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def area(tmp_path_factory) -> Iterator[Field]:
+    with deployed(tmp_path_factory.mktemp("deployment") / "here", nodes=2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def finished(area) -> RunFolder:
+    """A run on both nodes."""
+    for i, (name, budget) in enumerate(BUDGETS.items()):
+        area.start_node(name, f"{budget}MiB", f"{i}/4")
+    area.submit(area.write_config("digits", CONFIG))
+    area.finish("digits")
+    return RunFolder(area.deployment.runs / "digits")
+
+
+def test_nodes_of_different_budgets_learn_together_each_under_its_cap(area, finished):
+    summary = read_json(finished.summary)
+    assert summary["test"]["accuracy"] > 0.6
+    assert summary["num_clients"] == summary["num_clients_seen"] == 2
+    rounds = area.journal("digits")
+    assert [line["round"] for line in rounds] == list(range(1, ROUNDS + 1))
+    assert all(line["lost"] == [] for line in rounds)
+    for line in rounds:
+        for peak in line["peaks"]:
+            budget = BUDGETS[f"node-{peak['client']}"] * MIB
+            assert 0 < peak["measured_bytes"] <= budget and 0 < peak["predicted_bytes"] < budget
+        assert len(line["rungs"]) == 2, "planned for each: the weak one has other means, or other parts"
+    offered = read_json(finished.clients)["clients"]
+    assert [(c["client"], c["name"], c["num_examples"]) for c in offered] == [(0, "node-0", 1000), (1, "node-1", 1000)]
+
+
+def test_the_journal_counts_the_bytes_that_flower_counts(area, finished):
+    """Flower's own counter adds what it wraps around our messages, the questions to nodes, and the app."""
+    traffic = run_status(area.deployment, area.run_number("digits"))["network-traffic"]
+    for ours, theirs in (("bytes_down", "outbound-bytes"), ("bytes_up", "inbound-bytes")):
+        counted = sum(line[ours] for line in area.journal("digits"))
+        assert counted <= traffic[theirs] <= 1.05 * counted, (ours, counted, traffic)
+
+
+def test_status_shows_nodes_and_runs(area, finished):
+    done = scalefl("deploy", "status", "--dir", area.deployment.path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"node-0 +online", done.stdout) and re.search(r"node-1 +online", done.stdout)
+    assert "finished:completed" in done.stdout and area.run_number("digits") in done.stdout
+
+
+def test_a_finished_run_is_not_written_over(area, finished):
+    done = here("deploy", "submit", area.deployment.path / "digits.toml", "--dir", area.deployment.path)
+    assert done.exit_code == 1 and "holds a run: go on with it (--resume)" in done.stderr
+
+
+def stranger(area: Field, folder: Path, *, authority: Path | None = None, key: Path | None = None) -> NodeFolder:
+    """A node's folder with another deployment's certificate or key."""
+    shutil.copytree(area.deployment.node("node-0").path, folder, ignore=shutil.ignore_patterns("flower", "cache"))
+    if authority:
+        shutil.copy(authority, folder / "ca.pem")
+    if key:
+        shutil.copy(key, folder / "node.key")
+    return NodeFolder(folder)
+
+
+@pytest.mark.parametrize(
+    ("what", "refusal"),
+    [
+        ("key", "the server does not know this node's key"),
+        ("authority", "the server's certificate is not vouched for by this node's ca.pem"),
+    ],
+)
+def test_strangers_are_refused(area, finished, tmp_path, what, refusal):
+    """A node whose key nobody has registered, and a server that another authority vouches for."""
+    other = Deployment(tmp_path / "other")
+    assert here("deploy", "init", other.path, "--nodes", 1).exit_code == 0
+    found = {"key": other.node("node-0").key, "authority": other.authority}[what]
+    node = stranger(area, tmp_path / "stranger", **{what: found})
+    area.start(f"stranger-{what}", "deploy", "node", "--dir", node.path, "--budget", "10MiB", "--data", "mnist5k")
+    log = f"stranger-{what}"
+    try:
+        eventually(lambda: refusal in area.said(log), why=lambda: area.said(log))
+        assert {node["name"]: node["status"] for node in connected(area.deployment, print)} == dict.fromkeys(
+            ("node-0", "node-1"), "online"
+        )
+    finally:
+        area.stop(log)
+
+
+def test_init_adds_nodes_and_overwrites_nothing(area, tmp_path):
+    folder = tmp_path / "new"
+    assert (
+        here("deploy", "init", folder, "--nodes", 1, "--host", "fl.example.org", "--public-port", 9443).exit_code == 0
+    )
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = here("deploy", "init", folder, "--nodes", 3, "--host", "elsewhere")
+    assert done.exit_code == 0 and "nodes/node-2" in done.stdout
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert Deployment(folder).nodes == ["node-0", "node-1", "node-2"]
+    secret = [folder / "ca.key", folder / "server.key", *folder.glob("nodes/*/node.key")]
+    assert len(secret) == 5
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in secret)
+    assert 'server = "fl.example.org:9443"' in (folder / "nodes/node-2/node.toml").read_text()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("mine")
+    done = here("deploy", "init", tmp_path / "other")
+    assert done.exit_code == 1 and "holds something else than a deployment" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "lots", "--data", "mnist5k"], "'lots' is not a number of bytes"),
+        (["--budget", "10MiB"], "node-0 has no data: give --data"),
+        (["--budget", "10MiB", "--data", "/nowhere"], "no folder /nowhere"),
+        (["--data", "mnist5k", "--share", "2/2"], 'write "0/2" for the first of two parts'),
+    ],
+)
+def test_bad_settings_of_a_node_are_named(area, options, message):
+    done = here("deploy", "node", "--dir", area.deployment.node("node-0").path, *options)
+    assert done.exit_code == 1 and message in " ".join(done.stderr.split())
+
+
+def test_folders_that_are_none_are_named(tmp_path):
+    for words in (["server"], ["status"], ["node"], ["submit", tmp_path / "x.toml"]):
+        done = here("deploy", *words, "--dir", tmp_path)
+        assert done.exit_code == 1 and "it is made by scalefl deploy init" in " ".join(done.stderr.split()), words
+
+
+def test_what_is_stopped_leaves_nothing_running(area, finished):
+    """Last: it stops the server and the nodes."""
+    for name in ("node-0", "server"):
+        family = area.family(name)
+        assert len(family) > 2
+        assert area.stop(name) == 0
+        eventually(lambda family=family: not any(map(is_alive, family)), 15.0)
