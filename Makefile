@@ -4,20 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms bench-engine bench-memory
+.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms bench-privacy bench-engine bench-memory
 
 help:
 	@echo "make demo       run the main job: three methods on 50 simulated clients, under 3 minutes"
 	@echo "make test       the tests (make test-full adds the slow ones, test-hosts only those on network namespaces)"
 	@echo "make check      lint, types, import contracts"
 	@echo "make format     format the code"
-	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -accuracy, -tuning, -tenth, -norms, -engine, -memory"
+	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -accuracy, -tuning, -tenth, -norms, -privacy, -engine, -memory"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ScaleFL needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev --editable ".[demo,flower,mlflow,tensorboard]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev --editable ".[demo,flower,mlflow,privacy,tensorboard]"
 	@touch $@
 
 demo: $(STAMP)
@@ -51,7 +51,7 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Experiments: minutes to hours; small results are committed in docs/benchmarks. SCALEFL_DATA names the data folder.
-bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms: bench-%: $(STAMP)
+bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms bench-privacy: bench-%: $(STAMP)
 	$(BIN)/scalefl compare benchmarks/$*.toml --out docs/benchmarks/$*
 
 bench-memory: $(STAMP)

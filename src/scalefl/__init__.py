@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from scalefl.methods.fedavg import FedAvg
     from scalefl.methods.scalefl import ScaleFL
     from scalefl.models.spec import ModelSpec
+    from scalefl.privacy import Privacy
     from scalefl.problem import Classification, Column, Problem
-    from scalefl.record import RoundRecord
+    from scalefl.record import PrivateRecord, RoundRecord
     from scalefl.sampling import UniformSampler
     from scalefl.types import ClientInfo, Engine, LocalWork, Method, Population, ServerState
 
@@ -44,8 +45,9 @@ _WHERE = {
     "scalefl.methods.fedavg": ("FedAvg",),
     "scalefl.methods.scalefl": ("ScaleFL",),
     "scalefl.models.spec": ("ModelSpec",),
+    "scalefl.privacy": ("Privacy",),
     "scalefl.problem": ("Classification", "Column", "Problem"),
-    "scalefl.record": ("RoundRecord",),
+    "scalefl.record": ("PrivateRecord", "RoundRecord"),
     "scalefl.sampling": ("UniformSampler",),
     "scalefl.types": ("ClientInfo", "Engine", "LocalWork", "Method", "Population", "ServerState"),
 }
@@ -71,6 +73,8 @@ __all__ = [
     "ModelSpec",
     "PartitionedData",
     "Population",
+    "Privacy",
+    "PrivateRecord",
     "Problem",
     "RoundRecord",
     "ScaleFL",

@@ -51,6 +51,7 @@ class _Header(msgspec.Struct):
     aux: dict[str, Any]
     deployed: _Deployed
     tightened: dict[int, int] = {}
+    releases: int = 0
 
 
 _PARAMS, _AUX, _OWN = "params/", "aux/", "deployed/"
@@ -77,7 +78,14 @@ def save_state(path: Path, state: ServerState, deployed: tuple[ModelSpec, Params
     tensors |= {_OWN + name: t for name, t in own.items()}
     tightened = dict(sorted(state.tightened.items()))
     header = _Header(
-        FORMAT, VERSION, state.round, state.seed, dict(state.aux.values), _recipe(model, params, elsewhere), tightened
+        FORMAT,
+        VERSION,
+        state.round,
+        state.seed,
+        dict(state.aux.values),
+        _recipe(model, params, elsewhere),
+        tightened,
+        state.releases,
     )
     # One key: safetensors writes several in an order that differs from process to process.
     metadata = {"scalefl": msgspec.json.encode(header).decode()}
@@ -94,7 +102,7 @@ def load_state(path: Path, model: ModelSpec, problem: Problem) -> ServerState:
     header, tensors = _read(path)
     aux = Aux(_under(_AUX, tensors), header.aux)
     params = _under(_PARAMS, tensors)
-    return ServerState(model, problem, params, header.round, header.seed, aux, header.tightened)
+    return ServerState(model, problem, params, header.round, header.seed, aux, header.tightened, header.releases)
 
 
 def load_deployed(path: Path) -> tuple[ModelSpec, Params]:

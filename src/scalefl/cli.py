@@ -23,6 +23,7 @@ from scalefl.errors import ConfigError, ScaleFLError
 from scalefl.measure import base_bytes
 from scalefl.run_folder import RunFolder
 from scalefl.terminal import Interrupted, bar_beside, conclude, console_of, follow, print_files
+from scalefl.units import privacy
 
 if TYPE_CHECKING:
     from scalefl.comparison import Comparison
@@ -165,12 +166,17 @@ def plan(
         for member in experiment.population.classes
     ]
     base = base_bytes()
+    spent = experiment.privacy.spent(experiment.config.rounds) if experiment.privacy else None
+    if spent:
+        found = {**found, "privacy": spent}
     if as_json:
         typer.echo(json.dumps({**found, "classes": classes, "base_bytes": base}, indent=2))
         return
     console = console_of()
     show(console, memory_table(found))
     show(console, class_table(classes, found["full"]["peak_bytes"], base))
+    if spent:
+        console.print(f"Privacy after {experiment.config.rounds} rounds: {privacy(spent)}", highlight=False)
 
 
 def _draw_plan(found: Mapping[str, Any], name: str, target: Path) -> None:

@@ -53,7 +53,8 @@ def run_task(
     received = num_bytes(params)
     metrics: dict[str, tuple[float, float]] = {}
     with seeded(task.seed):
-        for number, step in enumerate(task.steps):
+        # In private runs those without data are asked too, as nobody knows them; they move nothing.
+        for number, step in enumerate(task.steps if num_rows(examples) else ()):
             seed = derive(task.seed, "step", number)
             with _in_memory(params, step):
                 if step.collects:
@@ -66,6 +67,8 @@ def run_task(
         upload = params
     else:
         upload = moved(select(params, sorted(task.moving)), CPU)
+    if task.is_private:
+        return ClientUpdate(task.client_id, upload, 1, {}, Receipt(received, num_bytes(upload)))
     receipt = Receipt(received, num_bytes(upload), time.perf_counter() - start)
     return ClientUpdate(task.client_id, upload, num_rows(examples), metrics, receipt)
 

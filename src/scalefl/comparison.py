@@ -23,6 +23,7 @@ from scalefl.checkpoint import write_whole
 from scalefl.config import Config, convert, make_config, overridden, read_settings, to_plain
 from scalefl.errors import ConfigError, ScaleFLError, check_range, nearest
 from scalefl.experiment import check_same
+from scalefl.privacy import check_accountant
 from scalefl.run_folder import RunFolder
 from scalefl.tracking import check_installed
 
@@ -160,8 +161,8 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: 
     """A comparison from a TOML file, with "key=value" overrides; its runs lie in `runs`/NAME/….
 
     Raises:
-        ConfigError: as `load_config`, or as `check_installed`; names the variant and the scenario whose config is
-            wrong, before anything runs.
+        ConfigError: as `load_config`, `check_installed` or `check_accountant`; names the variant and the scenario
+            whose config is wrong, before anything runs.
     """
     raw = read_settings(Path(path))
     for override in overrides:
@@ -180,6 +181,8 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: 
                 try:
                     config = make_config({**raw, **budgets, **changes, "name": folder.name, "seed": seed})
                     check_installed(config.tracking)
+                    if config.privacy is not None:
+                        check_accountant()
                 except ConfigError as error:
                     where = f"variant {variant!r}" + (f" in scenario {scenario!r}" if scenario else "")
                     raise ConfigError(f"{path}: {where}: {error}") from error

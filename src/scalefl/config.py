@@ -21,6 +21,7 @@ from scalefl.mentor import SCHEDULES, Schedule
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models import resolve
 from scalefl.models.spec import ModelSpec, load_object
+from scalefl.privacy import Privacy
 from scalefl.problem import Problem
 from scalefl.tracking import Destination
 from scalefl.types import LocalWork, Method
@@ -122,13 +123,14 @@ class Config:
         rounds: how long.
         name: of the run's folder.
         seed: of everything random.
-        clients_per_round: size of the cohort.
+        clients_per_round: size of the cohort; with `privacy`, on average, if all clients are eligible.
         method: its `name` (or "package.module:Class") and its settings.
         work: what each client does in a round.
         engine: where clients run.
         evaluation: what is measured along the way.
         save_every: rounds between saved states.
         tracking: where to copy what the journal gets.
+        privacy: differential privacy of each client's data; None: off.
     """
 
     model: str
@@ -145,6 +147,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     save_every: int = 1
     tracking: tuple[Destination, ...] = ()
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         for key in ("rounds", "clients_per_round", "save_every"):

@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -43,14 +43,15 @@ from scalefl.objectives import TaskLoss
 from scalefl.params import Params, without_attachments
 from scalefl.partition import Cut, partition
 from scalefl.planner import budget_error, fit, least_of
+from scalefl.privacy import Mechanism, check_private
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive
 from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
-from scalefl.sampling import UniformSampler, shuffled
+from scalefl.sampling import UniformSampler, everybody, shuffled
 from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
 from scalefl.tracking import Tracking, check_installed
-from scalefl.types import ClientInfo, Collects, Engine, Method, Population, ServerState
+from scalefl.types import UNTOLD, ClientInfo, Collects, Engine, Method, Population, ServerState
 from scalefl.units import mib
 
 LOW_MEMORY_CLIENTS = 1000
@@ -89,6 +90,9 @@ class Experiment:
         for split in ("validation", "test"):
             if not num_rows(getattr(self.data, split)):
                 raise DataError(f"the {split} data is empty: there is nothing to measure accuracy on")
+        self.privacy: Mechanism | None = None
+        if config.privacy is not None:
+            self.privacy = config.privacy.for_clients(len(self.population), config.clients_per_round)
 
     @property
     def offered(self) -> Population:
@@ -243,9 +247,10 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
         rounds = federate(
             experiment.method,
             engine,
-            UniformSampler(config.clients_per_round),
+            everybody if experiment.privacy else UniformSampler(config.clients_per_round),
             state,
             is_looked_at=observer.is_due,
+            privacy=_privacy(experiment, files),
         )
         while state.round < config.rounds:
             state, record = next(rounds)
@@ -257,6 +262,14 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
             yield RunProgress(line, config.rounds)
         if not files.summary.exists():
             _write_json(files.summary, observer.conclude(state, files.read_journal()))
+
+
+def _privacy(experiment: Experiment, files: RunFolder) -> Mechanism | None:
+    """With a rate by the number of clients when the run began: ε is of one rate, whoever has come and gone since."""
+    settings, begun = experiment.config.privacy, experiment.privacy
+    if settings is None or not files.clients.exists():
+        return begun
+    return settings.for_clients(len(read_json(files.clients)["clients"]), experiment.config.clients_per_round)
 
 
 def _engine(experiment: Experiment) -> AbstractContextManager[Engine]:
@@ -277,7 +290,13 @@ def _engine(experiment: Experiment) -> AbstractContextManager[Engine]:
         from scalefl.engines.flower.grid import in_process
     except ModuleNotFoundError as error:
         raise ConfigError(f'engine = "flower" needs Flower ({error}): pip install "scalefl[flower]"') from error
-    return in_process(local, experiment.problem, patience=settings.patience, precision=settings.precision)
+    return in_process(
+        local,
+        experiment.problem,
+        patience=settings.patience,
+        precision=settings.precision,
+        is_private=experiment.privacy is not None,
+    )
 
 
 def read_config(folder: Path) -> Config:
@@ -339,19 +358,24 @@ class _Observer:
         experiment = self._experiment
         model, params = experiment.method.deploy(state)
         rounds = [line for line in journal if line["round"] > 0]
-        measured = [peak for line in rounds if (peak := line["measured_peak_bytes"]) is not None]
-        clients = {i for line in rounds for ids in line["rungs"].values() for i in ids}
-        low = experiment.low_memory_test
-        return {
+        figures = {
             "name": experiment.config.name,
             "rounds": state.round,
             "test": self._measure(model, params, experiment.data.test),
-            "low_memory_test": None if low is None else self._measure(model, params, low),
-            "client_test": self._over_clients(model, params),
             "validation": journal[-1]["validation"],
             "full_training_peak_bytes": experiment.full_cost.peak_bytes,
             "mean_budget": experiment.mean_budget,
             "predicted_peak_bytes": max(line["predicted_peak_bytes"] for line in rounds),
+        }
+        if experiment.privacy is not None:  # the rest takes clients' labels, or who took part
+            return {**figures, "num_clients": experiment.num_clients(set()), "privacy": rounds[-1]["privacy"]}
+        measured = [peak for line in rounds if (peak := line["measured_peak_bytes"]) is not None]
+        clients = {i for line in rounds for ids in line["rungs"].values() for i in ids}
+        low = experiment.low_memory_test
+        return {
+            **figures,
+            "low_memory_test": None if low is None else self._measure(model, params, low),
+            "client_test": self._over_clients(model, params),
             "measured_peak_bytes": max(measured, default=None),
             "num_clients": experiment.num_clients(clients),
             "num_clients_seen": len(clients),
@@ -397,6 +421,8 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
         )
     state = experiment.initial_state()
     _check_budgets(experiment, state)
+    if experiment.privacy is not None:
+        check_private(experiment.method, state)
     if isinstance(experiment.population, DeclaredPopulation):
         _write_json(files.clients, {"clients": [_declared(client) for client in experiment.population.clients]})
     _write_json(files.plan, experiment.plan(state).to_json())
@@ -446,7 +472,21 @@ def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
     kept = [line for line in files.read_journal() if line["round"] <= state.round]  # later rounds are done again
     if [line["round"] for line in kept] != list(range(state.round + 1)):
         raise CheckpointError(f"{files.journal} is damaged: it lacks rounds that {files.state.name} has")
+    if experiment.privacy is not None and experiment.privacy.privacy.seed is None:
+        state = _with_releases(experiment, files, state, len(kept))
     write_whole(files.journal, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return state
+
+
+def _with_releases(experiment: Experiment, files: RunFolder, state: ServerState, num_kept: int) -> ServerState:
+    """The state, saved anew, with the rounds counted that will be done again: with other noise, so both tell something.
+
+    Half a line is one too. The state is saved before the journal forgets them: a kill in between counts them twice.
+    """
+    again = len(files.journal.read_text(errors="replace").splitlines()) - num_kept
+    if again:
+        state = replace(state, releases=state.releases + again)
+        save_state(files.state, state, experiment.method.deploy(state))
     return state
 
 
@@ -470,7 +510,7 @@ def _declared(client: ClientInfo) -> dict[str, Any]:
     return {
         "client": client.id,
         "name": client.device,
-        "num_examples": client.num_examples,
+        "num_examples": None if client.num_examples == UNTOLD else client.num_examples,
         "memory_bytes": client.memory_bytes,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from scalefl.aggregate import Total, check
 from scalefl.coords import extract, take, within
 from scalefl.errors import BadUpdate, EmptyCohort, RoundFailed
 from scalefl.params import Params, select
-from scalefl.record import RoundRecord, Tally
+from scalefl.privacy import Mechanism, NoisyTotal, check_plan, check_private
+from scalefl.record import PrivateRecord, RoundRecord, Tally
 from scalefl.sampling import Sampler
 from scalefl.types import (
     ClientInfo,
@@ -27,6 +29,8 @@ from scalefl.types import (
 )
 from scalefl.units import mib
 
+_log = logging.getLogger("scalefl")
+
 TIGHTER = 0.9
 """Of the predicted peak of a task that hit a memory cap, what its client is planned with from then on."""
 
@@ -38,7 +42,8 @@ def federate(
     state: ServerState,
     *,
     is_looked_at: Callable[[int], bool] = lambda round: True,
-) -> Iterator[tuple[ServerState, RoundRecord]]:
+    privacy: Mechanism | None = None,
+) -> Iterator[tuple[ServerState, RoundRecord | PrivateRecord]]:
     """Yield the state and the record after each round, for as long as the caller keeps asking.
 
     Args:
@@ -46,18 +51,29 @@ def federate(
         state: where to go on from.
         is_looked_at: whether the model of that round will be measured or used: a method whose norms' statistics are
             collected once weights are done collects them then.
+        privacy: protects each client's data: those of `sample` may take part, and each does by a toss of its own.
 
     Raises:
         EmptyCohort: no client can take part in the next round.
         RoundFailed: every client of a round was lost, and not all for memory; the state yielded before is still good.
+        ConfigError: the method needs more of clients than a private run lets them tell.
     """
+    if privacy:
+        check_private(method, state)
     while True:
         start = time.perf_counter()
-        cohort = sample(_Tightened(engine.population(), state.tightened), method.floor_bytes(state), state)
+        clients = engine.population()
+        known = _Untold(clients) if privacy else _Tightened(clients, state.tightened)
+        cohort = sample(known, method.floor_bytes(state), state)
         plan = method.plan(state, cohort)
         if not plan.tasks:
             raise EmptyCohort(f"round {state.round + 1}: none of {len(cohort)} selected clients can do its task")
-        total, tally = _reduce(method, engine, state, plan)
+        if privacy:
+            state, told = _private_round(method, engine, privacy, state, plan)
+            yield state, told
+            continue
+        total = _total(state, plan)
+        tally = _reduce(method, engine, state, plan, total)
         if not tally.updates and all(loss.out_of_memory for loss in tally.losses.values()):
             # Planned again, for less: a round that raised would be the same when the run is resumed.
             state = replace(state, tightened=_tightened(state, plan, tally))
@@ -73,6 +89,29 @@ def federate(
         yield state, record
 
 
+def _private_round(
+    method: Method, engine: Engine, privacy: Mechanism, state: ServerState, plan: RoundPlan
+) -> tuple[ServerState, PrivateRecord]:
+    """The state after a round of which nothing is known but a noised sum, and a record of no more than that.
+
+    Args:
+        method, engine, privacy, state: as in `federate`.
+        plan: for everybody who may take part. The method never sees who did; nor does it matter to the round how many
+            did, or were lost: budgets are not tightened, and a round without anybody is noise.
+    """
+    check_plan(plan, state)
+    plan = replace(plan, is_uniform=True)
+    total, drawn = privacy.total(state, plan), privacy.drawn(state, plan)
+    tally = _reduce(method, engine, state, replace(plan, tasks=drawn), total)
+    if tally.losses and not tally.updates:
+        _log.warning("round %d: all clients that took part were lost: %s", state.round + 1, tally.causes())
+    after = method.aggregate(state, plan, total)
+    _check_finite(state, after)
+    after = replace(after, releases=state.releases + 1)
+    peak_bytes = max(plan.costs[task.client_id].peak_bytes for task in plan.tasks)
+    return after, PrivateRecord(after.round, plan.stage, peak_bytes, privacy.spent(after.releases))
+
+
 def _collected(
     method: Collects, engine: Engine, sample: Sampler, state: ServerState, record: RoundRecord
 ) -> tuple[ServerState, RoundRecord]:
@@ -86,7 +125,8 @@ def _collected(
         return state, record
     cohort = sample(_Tightened(engine.population(), state.tightened), floor, state)
     plan = method.collection(state, cohort)
-    total, tally = _reduce(method, engine, state, plan)
+    total = _total(state, plan)
+    tally = _reduce(method, engine, state, plan, total)
     if not tally.updates:
         return state, replace(record, lost=[*record.lost, *tally.lost(plan)])
     # Nobody's budget is tightened: what was too much here says nothing of training.
@@ -118,6 +158,27 @@ class _Tightened:
         return replace(client, memory_bytes=min(client.memory_bytes, most))
 
 
+@dataclass(frozen=True)
+class _Untold:
+    """The population of a private run: nobody tells how much data it has, or of which labels."""
+
+    clients: Population
+
+    @property
+    def smallest_memory_bytes(self) -> int:
+        return self.clients.smallest_memory_bytes
+
+    @property
+    def largest_memory_bytes(self) -> int:
+        return self.clients.largest_memory_bytes
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def __getitem__(self, index: int) -> ClientInfo:
+        return self.clients[index].untold
+
+
 def _tightened(state: ServerState, plan: RoundPlan, tally: Tally) -> Mapping[int, int]:
     """By client, what may be planned with from now on: less than what was too much for it."""
     too_much = {i: plan.costs[i].peak_bytes for i, loss in tally.losses.items() if loss.out_of_memory}
@@ -133,10 +194,16 @@ def _check_finite(before: ServerState, after: ServerState) -> None:
             )
 
 
-def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan) -> tuple[Total, Tally]:
+def _total(state: ServerState, plan: RoundPlan) -> Total:
+    return Total(state.params, sum(_weight(plan, client.num_examples) for client in plan.clients.values()))
+
+
+def _weight(plan: RoundPlan, num_examples: int) -> int:
+    return 1 if plan.is_uniform else num_examples
+
+
+def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan, total: Total | NoisyTotal) -> Tally:
     """Add updates up as they come: the server holds no client's tensors for longer than that takes."""
-    weights = [1 if plan.is_uniform else client.num_examples for client in plan.clients.values()]
-    total = Total(state.params, sum(weights))
     tally = Tally()
     tasks = {task.client_id: task for task in plan.tasks}
     orders = (
@@ -155,14 +222,13 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan)
         except BadUpdate as error:
             tally.lose(ClientLoss(answer.client_id, task.round, f"{error.name}: {error.why}", answer.receipt))
             continue
-        weight = 1 if plan.is_uniform else answer.num_examples
-        if own:
+        if own and isinstance(total, Total):
             total.keep(answer.client_id, select(answer.params, own))
         shared = {name: t for name, t in answer.params.items() if name not in own}
         params, coords = _counting(shared, coords, plan.counting.get(answer.client_id, {}))
-        total.add(params, weight, coords, sizes)
+        total.add(params, _weight(plan, answer.num_examples), coords, sizes)
         tally.add(answer)
-    return total, tally
+    return tally
 
 
 def _counting(params: Params, coords: Coords, counting: Coords) -> tuple[Params, Coords]:

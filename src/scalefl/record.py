@@ -69,6 +69,22 @@ class RoundRecord:
 
 
 @dataclass(frozen=True)
+class PrivateRecord:
+    """A round of a private run, as journalled: nothing that depends on who took part, nor how many did.
+
+    Args:
+        round, stage: as in `RoundRecord`.
+        predicted_peak_bytes: the largest predicted peak of a task, of all clients that could have taken part.
+        privacy: so far: `epsilon` (None where there is no guarantee), `delta` and `releases`.
+    """
+
+    round: int
+    stage: str
+    predicted_peak_bytes: int
+    privacy: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
 class _Done:
     """A client's update without its tensors."""
 

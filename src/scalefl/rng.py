@@ -2,15 +2,18 @@
 
 `derive(seed, "batches", round, client)` names a stream; nothing else in the package draws from a
 global generator. Dropout and users' model factories do read the global generators, so `seeded`
-sets them for the length of a block and puts them back.
+sets them for the length of a block and puts them back. What nobody may foresee, as the noise that
+protects clients, comes from the operating system.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +30,36 @@ def derive(seed: int, *path: str | int) -> int:
 def generator(seed: int, *path: str | int) -> torch.Generator:
     """A torch generator for the stream at `path`."""
     return torch.Generator().manual_seed(derive(seed, *path))
+
+
+def random_bytes(count: int, seed: int | None, *path: str | int) -> bytes:
+    """Bytes of the stream at `path`; without a seed from the operating system, and others each time."""
+    if seed is None:
+        return os.urandom(count)
+    return hashlib.shake_128(repr((seed, path)).encode()).digest(count)
+
+
+NORMAL_LIMIT = 8.6
+"""No number of `normal` is larger."""
+_PIECE = 2**16
+
+
+def normal(shape: Sequence[int], seed: int | None, *path: str | int) -> Tensor:
+    """Independent standard normal numbers in float64, made of `random_bytes`.
+
+    By Box and Muller, from 53 bits for the radius and 53 for the angle: the generators of torch start from 32 bits,
+    which can be tried one after another.
+    """
+    found = torch.empty(math.prod(shape), dtype=torch.float64)
+    for start in range(0, len(found), _PIECE):
+        piece = found[start : start + _PIECE]
+        half = -(-len(piece) // 2)
+        bits = torch.frombuffer(bytearray(random_bytes(16 * half, seed, *path, start)), dtype=torch.int64)
+        radius, angle = ((bits & (2**53 - 1)) + 1).double().mul_(2.0**-53).view(2, half)
+        radius, angle = radius.log().mul_(-2).sqrt_(), angle * (2 * math.pi)
+        piece[:half] = radius * angle.cos()
+        piece[half:] = (radius * angle.sin())[: len(piece) - half]
+    return found.view(tuple(shape))
 
 
 class RngState(NamedTuple):

@@ -50,6 +50,18 @@ class UniformSampler:
         return cohort
 
 
+def everybody(population: Population, floor_bytes: int, state: ServerState) -> list[ClientInfo]:
+    """All clients with the memory, whether they have data or not: who may take part in a round of a private run.
+
+    Raises:
+        EmptyCohort: no client has the memory.
+    """
+    able = [client for i in range(len(population)) if (client := population[i]).memory_bytes >= floor_bytes]
+    if not able:
+        raise EmptyCohort(f"round {state.round + 1}: {_why_nobody(population, floor_bytes)}")
+    return able
+
+
 def _why_nobody(population: Population, floor_bytes: int) -> str:
     """Need and offer. Not the need by term: a gate knows bytes only (a run checks its budgets term by term before)."""
     offer = f"the largest of {len(population)} clients offers {mib(population.largest_memory_bytes)} MiB"

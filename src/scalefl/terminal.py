@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scalefl.run_folder import RunFolder
-from scalefl.units import mib
+from scalefl.units import mib, privacy
 
 if TYPE_CHECKING:
     from scalefl.experiment import RunProgress
@@ -42,11 +42,12 @@ class _Totals:
 
     def describe(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """The words beside the bar."""
-        loss = line["train"].get("loss")
+        loss = line.get("train", {}).get("loss")
         return {
             "loss": "" if loss is None else f"loss {loss:.3f}",
             "accuracy": "" if self.accuracy is None else f"val. acc. {100 * self.accuracy:.1f} %",
-            "moved": f"{mib(self.bytes_moved)} MiB moved",
+            # Bytes would tell how many clients take part.
+            "moved": privacy(line["privacy"]) if "privacy" in line else f"{mib(self.bytes_moved)} MiB moved",
         }
 
 

@@ -167,6 +167,15 @@ class ClientInfo:
     bandwidth_bytes_per_second: float = math.inf
     classes: tuple[int, ...] | None = None
 
+    @property
+    def untold(self) -> ClientInfo:
+        """The same without what its data decides, for runs in which no client tells."""
+        return replace(self, num_examples=UNTOLD, classes=None)
+
+
+UNTOLD = 2**40
+"""Stands for a number of examples that nobody is told: so many that no plan takes their features to fit on disk."""
+
 
 class Population(Protocol):
     """All clients, described lazily: nothing is held for those that nobody asks about."""
@@ -266,12 +275,20 @@ class Step:
 
 @dataclass(frozen=True)
 class ClientTask:
-    """What one client is asked to do in one round: its steps, one after another."""
+    """What one client is asked to do in one round: its steps, one after another.
+
+    Args:
+        client_id, round: who and when.
+        steps: what.
+        seed: of everything random in it.
+        is_private: whether the client tells nothing of its data but what the moving tensors tell.
+    """
 
     client_id: int
     round: int
     steps: tuple[Step, ...]
     seed: int
+    is_private: bool = False
 
     @property
     def moving(self) -> frozenset[str]:
@@ -332,7 +349,10 @@ class Receipt:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """What a client sends back: exactly the moving tensors, its weight in the mean, and sums of its metrics."""
+    """What a client sends back: exactly the moving tensors, its weight in the mean, and sums of its metrics.
+
+    Of a private task the weight is 1, and there are no metrics and no seconds.
+    """
 
     client_id: int
     params: Params
@@ -380,6 +400,7 @@ class ServerState:
         seed: the seed of the run, from which every random number is derived.
         aux: the method's own history.
         tightened: by client, what of its budget may still be planned with after it hit a memory cap, in bytes.
+        releases: noised sums of clients' moves that have been made known, of which the privacy loss is counted.
     """
 
     model: ModelSpec
@@ -389,6 +410,7 @@ class ServerState:
     seed: int
     aux: Aux = Aux()
     tightened: Mapping[int, int] = field(default_factory=dict)
+    releases: int = 0
 
 
 class Objective(Protocol):

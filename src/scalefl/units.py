@@ -1,7 +1,9 @@
-"""How memory is told: in MiB, and by the terms of a training peak. Needs no torch, as reports and help do not."""
+"""How memory and privacy are told: in MiB, by the terms of a training peak, as ε. Needs no torch, as reports do not."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 MIB = 2**20
@@ -16,6 +18,17 @@ the forward pass; and what lives for a moment, scratch included."""
 def mib(num_bytes: float) -> str:
     """Bytes in MiB, as text without the unit: "1,234", "12.3", "1.23"."""
     return digits(num_bytes / MIB)
+
+
+def privacy(spent: Mapping[str, float | None]) -> str:
+    """What a journal says of the privacy loss, as "ε = 4.97 at δ = 1e-05"."""
+    epsilon, delta = spent["epsilon"], spent["delta"]
+    return "no privacy (no noise)" if epsilon is None else f"ε = {rounded_up(epsilon)} at δ = {delta:g}"
+
+
+def rounded_up(epsilon: float) -> str:
+    """With two decimals: it is an upper bound."""
+    return f"{math.ceil(100 * epsilon) / 100:.2f}"
 
 
 def digits(value: float) -> str:

@@ -20,12 +20,18 @@ def main(link: GridLink, settings: Mapping[str, Any]) -> None:
     config = make_config(json.loads(settings["config"]))
 
     def reach(problem: Problem) -> RemoteEngine:
-        return RemoteEngine(link, problem, config.engine.patience, precision=config.engine.precision)
+        return RemoteEngine(
+            link,
+            problem,
+            config.engine.patience,
+            precision=config.engine.precision,
+            is_private=config.privacy is not None,
+        )
 
     rounds = run_rounds(Experiment(config, reach), Path(settings["folder"]), resume=settings["resume"])
     for progress in rounds:
         line = progress.line
-        lost = f", {len(line['lost'])} lost" if line["lost"] else ""
+        lost = f", {len(line['lost'])} lost" if line.get("lost") else ""
         print(f"round {line['round']}/{progress.rounds}, {line['stage']}{lost}", flush=True)
 
 

@@ -19,7 +19,7 @@ def node_table(deployment: Deployment, say: Say) -> Table:
 
     def row(node: dict[str, Any]) -> tuple[str, ...]:
         told = offered.get(node["name"])
-        words = [mib(told["memory_bytes"]), f"{told['num_examples']:,}"] if told else [NOTHING, NOTHING]
+        words = [mib(told["memory_bytes"]), _count(told["num_examples"])] if told else [NOTHING, NOTHING]
         return node["name"], node["status"], node["online-at"], *words
 
     rows = tuple(map(row, sorted(connected(deployment, say), key=lambda node: str(node["name"]))))
@@ -51,6 +51,11 @@ def run_table(deployment: Deployment, say: Say) -> Table:
         rows,
         texts=frozenset({"status", "submitted"}),
     )
+
+
+def _count(num_examples: int | None) -> str:
+    """In private runs nodes do not tell."""
+    return NOTHING if num_examples is None else f"{num_examples:,}"
 
 
 def _offered(deployment: Deployment) -> dict[str, dict[str, Any]]:

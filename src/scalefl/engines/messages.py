@@ -47,7 +47,9 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True)
 
 
 class WhoAreYou(_Header, frozen=True):
-    """The server asks what a node offers."""
+    """The server asks what a node offers; in private runs without what its data would tell."""
+
+    is_private: bool = False
 
 
 class Order(_Header, frozen=True):
@@ -86,7 +88,7 @@ class Update(_Header, frozen=True):
         num_examples, metrics: see `ClientUpdate`.
         seconds, peak_bytes: see `Receipt`.
         scales: of the tensors that are differences, in half precision: what to multiply them with.
-        client: what the node offers now.
+        client: what the node offers now; not in private runs.
     """
 
     client_id: int

@@ -31,7 +31,7 @@ from scalefl.engines.messages import (
 )
 from scalefl.params import Params
 from scalefl.problem import Problem
-from scalefl.types import ClientInfo, ClientLoss, ClientTask, Method, Objective, Step
+from scalefl.types import ClientInfo, ClientLoss, ClientTask, Method, Objective, Receipt, Step
 
 _FILE = "{}.safetensors"
 
@@ -135,7 +135,8 @@ class Node:
         try:
             header = unpack(parcel, WhoAreYou | Order)
             if isinstance(header, WhoAreYou):
-                return pack(Offer(self._describe(), self._hardware))
+                described = self._describe()
+                return pack(Offer(described.untold if header.is_private else described, self._hardware))
             return self._do(header, parcel.tensors)
         except Exception as error:  # nothing that a server sends may end a node
             return pack(Failure(f"refused: {type(error).__name__}: {error}"))
@@ -151,9 +152,11 @@ class Node:
         method = Given(dict(zip(task.steps, objectives, strict=True)))
         (done,) = engine.fit(cast(Method, method), [(task, params)])
         if isinstance(done, ClientLoss):
+            if task.is_private:  # an error's text may quote the data, a peak tell how much there is
+                return pack(Failure("it failed; its node knows why", done.out_of_memory))
             return pack(Failure(done.cause, done.out_of_memory, done.receipt.peak_bytes, self._describe()))
         tensors, scales = (done.params, {}) if order.precision == "exact" else reduced(done.params, params)
-        receipt = done.receipt
+        receipt = Receipt() if task.is_private else done.receipt
         header = Update(
             done.client_id,
             task.round,
@@ -162,7 +165,8 @@ class Node:
             receipt.seconds,
             receipt.peak_bytes,
             scales,
-            self._describe(),
+            # What is planned next must not depend on who was asked now: in private runs offers alone tell.
+            None if task.is_private else self._describe(),
         )
         return pack(header, tensors)
 

@@ -130,6 +130,7 @@ class RemoteEngine:
         patience: how long to wait.
         in_flight: tasks that are out at once; None: all of a round. Each holds its tensors where it waits.
         precision: of what nodes send back.
+        is_private: whether nodes are asked for nothing that their data would tell.
     """
 
     def __init__(
@@ -140,8 +141,9 @@ class RemoteEngine:
         *,
         in_flight: int | None = None,
         precision: Precision = "exact",
+        is_private: bool = False,
     ) -> None:
-        self._link, self._problem = link, problem
+        self._link, self._problem, self._is_private = link, problem, is_private
         self._patience, self._in_flight, self._precision = patience or Patience(), in_flight, precision
         self._peers: dict[int, _Peer] = {}
         self._present: set[int] = set()
@@ -214,7 +216,7 @@ class RemoteEngine:
         asked = {node for node, _ in self._asked.values()}
         for node in sorted(self._present - asked):
             if heard[node] < now - self._patience.fresh_seconds:
-                self._asked[self._link.push(node, pack(WhoAreYou()), round=None)] = node, now
+                self._asked[self._link.push(node, pack(WhoAreYou(self._is_private)), round=None)] = node, now
         awaited = {node for node in self._present - self._mute if heard[node] == -math.inf}
         self._listen()
         while any(node in awaited for node, _ in self._asked.values()):

@@ -20,7 +20,7 @@ from scalefl.report.page import Page, Picture, Section, write_page
 from scalefl.report.pictures import ACCURACY, STYLE, looks, save, with_grid, with_key
 from scalefl.report.tables import NOTHING, Numbers, Table, to_markdown
 from scalefl.run_folder import RunFolder, read_json
-from scalefl.units import MIB, digits
+from scalefl.units import MIB, digits, rounded_up
 
 HIDDEN = ("test", "low_memory", "p10")
 """Figures of test data."""
@@ -91,30 +91,33 @@ def figures(run: Run, target: float | None, equal_flops: float) -> dict[str, flo
     summary = run.summary or {}
     return {
         "test": measured(summary["test"], "accuracy"),
-        "low_memory": measured(summary["low_memory_test"], "accuracy"),
+        "low_memory": measured(summary.get("low_memory_test"), "accuracy"),
         "p10": measured(summary.get("client_test"), "accuracy_p10"),
         "validation": measured(summary["validation"], "accuracy"),
-        "at_equal_flops": max((y for x, y in curve(run, "flops") if x <= equal_flops), default=None),
-        "clients": summary["num_clients_seen"],
-        "lost": summary["num_clients_lost"],
+        "epsilon": summary.get("privacy", {}).get("epsilon"),
+        "at_equal_flops": max(
+            (y for x, y in curve(run, "flops") if x <= equal_flops and "flops" in summary), default=None
+        ),
+        "clients": summary.get("num_clients_seen"),
+        "lost": summary.get("num_clients_lost"),
         "predicted_peak_bytes": summary["predicted_peak_bytes"],
-        "measured_peak_bytes": summary["measured_peak_bytes"],
-        "flops": summary["flops"],
-        "bytes_down": summary["bytes_down"],
-        "bytes_up": summary["bytes_up"],
-        "seconds": summary["seconds"],
-        "simulated_seconds": summary["simulated_seconds"],
+        "measured_peak_bytes": summary.get("measured_peak_bytes"),
+        "flops": summary.get("flops"),
+        "bytes_down": summary.get("bytes_down"),
+        "bytes_up": summary.get("bytes_up"),
+        "seconds": summary.get("seconds"),
+        "simulated_seconds": summary.get("simulated_seconds"),
         "seconds_to_target": _seconds_to(run, target),
     }
 
 
 AXES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
     "rounds": ("round", lambda line: 1.0),
-    "flops": ("FLOPs of all clients (tera)", lambda line: float(line["flops"])),
-    "bytes": ("bytes moved (MiB)", lambda line: float(line["bytes_down"] + line["bytes_up"])),
-    "seconds": ("simulated seconds on the devices", lambda line: float(line["simulated_seconds"])),
+    "flops": ("FLOPs of all clients (tera)", lambda line: float(line.get("flops", math.nan))),
+    "bytes": ("bytes moved (MiB)", lambda line: float(line.get("bytes_down", math.nan) + line.get("bytes_up", 0))),
+    "seconds": ("simulated seconds on the devices", lambda line: float(line.get("simulated_seconds", math.nan))),
 }
-"""What accuracy is drawn over: its name, and what each round adds to it."""
+"""What accuracy is drawn over: its name, and what each round adds to it; not known of private runs, but for rounds."""
 UNITS = {"rounds": 1.0, "flops": 1e12, "bytes": float(MIB), "seconds": 1.0}
 
 
@@ -127,7 +130,8 @@ def curve(run: Run, axis: str) -> list[tuple[float, float]]:
 
 
 def _seconds_to(run: Run, target: float | None) -> float | None:
-    return next((x for x, y in curve(run, "seconds") if target is not None and y >= target), None)
+    reached = next((x for x, y in curve(run, "seconds") if target is not None and y >= target), None)
+    return None if reached is None else _known(reached)
 
 
 def target_of(results: Results, scenario: str) -> float | None:
@@ -147,7 +151,8 @@ def all_figures(results: Results, scenario: str) -> dict[str, dict[int, dict[str
     """The figures of each variant, by seed."""
     runs = results.runs[scenario]
     target = target_of(results, scenario)
-    flops = [run.summary["flops"] for found in runs.values() for run in found.values() if run.summary]
+    done = [run.summary for found in runs.values() for run in found.values() if run.summary]
+    flops = [summary["flops"] for summary in done if "flops" in summary]
     equal = min(flops, default=0.0)
     hidden = HIDDEN if results.settings["validation_only"] else ()
     return {
@@ -166,6 +171,7 @@ COLUMNS: Mapping[str, tuple[str, float]] = {
     "low_memory": ("low-mem.\n%", 0.01),
     "p10": ("10th pct.\n%", 0.01),
     "validation": ("validation\n%", 0.01),
+    "epsilon": ("ε", 1.0),
     "at_equal_flops": ("equal FLOPs\n%", 0.01),
     "clients": ("clients\nseen", 1.0),
     "lost": ("tasks\nlost", 1.0),
@@ -180,7 +186,7 @@ COLUMNS: Mapping[str, tuple[str, float]] = {
 }
 """The heading of each figure, and its unit."""
 SPREAD = ("test", "low_memory", "p10", "validation", "at_equal_flops")
-GAINS = (*SPREAD, "clients", "lost")
+GAINS = (*SPREAD, "epsilon", "clients", "lost")
 
 
 def tables(results: Results, scenario: str) -> list[Table]:
@@ -227,7 +233,7 @@ def _cell(key: str, values: Sequence[float | None]) -> str:
     mean = statistics.mean(known)
     if key in SPREAD:
         return f"{mean:.1f} ± {statistics.stdev(known):.1f}" if len(known) > 1 else f"{mean:.1f}"
-    return digits(mean)
+    return rounded_up(mean) if key == "epsilon" else digits(mean)
 
 
 def write(results: Results, out: Path) -> list[Path]:
@@ -361,7 +367,8 @@ def curves_picture(
     curves: Mapping[str, Sequence[Point]], title: str, over: Sequence[str] = tuple(AXES)
 ) -> Figure | None:
     """Validation accuracy over each of some `AXES`: means over seeds, with the seeds' range; None without curves."""
-    if not curves:
+    over = [axis for axis in over if any(math.isfinite(points[-1].spent[axis]) for points in curves.values())]
+    if not over:
         return None
     columns = min(len(over), 2)
     rows = math.ceil(len(over) / columns)
@@ -401,7 +408,7 @@ def curves_numbers(curves: Mapping[str, Sequence[Point]], title: str) -> Numbers
         title,
         ("variant", *spent, "mean\n%", "lowest\n%", "highest\n%"),
         tuple(
-            (variant, round(rounds), *others, point.mean, point.lowest, point.highest)
+            (variant, round(rounds), *map(_known, others), point.mean, point.lowest, point.highest)
             for variant, points in curves.items()
             for point in points
             for rounds, *others in [point.spent.values()]
@@ -411,6 +418,10 @@ def curves_numbers(curves: Mapping[str, Sequence[Point]], title: str) -> Numbers
             "Lowest, highest: accuracy of single seeds.",
         ),
     )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True)

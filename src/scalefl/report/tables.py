@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from scalefl.report import Run, measured
-from scalefl.units import digits, mib
+from scalefl.units import digits, mib, privacy
 
 NOTHING = "–"
 
@@ -214,7 +214,8 @@ def summary_table(run: Run) -> Table:
         ("test accuracy", _accuracy(figures.get("test"))),
         ("test accuracy, low-memory clients' data", _accuracy(figures.get("low_memory_test"))),
         ("validation accuracy", _accuracy(figures.get("validation"))),
-        ("clients that took part", f"{seen} of {clients}" if figures else NOTHING),
+        *((("privacy", _privacy(run)),) if "privacy" in figures else ()),
+        ("clients that took part", NOTHING if seen is None else f"{seen} of {clients}"),
         ("tasks that clients lost", str(figures.get("num_clients_lost", NOTHING))),
         ("predicted peak of a client", _on_base(figures.get("predicted_peak_bytes"), run.base_bytes)),
         ("measured peak of a client", _on_base(figures.get("measured_peak_bytes"), run.base_bytes)),
@@ -239,12 +240,14 @@ def comparison(runs: Sequence[Run]) -> Table:
         for run in runs
         if run.summary is None
     ]
+    is_private = any("privacy" in (run.summary or {}) for run in runs)
     return Table(
         f"Comparison after {rounds.pop()} rounds" if len(rounds) == 1 else "Comparison",
         (
             "method",
             "accuracy\n%",
             "low-mem.\n%",
+            *(("privacy",) if is_private else ()),
             "clients\nseen",
             "peak\nMiB",
             "FLOPs\ntera",
@@ -253,13 +256,14 @@ def comparison(runs: Sequence[Run]) -> Table:
             "here\ns",
             "devices\ns",
         ),
-        tuple((_label(run, same_rounds=not rounds), *_figures(run)) for run in runs),
+        tuple((_label(run, same_rounds=not rounds), *_figures(run, with_privacy=is_private)) for run in runs),
         (
             "Accuracy is on test data; low-mem. on test rows drawn by the label distribution of the clients that "
             "cannot hold full training, the same rows for every method. Seen: clients that took part, of all. "
             f"Peak: the largest predicted training peak of a client{_bases(runs)}. FLOPs, down and up: all clients "
             "together. "
-            "Here: seconds on this machine; devices: simulated seconds on the clients' devices.",
+            "Here: seconds on this machine; devices: simulated seconds on the clients' devices."
+            f"{' Private runs tell nothing that depends on who took part.' if is_private else ''}",
             *unfinished,
         ),
     )
@@ -282,13 +286,19 @@ def _label(run: Run, *, same_rounds: bool) -> str:
     return f"{run.name} ({', '.join(facts)})" if facts else run.name
 
 
-def _figures(run: Run) -> tuple[str, ...]:
+def _privacy(run: Run) -> str:
+    spent = (run.summary or {}).get("privacy")
+    return privacy(spent) if spent else NOTHING
+
+
+def _figures(run: Run, *, with_privacy: bool) -> tuple[str, ...]:
     figures = run.summary or {}
     total_flops = figures.get("flops")
     return (
         _accuracy(figures.get("test")).removesuffix(" %"),
         _accuracy(figures.get("low_memory_test")).removesuffix(" %"),
-        f"{figures['num_clients_seen']} / {figures['num_clients']}" if figures else NOTHING,
+        *((_privacy(run),) if with_privacy else ()),
+        f"{figures['num_clients_seen']} / {figures['num_clients']}" if "num_clients_seen" in figures else NOTHING,
         _mib(figures.get("predicted_peak_bytes")),
         NOTHING if total_flops is None else digits(total_flops / 1e12),
         _mib(figures.get("bytes_down")),

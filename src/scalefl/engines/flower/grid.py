@@ -165,6 +165,7 @@ def in_process(
     patience: Patience | None = None,
     precision: Precision = "exact",
     cache_bytes: int = 2**30,
+    is_private: bool = False,
 ) -> Iterator[RemoteEngine]:
     """The clients of a local engine, each behind a node of its own, over a grid in this process.
 
@@ -173,6 +174,7 @@ def in_process(
         problem: what is learned.
         patience, precision: see `RemoteEngine`.
         cache_bytes: what nodes may keep on disk, all together: equal tensors are kept once.
+        is_private: see `RemoteEngine`.
     """
     clients = engine.population()
 
@@ -191,4 +193,4 @@ def in_process(
         contexts = {FIRST_NODE + i: Context(1, FIRST_NODE + i, {}, RecordDict(), {}) for i in range(len(clients))}
         link = GridLink(InProcessGrid(client_app(node_of), contexts))
         at_once = replace(patience or Patience(), poll_seconds=0.0)  # whoever asks for an answer has it made
-        yield RemoteEngine(link, problem, at_once, in_flight=1, precision=precision)
+        yield RemoteEngine(link, problem, at_once, in_flight=1, precision=precision, is_private=is_private)
