@@ -93,7 +93,9 @@ class Lab:
             answer = self.out[name]()
             if answer is not None:
                 del self.out[name]
-                found.append(Answer(name, None, answer) if isinstance(answer, str) else Answer(name, answer))
+                found.append(
+                    Answer(name, None, answer, is_undone=True) if isinstance(answer, str) else Answer(name, answer)
+                )
         return found
 
 
@@ -317,23 +319,25 @@ def test_a_thousand_nodes_are_no_state(tmp_path):
 
 
 def away() -> Tamper:
-    """The node goes away over its first task, as Flower reports it, and is there again for the second."""
-    answers: list[str | None] = ["Flower's error 5: node unavailable", None]
+    """The node goes away twice over its task, as Flower reports it, and is there for the third try."""
+    answers = ["Flower's error 5: node unavailable", "Flower's error 5: still"]
 
     def tamper(parcel: Parcel) -> Parcel | str | None:
-        return answers.pop(0) or parcel if answers else parcel
+        return answers.pop(0) if answers else parcel
 
     return tamper
 
 
-def test_a_task_whose_node_went_away_is_sent_again_when_it_is_back(lab):
-    """The round ends as if nothing had been, and counts the bytes of both tries."""
+def test_a_task_whose_node_went_away_is_sent_again_when_it_is_back(lab, monkeypatch):
+    """The round ends as if nothing had been, and counts the bytes of all tries."""
+    monkeypatch.setattr(remote, "_LOOK_SECONDS", 0.01)
     calm, _ = rounds(Lab(lab.folder / "calm"))
     lab.tampers[2] = away()
-    states, (record,) = rounds(lab, patience=replace(HASTY, deadline_seconds=30.0))
+    patience = replace(HASTY, deadline_seconds=30.0, absence_seconds=20.0)
+    states, (record,) = rounds(lab, patience=patience)
     assert record.lost == [] and identical(states[-1].params, calm[-1].params)
     orders = [parcel for node, parcel, round in lab.sent if node == 102 and round is not None]
-    assert len(orders) == 2
+    assert len(orders) == 3
     assert record.bytes_down == sum(parcel.num_bytes for _, parcel, round in lab.sent if round is not None)
 
 

@@ -42,11 +42,12 @@ _LOOK_SECONDS = 1.0
 
 
 class Answer(NamedTuple):
-    """What came back for a message: a parcel, or why there is none."""
+    """What came back for a message: a parcel, or why there is none, and whether nobody may have done what it asks."""
 
     message: str
     parcel: Parcel | None
     error: str = ""
+    is_undone: bool = False
 
 
 class Link(Protocol):
@@ -172,8 +173,8 @@ class RemoteEngine:
     def fit(self, method: Method, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[ClientUpdate | ClientLoss]:
         """Send the tasks out; updates come as nodes answer.
 
-        What a node could not do because it went away, or because its process died, is sent to it once more. A node
-        does one message after another: one that has answered a later question, and not its task, has lost that.
+        What a node could not do because it went away, or because its process died, is sent to it again when it is
+        back. A node does one message after another: if it answers a later question, and not its task, it has lost that.
         """
         round = _Round(method, time.monotonic() + self._patience.deadline_seconds)
         nodes = {peer.client.id: node for node, peer in self._peers.items() if node in self._present}
@@ -281,7 +282,8 @@ class RemoteEngine:
                 self._set_aside(round, doubted, "its node no longer knows of the task")
             return
         sent = round.out[answer.message]
-        if answer.parcel is None and not sent.trouble:
+        is_young = not sent.trouble or time.monotonic() < sent.since + self._patience.absence_seconds
+        if answer.is_undone and is_young:
             self._set_aside(round, answer.message, answer.error)
             return
         del round.out[answer.message]
@@ -295,7 +297,8 @@ class RemoteEngine:
     def _set_aside(self, round: _Round, message: str, trouble: str) -> None:
         """Take a task that came to nothing for one that is to be sent again."""
         sent = round.out.pop(message)
-        sent.trouble, sent.since = sent.trouble or trouble, time.monotonic()
+        if not sent.trouble:
+            sent.trouble, sent.since = trouble, time.monotonic()
         round.away.append(sent)
 
     def _looked_after(self, round: _Round) -> Iterator[ClientLoss]:
@@ -305,7 +308,7 @@ class RemoteEngine:
             return
         round.next_look = now + _LOOK_SECONDS
         for name, sent in round.out.items():
-            if now >= sent.doubted + self._patience.doubt_seconds and not sent.trouble:
+            if now >= sent.doubted + self._patience.doubt_seconds:
                 sent.doubted = now
                 round.questions[self._link.push(sent.node, pack(WhoAreYou()), round=None)] = name
         if not round.away:

@@ -78,7 +78,7 @@ class GridLink:
 def _answer(message: Message) -> Answer:
     name = message.metadata.reply_to_message_id
     if message.has_error():
-        return Answer(name, None, f"Flower's error {message.error.code}: {message.error.reason}")
+        return Answer(name, None, f"Flower's error {message.error.code}: {message.error.reason}", is_undone=True)
     try:
         return Answer(name, from_records(message.content))
     except ValueError as error:
