@@ -197,9 +197,9 @@ def test_a_node_that_lies_is_named_and_its_answer_is_not_used(area, lie):
 def test_a_server_that_is_killed_goes_on_with_one_command_and_nothing_is_lost(area):
     """To the bit: the run that was cut off and resumed ends as one that was left alone."""
     start_nodes(area, 2)
-    area.submit(area.write_config("alone", config(rounds=4, epochs=4)))
+    area.submit(area.write_config("alone", config(rounds=4, epochs=4, patience=LONG)))
     area.finish("alone")
-    cut = area.write_config("cut", config(rounds=4, epochs=4))
+    cut = area.write_config("cut", config(rounds=4, epochs=4, patience=LONG))
     submitted = area.submit(cut)
     wait_for_round(area, "cut", 2)
     link = next(
@@ -213,6 +213,7 @@ def test_a_server_that_is_killed_goes_on_with_one_command_and_nothing_is_lost(ar
     assert "the SuperLink ended with status -9" in re.sub(r"\s+", " ", area.said("server"))
     eventually(lambda: not any(map(is_alive, family)), 30.0)
     assert submitted.wait(90) == 1, area.everything()
+    assert "once the server is back, --resume goes on" in re.sub(r"\s+", " ", area.said("submit-cut"))
     area.processes.pop("server")
     area.log("server").unlink()
     area.start_server()

@@ -49,6 +49,8 @@ class NodeSettings:
         allow: "package.module:name" of models, problems and objectives that it runs beside the built-in ones.
         cache: the most that it keeps of tensors that may come again.
         threads: torch's, for training.
+        poll_seconds: between looks for messages: what a round may take beside training, and how often the server is
+            asked. Many hundreds of nodes had better take more.
     """
 
     name: str
@@ -60,10 +62,12 @@ class NodeSettings:
     allow: tuple[str, ...] = ()
     cache: str = "1GiB"
     threads: int = 1
+    poll_seconds: float = 1.0
 
     def __post_init__(self) -> None:
         check_range("client", self.client, 0)
         check_range("threads", self.threads, 1)
+        check_range("poll_seconds", self.poll_seconds, 0.01)
         parse_bytes(self.cache)
         if self.budget != AUTO:
             parse_bytes(self.budget)

@@ -20,6 +20,7 @@ from scalefl.data import Dataset, Source, load, parse_bytes
 from scalefl.deployment.layout import AUTO, NodeFolder, NodeSettings
 from scalefl.deployment.programs import Program, Say, free_port, wait_for
 from scalefl.engines.codec import Allowed
+from scalefl.engines.flower import LONGEST_PAUSE, SUPERNODE
 from scalefl.engines.flower.executor import Executor
 from scalefl.engines.local import LocalEngine
 from scalefl.engines.node import Node, TensorCache
@@ -163,6 +164,7 @@ class _Supervised:
             *("--host", "127.0.0.1", "--port", str(port)),
             *("--isolation", "process", "--superexec-auth-secret-file", str(secret_file)),
         )
+        self._pause = {LONGEST_PAUSE: str(settings.poll_seconds)}
         self._folder, self._say = folder, say
         self._log = folder.flower / "supernode.log"
         self._wait, self._again = _RESTART_SECONDS, 0.0
@@ -189,7 +191,7 @@ class _Supervised:
     def _start(self) -> None:
         self._said = self._log.stat().st_size if self._log.exists() else 0
         self._program = Program(
-            self._say, "flower-supernode", *self._arguments, home=self._folder.flower, log=self._log
+            self._say, SUPERNODE, *self._arguments, home=self._folder.flower, log=self._log, more=self._pause
         )
 
     def _cause(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shlex
 import shutil
@@ -55,11 +56,27 @@ def ask(say: Say, name: str, *arguments: str, home: Path) -> str:
     """
     say(_shown(name, arguments, home))
     done = subprocess.run(
-        [_found(name), *arguments], env=environment(home), stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [*_found(name), *arguments], env=environment(home), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if done.returncode != 0:
-        raise ProgramFailed(f"{name} failed: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]}")
+        raise ProgramFailed(f"{name} failed: {_last_line(done.stderr) or _last_line(done.stdout)}")
     return done.stdout
+
+
+def ask_flower(say: Say, *arguments: str, home: Path) -> dict[str, Any]:
+    """What `flwr` answers in JSON, which says itself whether it succeeded.
+
+    Raises:
+        ProgramFailed: it did not.
+    """
+    said = ask(say, "flwr", *arguments, "--format", "json", home=home)
+    try:
+        found: dict[str, Any] = json.loads(said[said.index("{") :])
+    except ValueError as error:
+        raise ProgramFailed(f"flwr said something else than JSON: {_last_line(said)}") from error
+    if not found.get("success"):
+        raise ProgramFailed(" ".join(str(found.get("error-message", said)).split()))
+    return found
 
 
 class Program:
@@ -67,18 +84,26 @@ class Program:
 
     Args:
         say: is told the command.
-        name, arguments: the command.
-        home: see `environment`.
+        name, arguments: the command; a name with dots is a module of ours that runs one of Flower's.
+        home, more: see `environment`.
         log: where its output goes; None: where ours goes.
     """
 
-    def __init__(self, say: Say, name: str, *arguments: str, home: Path, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        say: Say,
+        name: str,
+        *arguments: str,
+        home: Path,
+        log: Path | None = None,
+        more: Mapping[str, str] | None = None,
+    ) -> None:
         say(_shown(name, arguments, home))
         output: IO[bytes] | None = log.open("ab") if log else None
         try:
             self._process = subprocess.Popen(
-                [_found(name), *arguments],
-                env=environment(home),
+                [*_found(name), *arguments],
+                env=environment(home, more),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
@@ -110,6 +135,10 @@ class Program:
             _signal([self.pid], signal.SIGKILL)
             self._process.wait()
         end(family[1:])
+
+
+def _last_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()[::-1]), "")
 
 
 def end(processes: Iterable[int]) -> None:
@@ -169,19 +198,22 @@ def wait_for(port: int, host: str, program: Program, seconds: float = 60.0) -> N
 
 
 def _shown(name: str, arguments: Iterable[str], home: Path) -> str:
-    return f"FLWR_HOME={shlex.quote(str(home))} {shlex.join([name, *arguments])}"
+    words = ["python", "-m", name] if "." in name else [name]
+    return f"FLWR_HOME={shlex.quote(str(home))} {shlex.join([*words, *arguments])}"
 
 
 def _bin() -> Path:
     return Path(sys.executable).parent
 
 
-def _found(name: str) -> str:
+def _found(name: str) -> list[str]:
+    if "." in name:
+        return [sys.executable, "-m", name]
     beside = _bin() / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
         raise ProgramFailed(f'{name} is not installed: pip install "scalefl[flower]"')
-    return found
+    return [found]
 
 
 def _die_with_parent() -> None:

@@ -15,7 +15,7 @@ from scalefl.deployment.programs import (
     ProgramFailed,
     Say,
     adopt_orphans,
-    ask,
+    ask_flower,
     descendants,
     end,
     wait_for,
@@ -90,8 +90,7 @@ def connected(deployment: Deployment, say: Say) -> list[dict[str, Any]]:
         ProgramFailed: the server does not answer.
     """
     names = {number: name for name, number in _registered(deployment).items()}
-    said = ask(say, "flwr", "supernode", "list", CONNECTION, "--format", "json", home=deployment.flower)
-    nodes: list[dict[str, Any]] = json.loads(said)["nodes"]
+    nodes = ask_flower(say, "supernode", "list", CONNECTION, home=deployment.flower)["nodes"]
     return [{**node, "name": names.get(str(node["node-id"]), "?")} for node in nodes]
 
 
@@ -104,14 +103,13 @@ def _registered(deployment: Deployment) -> dict[str, str]:
 
 def _number_of(deployment: Deployment, name: str, say: Say) -> str:
     """Flower's number for a node; empty where it has known the key before."""
-    arguments = (str(deployment.public_key(name)), CONNECTION, "--name", name, "--format", "json")
+    arguments = ("supernode", "register", str(deployment.public_key(name)), CONNECTION, "--name", name)
     try:
-        said = ask(say, "flwr", "supernode", "register", *arguments, home=deployment.flower)
+        return str(ask_flower(say, *arguments, home=deployment.flower)["node-id"])
     except ProgramFailed as error:
         if _KNOWN in str(error):
             return ""
         raise
-    return str(json.loads(said[said.index("{") :])["node-id"])
 
 
 def _last_words(deployment: Deployment) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from scalefl.config import Config, make_config, overridden, read_settings, to_plain
 from scalefl.deployment.layout import CONNECTION, Deployment
-from scalefl.deployment.programs import ProgramFailed, Say, ask
+from scalefl.deployment.programs import ProgramFailed, Say, ask, ask_flower
 from scalefl.errors import ConfigError, ScaleFLError
 from scalefl.experiment import RunProgress, check_same
 from scalefl.run_folder import RunFolder
@@ -76,9 +76,8 @@ def submit(deployment: Deployment, config: Config, say: Say, *, resume: bool) ->
         settings = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
         chosen = Path(folder) / "settings.toml"
         chosen.write_text("\n".join([*settings, f"resume = {str(resume).lower()}\n"]))
-        arguments = (folder, CONNECTION, "--run-config", str(chosen), "--format", "json")
-        said = ask(say, "flwr", "run", *arguments, home=deployment.flower)
-    return str(json.loads(said[said.index("{") :])["run-id"])
+        arguments = ("run", folder, CONNECTION, "--run-config", str(chosen))
+        return str(ask_flower(say, *arguments, home=deployment.flower)["run-id"])
 
 
 def follow(deployment: Deployment, config: Config, run: str) -> Generator[RunProgress]:
@@ -92,7 +91,7 @@ def follow(deployment: Deployment, config: Config, run: str) -> Generator[RunPro
     while True:
         is_over, why = False, ""
         if files.summary.exists() or time.monotonic() - asked > _STATUS_SECONDS:
-            asked, status = time.monotonic(), run_status(deployment, run)
+            asked, status = time.monotonic(), _status_of(deployment, files, run)
             is_over = status["status"].startswith("finished")
             why = "" if status["status"] == "finished:completed" else f"{status['status']}: {status['status-details']}"
         lines = _lines(files)
@@ -107,15 +106,22 @@ def follow(deployment: Deployment, config: Config, run: str) -> Generator[RunPro
         time.sleep(_POLL_SECONDS)
 
 
+def _status_of(deployment: Deployment, files: RunFolder, run: str) -> dict[str, Any]:
+    try:
+        return run_status(deployment, run)
+    except ProgramFailed as error:
+        where = f"what it saved is in {files.path}; once the server is back, --resume goes on from there"
+        raise ScaleFLError(f"the server does not answer ({error}), so the run has ended; {where}") from error
+
+
 def run_status(deployment: Deployment, run: str) -> dict[str, Any]:
     """What Flower knows of a run: its state, the bytes that it has moved, its compute time.
 
     Raises:
         ProgramFailed: the server does not answer.
     """
-    arguments = ("list", CONNECTION, "--run-id", run, "--format", "json")
-    runs: list[dict[str, Any]] = json.loads(ask(_silent, "flwr", *arguments, home=deployment.flower))["runs"]
-    return runs[0]
+    runs = ask_flower(_silent, "list", CONNECTION, "--run-id", run, home=deployment.flower)["runs"]
+    return dict(runs[0])
 
 
 def all_runs(deployment: Deployment, say: Say) -> list[dict[str, Any]]:
@@ -124,10 +130,7 @@ def all_runs(deployment: Deployment, say: Say) -> list[dict[str, Any]]:
     Raises:
         ProgramFailed: the server does not answer.
     """
-    runs: list[dict[str, Any]] = json.loads(
-        ask(say, "flwr", "list", CONNECTION, "--format", "json", home=deployment.flower)
-    )["runs"]
-    return runs
+    return list(ask_flower(say, "list", CONNECTION, home=deployment.flower)["runs"])
 
 
 def stop(deployment: Deployment, run: str, say: Say) -> None:

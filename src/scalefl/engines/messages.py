@@ -170,7 +170,7 @@ def expanded(params: Params, scales: Mapping[str, float], base: Params) -> dict[
     return tensors
 
 
-def tensor_of(dtype: str, shape: tuple[int, ...], content: bytes) -> Tensor:
+def tensor_of(dtype: str, shape: tuple[int, ...], content: bytes | memoryview) -> Tensor:
     """A tensor in memory of its own.
 
     Raises:

@@ -12,11 +12,23 @@ import logging
 from collections.abc import Callable
 
 import httpx
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.common.constant import SubStatus
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.common.serde import context_from_proto
+from flwr.proto.node_pb2 import Node as FlowerNode
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    SendTaskHeartbeatRequest,
+)
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -24,7 +36,8 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from scalefl.engines.flower.grid import from_records, to_records
 from scalefl.engines.messages import Failure, Parcel, pack
@@ -33,6 +46,7 @@ _log = logging.getLogger("scalefl")
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _COMPONENT = "flwr-clientapp"
+_BACKOFF_SECONDS = 0.05
 
 
 class Executor:
@@ -75,7 +89,7 @@ class Executor:
         heartbeat = HeartbeatSender(lambda: _still_there(client))
         try:
             heartbeat.start()
-            message, context, _, _ = pull_task_input(client)
+            message, context = _pulled(client)
             push_message(client, Message(self._said(message.content), reply_to=message), context)
             push_task_output(client, None, SubStatus.COMPLETED, "")
         finally:
@@ -103,3 +117,24 @@ def _still_there(client: RuntimeHttpClient) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
     return True
+
+
+def _pulled(client: RuntimeHttpClient) -> tuple[Message, Context]:
+    """The message of a task, and what Flower says of the node. The app that came with the run is not looked at."""
+    given = client.PullTaskInput(PullTaskInputRequest())
+    context = context_from_proto(given.context)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, given.run.run_id, context.node_id
+    trees = client.PullMessages(PullAppMessagesRequest()).message_object_trees
+    if not trees:
+        raise httpx.DecodingError("a task without a message")
+    node = FlowerNode(node_id=context.node_id)
+    message: Message = pull_and_inflate_object_from_tree(
+        trees[0],
+        make_pull_object_fn_protobuf(client.PullObject, node, context.run_id),
+        make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, context.run_id),
+        return_type=Message,
+        # The SuperNode makes a task before it has all of its message, and we ask at once: a second's wait by default.
+        initial_backoff=_BACKOFF_SECONDS,
+    )
+    message.metadata.__dict__["_message_id"] = trees[0].object_id  # it is not part of what it names
+    return message, context

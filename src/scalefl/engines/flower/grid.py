@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
+import msgspec
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -21,6 +22,7 @@ from scalefl.engines.local import LocalEngine
 from scalefl.engines.messages import Parcel, Precision, tensor_of
 from scalefl.engines.node import Node, TensorCache
 from scalefl.engines.remote import Answer, Patience, RemoteEngine
+from scalefl.errors import RoundFailed
 from scalefl.params import bytes_of
 from scalefl.problem import Problem
 
@@ -32,13 +34,23 @@ _RAW = "raw"
 """How tensors are written: their bytes, as they lie in memory."""
 
 
+class _Head(msgspec.Struct, array_like=True, frozen=True):
+    """What is said of a tensor whose bytes are among those of others."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
 def to_records(parcel: Parcel) -> RecordDict:
-    """A message as Flower carries it."""
-    arrays = {
-        name: Array(str(t.dtype).removeprefix("torch."), tuple(t.shape), _RAW, bytes(bytes_of(t.cpu().contiguous())))
-        for name, t in parcel.tensors.items()
-    }
-    return RecordDict({_HEADER: ConfigRecord({"content": parcel.header}), _TENSORS: ArrayRecord(arrays)})
+    """A message as Flower carries it: all tensors as one array, since each array is a request of its own."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in parcel.tensors.items()}
+    heads = [_Head(name, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes) for name, t in tensors.items()]
+    content = b"".join(map(bytes_of, tensors.values()))
+    header = ConfigRecord({"content": parcel.header, "heads": msgspec.msgpack.encode(heads)})
+    array = Array("uint8", (len(content),), _RAW, content)
+    return RecordDict({_HEADER: header, _TENSORS: ArrayRecord({_TENSORS: array} if content else {})})
 
 
 def from_records(records: RecordDict) -> Parcel:
@@ -47,11 +59,22 @@ def from_records(records: RecordDict) -> Parcel:
     Raises:
         ValueError: it is none of ours.
     """
-    header = records.config_records.get(_HEADER, ConfigRecord()).get("content")
-    if not isinstance(header, bytes):
+    header = records.config_records.get(_HEADER, ConfigRecord())
+    content, heads = header.get("content"), header.get("heads")
+    if not isinstance(content, bytes) or not isinstance(heads, bytes):
         raise ValueError("a message without a header")
     arrays = records.array_records.get(_TENSORS, ArrayRecord())
-    return Parcel(header, {name: tensor_of(a.dtype, tuple(a.shape), a.data) for name, a in arrays.items()})
+    left = memoryview(arrays[_TENSORS].data if _TENSORS in arrays else b"")
+    tensors = {}
+    try:
+        for head in msgspec.msgpack.decode(heads, type=list[_Head]):
+            tensors[head.name] = tensor_of(head.dtype, head.shape, left[: head.num_bytes])
+            left = left[head.num_bytes :]
+    except msgspec.DecodeError as error:
+        raise ValueError(str(error)) from error
+    if left:
+        raise ValueError(f"{len(left)} bytes that belong to no tensor")
+    return Parcel(content, tensors)
 
 
 class GridLink:
@@ -67,8 +90,10 @@ class GridLink:
     def push(self, node: int, parcel: Parcel, *, round: int | None) -> str:
         """See `Link`."""
         kind, group = (QUERY, "") if round is None else (TASK, str(round))
-        (name,) = self._grid.push_messages([Message(to_records(parcel), node, kind, group_id=group)])
-        return name
+        names = list(self._grid.push_messages([Message(to_records(parcel), node, kind, group_id=group)]))
+        if len(names) != 1 or not names[0]:
+            raise RoundFailed(f"Flower did not take a message of {parcel.num_bytes} bytes for node {node}")
+        return str(names[0])
 
     def pull(self, messages: Iterable[str]) -> list[Answer]:
         """See `Link`."""
