@@ -175,3 +175,9 @@ def test_what_is_stopped_leaves_nothing_running(area, finished):
         assert len(family) > 2
         assert area.stop(name) == 0
         eventually(lambda family=family: not any(map(is_alive, family)), 15.0)
+    # What it knew of registered keys is lost, and Flower's database is not.
+    area.deployment.registered.unlink()
+    area.log("server").unlink()
+    area.start_server()
+    eventually(lambda: "node-1 is registered" in area.said("server"), why=lambda: area.said("server"))
+    assert area.processes["server"].poll() is None

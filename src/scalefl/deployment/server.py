@@ -84,14 +84,14 @@ def write_connection(deployment: Deployment) -> None:
 
 
 def connected(deployment: Deployment, say: Say) -> list[dict[str, Any]]:
-    """The registered nodes, as Flower lists them, each with the name that it has here.
+    """The registered nodes, as Flower lists them, each with the name that it has here, or its number.
 
     Raises:
         ProgramFailed: the server does not answer.
     """
     names = {number: name for name, number in _registered(deployment).items()}
     nodes = ask_flower(say, "supernode", "list", CONNECTION, home=deployment.flower)["nodes"]
-    return [{**node, "name": names.get(str(node["node-id"]), "?")} for node in nodes]
+    return [{**node, "name": names.get(str(node["node-id"]), str(node["node-id"]))} for node in nodes]
 
 
 def _registered(deployment: Deployment) -> dict[str, str]:
