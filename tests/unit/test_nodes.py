@@ -20,6 +20,7 @@ from scalefl.engines.messages import (
     Offer,
     Parcel,
     Update,
+    WhoAreYou,
     digest,
     expanded,
     pack,
@@ -354,7 +355,8 @@ def test_a_node_that_does_not_come_back_in_time_is_lost(lab):
     assert record.seconds < 30
 
 
-def test_a_task_that_its_node_has_forgotten_is_sent_again(lab, monkeypatch):
+@pytest.mark.parametrize("is_private", [False, True])
+def test_a_task_that_its_node_has_forgotten_is_sent_again(lab, monkeypatch, is_private):
     """As a node that was restarted forgets: it answers what is asked after, and never the task."""
     monkeypatch.setattr(remote, "_LOOK_SECONDS", 0.001)
     calm, _ = rounds(Lab(lab.folder / "calm"))
@@ -370,8 +372,12 @@ def test_a_task_that_its_node_has_forgotten_is_sent_again(lab, monkeypatch):
 
     lab.push = push_and_forget  # type: ignore[method-assign]
     patience = replace(HASTY, deadline_seconds=30.0, doubt_seconds=0.02)
-    states, (record,) = rounds(lab, patience=patience)
-    assert record.lost == [] and record.seconds < 20 and identical(states[-1].params, calm[-1].params)
+    engine = RemoteEngine(lab, PROBLEM, patience, is_private=is_private)
+    states, (record,) = play(make_method("fedavg"), engine, 1, model=spec())
+    questions = [unpack(parcel, WhoAreYou) for _, parcel, round in lab.sent if round is None]
+    assert len(questions) > 4 and all(question.is_private is is_private for question in questions)
+    assert record.lost == [] and record.seconds < 20
+    assert identical(states[-1].params, calm[-1].params) or is_private, "then weights are not told"
 
 
 def test_what_a_node_offers_is_taken_from_each_answer(lab):

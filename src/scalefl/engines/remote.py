@@ -217,7 +217,7 @@ class RemoteEngine:
         asked = {node for node, _ in self._asked.values()}
         for node in sorted(self._present - asked):
             if heard[node] < now - self._patience.fresh_seconds:
-                self._asked[self._link.push(node, pack(WhoAreYou(self._is_private)), round=None)] = node, now
+                self._asked[self._ask(node)] = node, now
         awaited = {node for node in self._present - self._mute if heard[node] == -math.inf}
         self._listen()
         while any(node in awaited for node, _ in self._asked.values()):
@@ -231,6 +231,10 @@ class RemoteEngine:
                 self._mute.add(node)
                 if node in self._present:
                     _log.warning("node %d has not said what it offers", node)
+
+    def _ask(self, node: int) -> str:
+        """Ask a node what it offers; the question's name."""
+        return self._link.push(node, pack(WhoAreYou(self._is_private)), round=None)
 
     def _listen(self) -> None:
         while self._asked and (answers := self._link.pull(list(self._asked))):
@@ -310,7 +314,7 @@ class RemoteEngine:
         for name, sent in round.out.items():
             if now >= sent.doubted + self._patience.doubt_seconds:
                 sent.doubted = now
-                round.questions[self._link.push(sent.node, pack(WhoAreYou()), round=None)] = name
+                round.questions[self._ask(sent.node)] = name
         if not round.away:
             return
         present = set(self._link.nodes())
