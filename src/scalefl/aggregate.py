@@ -152,7 +152,7 @@ def check(
 
     Raises:
         BadUpdate: a name is missing or foreign, a shape or dtype differs, a value is not finite, or so large that the
-            client's training has diverged, a variance is negative, or a metric no number.
+            client's training has diverged, or a variance is negative.
     """
 
     def refuse(name: str, why: str) -> BadUpdate:
@@ -175,7 +175,4 @@ def check(
             raise refuse(name, "a negative variance")
         if name in trained and sizes[name] > DIVERGED and sizes[name] > DIVERGED * largest(wanted):
             raise refuse(name, f"has grown to {sizes[name]:.2g}: the client's training has diverged")
-    for name, (total, weight) in update.metrics.items():
-        if not (math.isfinite(total) and math.isfinite(weight) and weight >= 0):
-            raise refuse(name, f"a metric of {total} in {weight}")
     return sizes

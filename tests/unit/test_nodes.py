@@ -146,10 +146,6 @@ LIES: dict[str, tuple[Tamper, str]] = {
         ),
         "a negative variance",
     ),
-    "metric": (
-        lambda parcel: with_header(parcel, metrics={"loss": (float("nan"), 9.0)}),
-        "loss: a metric of nan in 9.0",
-    ),
     "word": (
         lambda parcel: Parcel(parcel.header.replace(b"\xacnum_examples\x09", b"\xacnum_examples\xa1x"), {}),
         "int",
