@@ -351,12 +351,10 @@ def _rounds_told(rows: list[list], accuracies: dict, parts: list, options: argpa
         "",
         f"Where ours goes, medians: {planning:.2f} s from the end of a round to the first task sent (the journal, the "
         f"state, who is there, the plan), {between:.2f} s from there to the last answer, training excluded, and "
-        f"{closing:.2f} s from there to the end of the round. The second part is Flower's. A SuperNode that finds no "
-        "message sleeps for 3 seconds, and one that has a task looks for the answer twice a second "
-        "(`flwr/supernode/start_client_internal.py`). Messages are announced before their tensors are there: who asks "
-        "in between, as our node and our server do, which look 10 and 5 times a second, is put off for a second "
-        "(`PULL_INITIAL_BACKOFF`); and each tensor is a request of its own. Our nodes train under a memory cap, which "
-        "costs compiled convolutions: that is in the training.",
+        f"{closing:.2f} s from there to the end of the round. The second part is mostly waiting: our "
+        "nodes look for messages once a second (`poll_seconds`; Flower's SuperNode by itself every three), and who asks "
+        "for a message whose content is still on its way is put off, on the server for a second. Our nodes train under a "
+        "hard memory cap, for which compiled kernels are not kept: our explanation of longer training, not tested.",
     ]
 
 
