@@ -352,9 +352,10 @@ def _rounds_told(rows: list[list], accuracies: dict, parts: list, options: argpa
         f"Where ours goes, medians: {planning:.2f} s from the end of a round to the first task sent (the journal, the "
         f"state, who is there, the plan), {between:.2f} s from there to the last answer, training excluded, and "
         f"{closing:.2f} s from there to the end of the round. The second part is mostly waiting: our "
-        "nodes look for messages once a second (`poll_seconds`; Flower's SuperNode by itself every three), and who asks "
-        "for a message whose content is still on its way is put off, on the server for a second. Our nodes train under a "
-        "hard memory cap, for which compiled kernels are not kept: our explanation of longer training, not tested.",
+        "nodes look for messages once a second (`poll_seconds`; Flower's SuperNode by itself every three), and who "
+        "asks for a message whose content is still on its way is put off, on the server for a second. Our nodes train "
+        "under a hard memory cap, for which compiled kernels are not kept: our explanation of longer training, not "
+        "tested.",
     ]
 
 
