@@ -177,6 +177,8 @@ class _Supervised:
             return
         now = time.monotonic()
         if not self._again:
+            if now > self._begun + _LONGEST_RESTART_SECONDS:  # it was well until now
+                self._wait = _RESTART_SECONDS
             self._say(f"the SuperNode ended ({self._cause()}); it is started again in {self._wait:.0f} seconds")
             self._again = now + self._wait
             self._wait = min(2 * self._wait, _LONGEST_RESTART_SECONDS)
@@ -189,6 +191,7 @@ class _Supervised:
         self._program.stop()
 
     def _start(self) -> None:
+        self._begun = time.monotonic()
         self._said = self._log.stat().st_size if self._log.exists() else 0
         self._program = Program(
             self._say, SUPERNODE, *self._arguments, home=self._folder.flower, log=self._log, more=self._pause

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 
 import httpx
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto
 from flwr.proto.node_pb2 import Node as FlowerNode
@@ -28,7 +28,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_and_inflate_object_from_tree
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -46,11 +46,56 @@ _log = logging.getLogger("scalefl")
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _COMPONENT = "flwr-clientapp"
-_BACKOFF_SECONDS = 0.05
+_BACKOFF_SECONDS, _MESSAGE_SECONDS = 0.05, 2.0
+
+
+class _Task:
+    """A task that was taken, and whose message may still be on its way to the SuperNode."""
+
+    def __init__(self, client: RuntimeHttpClient) -> None:
+        self._client = client
+        given = client.PullTaskInput(PullTaskInputRequest())
+        self._context = context_from_proto(given.context)
+        self._ids = given.task_id, given.run.run_id, self._context.node_id
+        trees = client.PullMessages(PullAppMessagesRequest()).message_object_trees
+        if not trees:
+            raise LookupError("a task without a message")
+        self._tree = trees[0]
+        self._heartbeat = HeartbeatSender(lambda: _still_there(client))
+        self._heartbeat.start()
+
+    def message(self, seconds: float) -> Message | None:
+        """Its message; None if it has not come within so many seconds. The run's app is not looked at."""
+        node, run_id = FlowerNode(node_id=self._context.node_id), self._context.run_id
+        try:
+            found: Message = pull_and_inflate_object_from_tree(
+                self._tree,
+                make_pull_object_fn_protobuf(self._client.PullObject, node, run_id),
+                make_confirm_message_received_fn_protobuf(self._client.ConfirmMessageReceived, node, run_id),
+                return_type=Message,
+                max_time=seconds,
+                # We ask at once, as tasks are made before messages have come: by default that would cost a second.
+                initial_backoff=_BACKOFF_SECONDS,
+            )
+        except ObjectPullError:
+            return None
+        found.metadata.__dict__["_message_id"] = self._tree.object_id  # it is not part of what it names
+        return found
+
+    def reply(self, message: Message, content: RecordDict) -> None:
+        """Answer, and be done."""
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = self._ids
+        push_message(self._client, Message(content, reply_to=message), self._context)
+        push_task_output(self._client, None, SubStatus.COMPLETED, "")
+
+    def close(self) -> None:
+        """Whatever has become of it."""
+        self._heartbeat.stop()
+        self._client.close()
 
 
 class Executor:
-    """Takes the tasks of the SuperNode at an address of this machine.
+    """Takes the tasks of the SuperNode at an address of this machine, one after another.
 
     Args:
         address: of its runtime API, as "127.0.0.1:9094".
@@ -63,38 +108,50 @@ class Executor:
         self._client = self._connected(
             SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=frozenset({_ACQUIRE}))
         )
+        self._task: _Task | None = None
 
     def step(self) -> bool:
-        """Do a task, if there is one; whether there was.
+        """Do a task, if there is one whose message is here; whether there was.
 
-        A SuperNode that does not answer has none: whoever started it looks after it.
+        Nothing that a SuperNode says, or does not say, ends this: whoever started it looks after it.
         """
-        request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         try:
-            found = self._client.AcquireTask(request)
-            if not (found.HasField("task") and found.token):
+            self._look()
+            message = self._task.message(_MESSAGE_SECONDS) if self._task else None
+            if self._task is None or message is None:
                 return False
-            self._do(found.token)
-        except httpx.HTTPError as error:
-            _log.debug("the SuperNode at %s: %s", self._address, error)
+            self._task.reply(message, self._said(message.content))
+        except Exception as error:
+            _log.debug("the SuperNode at %s: %s: %s", self._address, type(error).__name__, error)
+            self._drop()
             return False
+        self._drop()
         return True
 
     def close(self) -> None:
         """Close the connection."""
+        self._drop()
         self._client.close()
 
-    def _do(self, token: str) -> None:
-        client = self._connected(RuntimeTokenHttpInterceptor(token))
-        heartbeat = HeartbeatSender(lambda: _still_there(client))
-        try:
-            heartbeat.start()
-            message, context = _pulled(client)
-            push_message(client, Message(self._said(message.content), reply_to=message), context)
-            push_task_output(client, None, SubStatus.COMPLETED, "")
-        finally:
-            heartbeat.stop()
-            client.close()
+    def _look(self) -> None:
+        """Take the next task, if there is one, in place of what is waited for.
+
+        A SuperNode has one message after another done: if there is another task, the message of the one before will
+        not come any more. That is so when the run was over, or its server restarted, while the message was fetched.
+        """
+        found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        if found.HasField("task") and found.token:
+            self._drop()
+            with contextlib.ExitStack() as undo:
+                client = self._connected(RuntimeTokenHttpInterceptor(found.token))
+                undo.callback(client.close)
+                self._task = _Task(client)
+                undo.pop_all()
+
+    def _drop(self) -> None:
+        if self._task is not None:
+            self._task.close()
+            self._task = None
 
     def _said(self, records: RecordDict) -> RecordDict:
         try:
@@ -117,24 +174,3 @@ def _still_there(client: RuntimeHttpClient) -> bool:
     with contextlib.suppress(httpx.HTTPError):
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
     return True
-
-
-def _pulled(client: RuntimeHttpClient) -> tuple[Message, Context]:
-    """The message of a task, and what Flower says of the node. The app that came with the run is not looked at."""
-    given = client.PullTaskInput(PullTaskInputRequest())
-    context = context_from_proto(given.context)
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, given.run.run_id, context.node_id
-    trees = client.PullMessages(PullAppMessagesRequest()).message_object_trees
-    if not trees:
-        raise httpx.DecodingError("a task without a message")
-    node = FlowerNode(node_id=context.node_id)
-    message: Message = pull_and_inflate_object_from_tree(
-        trees[0],
-        make_pull_object_fn_protobuf(client.PullObject, node, context.run_id),
-        make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, context.run_id),
-        return_type=Message,
-        # The SuperNode makes a task before it has all of its message, and we ask at once: a second's wait by default.
-        initial_backoff=_BACKOFF_SECONDS,
-    )
-    message.metadata.__dict__["_message_id"] = trees[0].object_id  # it is not part of what it names
-    return message, context
