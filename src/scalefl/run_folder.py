@@ -18,6 +18,35 @@ PAGE = "report.html"
 """Beside the pictures of a run, or of several: the page that shows all of them."""
 
 
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from running in a folder, which is made if need be; freed by any kind of death.
+
+    Raises:
+        CheckpointError: another process runs there, or the folder cannot be made.
+    """
+    lock = folder / _LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise CheckpointError(f"cannot make {folder}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{folder} is in use by another process") from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of a run."""
@@ -82,36 +111,16 @@ class RunFolder:
     @property
     def lock(self) -> Path:
         """Held by the process that runs in the folder."""
-        return self.path / ".lock"
+        return self.path / _LOCK
 
     def only_begun(self) -> bool:
         """Whether nothing has been written but what precedes the first round."""
         first = {path.name for path in (self.plan, self.environment, self.config, self.clients, self.lock)}
         return all(entry.name.removesuffix(".partial") in first for entry in self.path.iterdir())
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from running in the folder, which is made if need be; freed by any kind of death.
-
-        Raises:
-            CheckpointError: another process runs there, or the folder cannot be made.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = self.lock.open("w")
-        except OSError as error:
-            raise CheckpointError(f"cannot make {self.path}: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(f"{self.path} is in use by another process") from error
-            try:
-                yield
-            finally:
-                self.lock.unlink(missing_ok=True)
-                if not any(self.path.iterdir()):
-                    self.path.rmdir()
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """See `locked`."""
+        return locked(self.path)
 
     def remove(self) -> None:
         """Remove the run's files, and nothing else."""

@@ -96,7 +96,7 @@ def test_a_finished_run_is_not_written_over(area, finished):
 
 def stranger(area: Field, folder: Path, *, authority: Path | None = None, key: Path | None = None) -> NodeFolder:
     """A node's folder with another deployment's certificate or key."""
-    shutil.copytree(area.deployment.node("node-0").path, folder, ignore=shutil.ignore_patterns("flower", "cache"))
+    shutil.copytree(area.deployment.node("node-0").path, folder, ignore=shutil.ignore_patterns("flower", "cache", ".*"))
     if authority:
         shutil.copy(authority, folder / "ca.pem")
     if key:
@@ -148,6 +148,25 @@ def test_init_adds_nodes_and_overwrites_nothing(area, tmp_path):
     assert done.exit_code == 1 and "holds something else than a deployment" in done.stderr
 
 
+def test_a_node_runs_once(area, finished):
+    done = here("deploy", "node", "--dir", area.deployment.node("node-0").path, "--data", "mnist5k")
+    assert done.exit_code == 1 and "is in use by another process" in " ".join(done.stderr.split())
+
+
+def test_a_port_that_is_taken_is_named(area):
+    done = here("deploy", "server", "--dir", area.deployment.path)
+    assert done.exit_code == 1 and "something listens on 127.0.0.1" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(("name", "message"), [("node.key", "private key"), ("ca.pem", "Empty certificate data")])
+def test_a_file_that_is_empty_is_complained_of_by_its_program_and_by_us(area, tmp_path, name, message):
+    node = stranger(area, tmp_path / "stranger")
+    (node.path / name).write_bytes(b"")
+    area.start(f"empty-{name}", "deploy", "node", "--dir", node.path, "--budget", "10MiB", "--data", "mnist5k")
+    eventually(lambda: message in area.said(f"empty-{name}"), why=lambda: area.said(f"empty-{name}"))
+    area.stop(f"empty-{name}")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -157,8 +176,8 @@ def test_init_adds_nodes_and_overwrites_nothing(area, tmp_path):
         (["--data", "mnist5k", "--share", "2/2"], 'write "0/2" for the first of two parts'),
     ],
 )
-def test_bad_settings_of_a_node_are_named(area, options, message):
-    done = here("deploy", "node", "--dir", area.deployment.node("node-0").path, *options)
+def test_bad_settings_of_a_node_are_named(area, tmp_path, options, message):
+    done = here("deploy", "node", "--dir", stranger(area, tmp_path / "stranger").path, *options)
     assert done.exit_code == 1 and message in " ".join(done.stderr.split())
 
 
@@ -175,8 +194,8 @@ def test_what_is_stopped_leaves_nothing_running(area, finished):
         assert len(family) > 2
         assert area.stop(name) == 0
         eventually(lambda family=family: not any(map(is_alive, family)), 15.0)
-    # What it knew of registered keys is lost, and Flower's database is not.
-    area.deployment.registered.unlink()
+    # What it knew of registered keys is damaged, and Flower's database is not.
+    area.deployment.registered.write_text("{")
     area.log("server").unlink()
     area.start_server()
     eventually(lambda: "node-1 is registered" in area.said("server"), why=lambda: area.said("server"))

@@ -28,6 +28,7 @@ from scalefl.errors import ConfigError, DataError
 from scalefl.measure import spare_bytes, usable_bytes
 from scalefl.params import bytes_of
 from scalefl.problem import Batch, Problem, num_rows, take
+from scalefl.run_folder import locked
 from scalefl.types import ClientInfo
 from scalefl.units import mib
 
@@ -121,8 +122,14 @@ def run_node(folder: NodeFolder, settings: NodeSettings, say: Say) -> None:
 
     Raises:
         ConfigError, DataError: the settings are wrong, or the data cannot be read.
+        CheckpointError: the node runs already.
         ProgramFailed: the SuperNode does not start.
     """
+    with locked(folder.path):
+        _serve(folder, settings, say)
+
+
+def _serve(folder: NodeFolder, settings: NodeSettings, say: Say) -> None:
     if settings.data is None:
         raise ConfigError(f"{settings.name} has no data: give --data, or a [data] table in {folder.settings_file}")
     say(f"reading {settings.data.name}")
@@ -192,17 +199,13 @@ class _Supervised:
 
     def _start(self) -> None:
         self._begun = time.monotonic()
-        self._said = self._log.stat().st_size if self._log.exists() else 0
         self._program = Program(
             self._say, SUPERNODE, *self._arguments, home=self._folder.flower, log=self._log, more=self._pause
         )
 
     def _cause(self) -> str:
-        with self._log.open("rb") as file:
-            file.seek(self._said)
-            said = file.read().decode(errors="replace")
-        found = [meaning for sign, meaning in _CAUSES.items() if sign in said]
-        return "; ".join(found) or f"status {self._program.ended}, {self._log}"
+        found = [meaning for sign, meaning in _CAUSES.items() if sign in self._program.said]
+        return "; ".join(found) or self._program.obituary
 
 
 def hardware() -> str:

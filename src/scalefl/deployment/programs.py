@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,15 +15,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from scalefl.errors import ScaleFLError
+from scalefl.errors import ConfigError, ScaleFLError
 
 Say = Callable[[str], None]
 """Shows a line to whoever started this."""
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _GRACE_SECONDS = 10.0
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 """Loaded here: between a fork and the program that follows, little may be done."""
 
@@ -86,7 +88,7 @@ class Program:
         say: is told the command.
         name, arguments: the command; a name with dots is a module of ours that runs one of Flower's.
         home, more: see `environment`.
-        log: where its output goes; None: where ours goes.
+        log: where its output goes, after what is there.
     """
 
     def __init__(
@@ -95,25 +97,22 @@ class Program:
         name: str,
         *arguments: str,
         home: Path,
-        log: Path | None = None,
+        log: Path,
         more: Mapping[str, str] | None = None,
     ) -> None:
         say(_shown(name, arguments, home))
-        output: IO[bytes] | None = log.open("ab") if log else None
-        try:
+        self.name, self._log = name, log
+        with log.open("ab") as output:
+            self._begin = output.tell()
             self._process = subprocess.Popen(
                 [*_found(name), *arguments],
                 env=environment(home, more),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=subprocess.STDOUT if output else None,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours to pass on
                 preexec_fn=_die_with_parent,
             )
-        finally:
-            if output is not None:
-                output.close()
-        self.name = name
 
     @property
     def pid(self) -> int:
@@ -124,6 +123,21 @@ class Program:
     def ended(self) -> int | None:
         """The status with which it has ended; None while it runs."""
         return self._process.poll()
+
+    @property
+    def said(self) -> str:
+        """What it has written."""
+        with self._log.open("rb") as file:
+            file.seek(self._begin)
+            return _COLOURS.sub("", file.read().decode(errors="replace"))
+
+    @property
+    def obituary(self) -> str:
+        """With what status it has ended, and its last words."""
+        words = [line.strip() for line in self.said.splitlines() if line.strip()]
+        errors = [i for i, line in enumerate(words) if line.startswith("ERROR") or "Error:" in line]
+        last = words[errors[-1] : errors[-1] + 2] if errors else words[-2:]
+        return f"status {self.ended}: {' / '.join(last)} ({self._log})"
 
     def stop(self) -> None:
         """End it, and all that it has started, gently at first."""
@@ -179,6 +193,18 @@ def free_port() -> int:
         return port
 
 
+def check_free(host: str, port: int) -> None:
+    """Refuse a port on which something listens already: that would be taken for what is started.
+
+    Raises:
+        ConfigError: names it.
+    """
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        if probe.connect_ex((host, port)) == 0:
+            raise ConfigError(f"something listens on {host}:{port} already: another server, or another program")
+
+
 def wait_for(port: int, host: str, program: Program, seconds: float = 60.0) -> None:
     """Wait until a program listens.
 
@@ -188,7 +214,7 @@ def wait_for(port: int, host: str, program: Program, seconds: float = 60.0) -> N
     give_up = time.monotonic() + seconds
     while time.monotonic() < give_up:
         if program.ended is not None:
-            raise ProgramFailed(f"{program.name} ended with status {program.ended}: its output says why")
+            raise ProgramFailed(f"{program.name} ended with {program.obituary}")
         with socket.socket() as probe:
             probe.settimeout(1.0)
             if probe.connect_ex((host, port)) == 0:

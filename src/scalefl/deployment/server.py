@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from scalefl.checkpoint import write_whole
@@ -16,6 +15,7 @@ from scalefl.deployment.programs import (
     Say,
     adopt_orphans,
     ask_flower,
+    check_free,
     descendants,
     end,
     wait_for,
@@ -30,10 +30,11 @@ def serve(deployment: Deployment, say: Say) -> None:
     """Run the SuperLink until interrupted, and register the keys of the deployment's nodes; leave nothing running.
 
     Raises:
-        ConfigError: the settings are wrong.
+        ConfigError: the settings are wrong, or the port is taken.
         ProgramFailed: the SuperLink does not start, or has ended by itself.
     """
     settings = deployment.settings()
+    check_free(settings.host, settings.port)
     adopt_orphans()
     write_connection(deployment)
     link = Program(
@@ -54,7 +55,7 @@ def serve(deployment: Deployment, say: Say) -> None:
         say(f"listening on {settings.host}:{settings.port}; its log: {deployment.flower / 'superlink.log'}")
         while True:
             if link.ended is not None:
-                raise ProgramFailed(f"the SuperLink ended with status {link.ended}: {_last_words(deployment)}")
+                raise ProgramFailed(f"the SuperLink ended with {link.obituary}")
             register(deployment, say)
             time.sleep(_LOOK_SECONDS)
     finally:
@@ -95,10 +96,13 @@ def connected(deployment: Deployment, say: Say) -> list[dict[str, Any]]:
 
 
 def _registered(deployment: Deployment) -> dict[str, str]:
+    """What is known of it here; nothing where that is lost or damaged, as Flower says what it knows itself."""
     if not (deployment.registered.exists() and deployment.database.exists()):
         return {}
-    known: dict[str, str] = json.loads(deployment.registered.read_text())
-    return known
+    try:
+        return dict(json.loads(deployment.registered.read_text()))
+    except ValueError:
+        return {}
 
 
 def _number_of(deployment: Deployment, name: str, say: Say) -> str:
@@ -110,9 +114,3 @@ def _number_of(deployment: Deployment, name: str, say: Say) -> str:
         if _KNOWN in str(error):
             return ""
         raise
-
-
-def _last_words(deployment: Deployment) -> str:
-    log = Path(deployment.flower / "superlink.log")
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return " / ".join(lines[-3:])

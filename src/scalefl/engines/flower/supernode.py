@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from types import SimpleNamespace
 
 from flwr.supernode import start_client_internal
@@ -28,6 +29,8 @@ def main() -> None:
         flower_supernode()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
+    except Exception:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
