@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from scalefl.aggregate import Total, check
 from scalefl.coords import extract, take, within
+from scalefl.data.population import PopulationView
 from scalefl.errors import BadUpdate, EmptyCohort, RoundFailed
 from scalefl.params import Params, select
 from scalefl.privacy import Mechanism, NoisyTotal, check_plan, check_private
@@ -63,7 +64,7 @@ def federate(
     while True:
         start = time.perf_counter()
         clients = engine.population()
-        known = _Untold(clients) if privacy else _Tightened(clients, state.tightened)
+        known = _untold(clients) if privacy else _less(clients, state.tightened)
         cohort = sample(known, method.floor_bytes(state), state)
         plan = method.plan(state, cohort)
         if not plan.tasks:
@@ -123,7 +124,7 @@ def _collected(
     start, floor = time.perf_counter(), method.collection_floor_bytes(state)
     if floor is None:
         return state, record
-    cohort = sample(_Tightened(engine.population(), state.tightened), floor, state)
+    cohort = sample(_less(engine.population(), state.tightened), floor, state)
     plan = method.collection(state, cohort)
     total = _total(state, plan)
     tally = _reduce(method, engine, state, plan, total)
@@ -134,49 +135,21 @@ def _collected(
     return state, record.with_collection(tally.record(plan, state.round, time.perf_counter() - start))
 
 
-@dataclass(frozen=True)
-class _Tightened:
+def _less(clients: Population, tightened: Mapping[int, int]) -> PopulationView:
     """The population, without the part of their budgets that clients have been seen not to have."""
 
-    clients: Population
-    tightened: Mapping[int, int]
-
-    @property
-    def smallest_memory_bytes(self) -> int:
-        return min([self.clients.smallest_memory_bytes, *self.tightened.values()])
-
-    @property
-    def largest_memory_bytes(self) -> int:
-        return self.clients.largest_memory_bytes
-
-    def __len__(self) -> int:
-        return len(self.clients)
-
-    def __getitem__(self, index: int) -> ClientInfo:
-        client = self.clients[index]
-        most = self.tightened.get(client.id, client.memory_bytes)
+    def less(client: ClientInfo) -> ClientInfo:
+        most = tightened.get(client.id, client.memory_bytes)
         return replace(client, memory_bytes=min(client.memory_bytes, most))
 
+    smallest = min([clients.smallest_memory_bytes, *tightened.values()])
+    return PopulationView(clients, less, smallest, clients.largest_memory_bytes)
 
-@dataclass(frozen=True)
-class _Untold:
+
+def _untold(clients: Population) -> PopulationView:
     """The population of a private run: nobody tells how much data it has, or of which labels."""
-
-    clients: Population
-
-    @property
-    def smallest_memory_bytes(self) -> int:
-        return self.clients.smallest_memory_bytes
-
-    @property
-    def largest_memory_bytes(self) -> int:
-        return self.clients.largest_memory_bytes
-
-    def __len__(self) -> int:
-        return len(self.clients)
-
-    def __getitem__(self, index: int) -> ClientInfo:
-        return self.clients[index].untold
+    smallest, largest = clients.smallest_memory_bytes, clients.largest_memory_bytes
+    return PopulationView(clients, lambda client: client.untold, smallest, largest)
 
 
 def _tightened(state: ServerState, plan: RoundPlan, tally: Tally) -> Mapping[int, int]:

@@ -171,6 +171,7 @@ def test_a_file_that_is_empty_is_complained_of_by_its_program_and_by_us(area, tm
     ("options", "message"),
     [
         (["--budget", "lots", "--data", "mnist5k"], "'lots' is not a number of bytes"),
+        (["--budget", "3MiB", "--data", "mnist5k"], "a budget of 3.00 MiB leaves nothing to plan with"),
         (["--budget", "10MiB"], "node-0 has no data: give --data"),
         (["--budget", "10MiB", "--data", "/nowhere"], "no folder /nowhere"),
         (["--data", "mnist5k", "--share", "2/2"], 'write "0/2" for the first of two parts'),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from scalefl.data.dataset import FederatedData
 from scalefl.data.devices import Devices, ResolvedClass
-from scalefl.types import ClientInfo
+from scalefl.types import ClientInfo, Population
 
 
 class SimulatedPopulation:
@@ -51,6 +52,28 @@ class SimulatedPopulation:
     def device(self, index: int) -> ResolvedClass:
         """A client's device class."""
         return self.classes[self._devices.class_of(index, self._seed)]
+
+
+@dataclass(frozen=True)
+class PopulationView:
+    """A population whose clients are seen otherwise than they are.
+
+    Args:
+        clients: as they are.
+        see: what is made of each.
+        smallest_memory_bytes, largest_memory_bytes: then.
+    """
+
+    clients: Population
+    see: Callable[[ClientInfo], ClientInfo]
+    smallest_memory_bytes: int
+    largest_memory_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def __getitem__(self, index: int) -> ClientInfo:
+        return self.see(self.clients[index])
 
 
 @dataclass(frozen=True)

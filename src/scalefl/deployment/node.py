@@ -149,6 +149,11 @@ def _serve(folder: NodeFolder, settings: NodeSettings, say: Say) -> None:
         cache = TensorCache(folder.cache, parse_bytes(settings.cache))
         node = Node(settings.client, engine_for, own.describe, cache, Allowed(settings.allow), hardware())
         offer = own.describe()
+        if not offer.memory_bytes:
+            raise ConfigError(
+                f"a budget of {mib(own.largest_memory_bytes)} MiB leaves nothing to plan with: 3 % of it, or 4 MiB if "
+                "that is more, go to what no plan knows"
+            )
         say(f"{settings.name}: {offer.num_examples} examples, budget {mib(own.largest_memory_bytes)} MiB")
         with (
             closing(_Supervised(folder, settings, secret_file, port, say)) as flower,

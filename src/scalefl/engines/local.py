@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Literal, Self
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scalefl.client import Residents
 from scalefl.data import FederatedData
+from scalefl.data.population import PopulationView
 from scalefl.engines.gauge import device_of
 from scalefl.engines.wire import Channel, InMemory
 from scalefl.engines.worker import cap_hit, logged, lost, run_safely, says_out_of_memory
@@ -47,29 +48,14 @@ def check_cap(cap: Cap, workers: int) -> None:
 
 def offered(clients: Population, cap: Cap) -> Population:
     """The clients as methods see them: under a hard cap with the part of their budgets that may be planned with."""
-    return clients if cap == "none" else _Usable(clients)
+    if cap == "none":
+        return clients
 
-
-@dataclass(frozen=True)
-class _Usable:
-    """A population whose budgets are hard caps."""
-
-    clients: Population
-
-    @property
-    def smallest_memory_bytes(self) -> int:
-        return usable_bytes(self.clients.smallest_memory_bytes)
-
-    @property
-    def largest_memory_bytes(self) -> int:
-        return usable_bytes(self.clients.largest_memory_bytes)
-
-    def __len__(self) -> int:
-        return len(self.clients)
-
-    def __getitem__(self, index: int) -> ClientInfo:
-        client = self.clients[index]
+    def usable(client: ClientInfo) -> ClientInfo:
         return replace(client, memory_bytes=usable_bytes(client.memory_bytes))
+
+    smallest, largest = clients.smallest_memory_bytes, clients.largest_memory_bytes
+    return PopulationView(clients, usable, usable_bytes(smallest), usable_bytes(largest))
 
 
 class LocalEngine:
