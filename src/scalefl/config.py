@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import msgspec
 
 from scalefl.data import Devices, Iid, Partitioner, Source
-from scalefl.engines.local import Cap, check_cap
+from scalefl.engines.local import check_cap
 from scalefl.engines.messages import Precision
+from scalefl.engines.order import Cap
 from scalefl.engines.remote import Patience
 from scalefl.errors import ConfigError, check_range, nearest
 from scalefl.harmonizer import GROWTHS, Growth
@@ -65,7 +66,8 @@ class EngineConfig:
             grid in this process. Updates are the same to the bit; counted bytes are those that crossed.
         workers: processes beside this one; 0 runs clients in this one. Results do not depend on it.
         threads: torch's threads for each process. Results depend on it in the last bits.
-        cap: "hard": a client that takes more than its budget is lost. Needs workers, and Linux.
+        cap: "measured": the journal has what each client took; "hard": and a client that takes more than its budget is
+            lost. Both need workers, take time, and need Linux.
         device: where clients train and models are measured: "cpu", "cuda" or "cuda:1". Budgets are of its memory.
         patience: how long to wait for nodes.
         precision: "float16": nodes send back the difference from what they were sent, in half precision.

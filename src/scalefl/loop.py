@@ -181,7 +181,7 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan,
     tasks = {task.client_id: task for task in plan.tasks}
     orders = (
         (task, {**extract(state.params, plan.coords[task.client_id]), **plan.own.get(task.client_id, {})})
-        for task in plan.tasks
+        for task in plan.longest_first()
     )
     for answer in engine.fit(method, orders):
         if isinstance(answer, ClientLoss):

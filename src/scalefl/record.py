@@ -123,11 +123,8 @@ class Tally:
         rungs: dict[str, list[int]] = {}
         for client_id, _ in done:
             rungs.setdefault(plan.rungs[client_id], []).append(client_id)
-        epochs = {task.client_id: task.steps[0].work.epochs for task in plan.tasks}  # the run's: alike in all steps
-        flops = {
-            client_id: plan.costs[client_id].flops_per_example * d.num_examples * epochs[client_id]
-            for client_id, d in done
-        }
+        tasks = {task.client_id: task for task in plan.tasks}
+        flops = {client_id: plan.flops(tasks[client_id], d.num_examples) for client_id, d in done}
         measured = [peak for _, d in done if (peak := d.receipt.peak_bytes) is not None]
         receipts = [d.receipt for _, d in done] + [loss.receipt for loss in self.losses.values()]
         return RoundRecord(

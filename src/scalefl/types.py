@@ -329,6 +329,16 @@ class RoundPlan:
     is_uniform: bool = False
     own: Mapping[int, Params] = field(default_factory=dict)
 
+    def flops(self, task: ClientTask, num_examples: int | None = None) -> float:
+        """Predicted FLOPs of a task, for so many examples; by default as many as its client has."""
+        count = self.clients[task.client_id].num_examples if num_examples is None else num_examples
+        epochs = task.steps[0].work.epochs  # the run's: alike in all steps
+        return self.costs[task.client_id].flops_per_example * count * epochs
+
+    def longest_first(self) -> list[ClientTask]:
+        """The tasks in an order in which workers that take one after another are done at nearly the same time."""
+        return sorted(self.tasks, key=self.flops, reverse=True)
+
 
 @dataclass(frozen=True)
 class Receipt:

@@ -21,7 +21,7 @@ from support import PROBLEM, Clients, MadeData, children, full_bytes, make_metho
 def test_the_base_is_what_a_worker_holds_after_its_first_task():
     base, data, before = base_bytes(), MadeData([8]), set(children())
     model = ModelSpec.of("scalefl.models.resnet:resnet10", num_classes=3, in_channels=1, width=0.0625)
-    with LocalEngine(data, Clients(data, (10 * full_bytes(model),)), workers=1) as engine:
+    with LocalEngine(data, Clients(data, (10 * full_bytes(model),)), workers=1, cap="measured") as engine:
         play(make_method("fedavg"), engine, 1, model=model)
         (worker,) = set(children()) - before
         assert base == pytest.approx(resident_bytes(worker), rel=0.02)

@@ -139,7 +139,7 @@ DATA = Data([64] * 4)
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LocalEngine]:
-    with LocalEngine(DATA, Clients(DATA, (10**12,)), workers=1) as beside:
+    with LocalEngine(DATA, Clients(DATA, (10**12,)), workers=1, cap="measured") as beside:
         yield beside
 
 

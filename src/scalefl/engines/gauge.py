@@ -85,6 +85,21 @@ class CudaGauge:
         return max(0, torch.cuda.max_memory_allocated(self._device) - self._before)
 
 
+class NoGauge:
+    """Of a process that keeps freed memory, and shares some: what it holds says nothing of a task."""
+
+    def start(self) -> None:
+        """See `Gauge`."""
+
+    def limited(self, added_bytes: int | None) -> contextlib.AbstractContextManager[None]:
+        """See `Gauge`; there is no limit."""
+        return contextlib.nullcontext()
+
+    def added_peak_bytes(self) -> int | None:
+        """See `Gauge`."""
+        return None
+
+
 def gauge_of(device: torch.device) -> Gauge:
     """A gauge for what trains on a device."""
     return CudaGauge(device) if device.type == "cuda" else HostGauge()

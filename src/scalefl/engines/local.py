@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import wait
 from types import TracebackType
-from typing import Literal, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,19 +22,57 @@ from scalefl.client import Residents
 from scalefl.data import FederatedData
 from scalefl.data.population import PopulationView
 from scalefl.engines.gauge import device_of
+from scalefl.engines.order import Cap, Order
+from scalefl.engines.shared import Arena, Board, Desk, can_share
 from scalefl.engines.wire import Channel, InMemory
 from scalefl.engines.worker import cap_hit, logged, lost, run_safely, says_out_of_memory
 from scalefl.errors import ConfigError
-from scalefl.measure import usable_bytes, worker_environment
+from scalefl.measure import keep_freed_memory, usable_bytes, worker_environment
 from scalefl.params import Params
 from scalefl.problem import Batch, Problem
 from scalefl.types import ClientInfo, ClientLoss, ClientTask, ClientUpdate, Method, Population, Receipt
 
-_Order = tuple[ClientTask, Params, Batch]
+_log = logging.getLogger("scalefl")
 
 
-Cap = Literal["none", "hard"]
-"""Whether a worker may take more than its client's budget."""
+class _Given(NamedTuple):
+    """A task with all that it needs; `again` if a worker has died over it."""
+
+    task: ClientTask
+    params: Params
+    examples: Batch
+    again: bool = False
+
+
+class _Job(NamedTuple):
+    """A worker, what it does, and where, if it shares memory."""
+
+    worker: _Worker
+    given: _Given
+    desk: Desk | None
+
+    def clear(self) -> None:
+        """Nobody works on it or looks at what came of it any more."""
+        if self.desk is not None:
+            self.desk.close()
+
+
+class _Queue:
+    """What is to be done: orders as they are drawn, and first those that are to be done again."""
+
+    def __init__(self, orders: Iterator[_Given | ClientLoss]) -> None:
+        self._orders = orders
+        self._again: list[_Given] = []
+
+    def __iter__(self) -> Iterator[_Given | ClientLoss]:
+        return self
+
+    def __next__(self) -> _Given | ClientLoss:
+        return self._again.pop() if self._again else next(self._orders)
+
+    def put_back(self, given: _Given) -> None:
+        """It is to be done again."""
+        self._again.append(given._replace(again=True))
 
 
 def check_cap(cap: Cap, workers: int) -> None:
@@ -42,13 +81,13 @@ def check_cap(cap: Cap, workers: int) -> None:
     Raises:
         ConfigError: says what to do.
     """
-    if cap == "hard" and workers < 1:
-        raise ConfigError("engine.cap = 'hard' needs workers >= 1: a cap on this process would be one on the server")
+    if cap != "none" and workers < 1:
+        raise ConfigError(f"engine.cap = {cap!r} needs workers >= 1: in this process there is the server too")
 
 
 def offered(clients: Population, cap: Cap) -> Population:
     """The clients as methods see them: under a hard cap with the part of their budgets that may be planned with."""
-    if cap == "none":
+    if cap != "hard":
         return clients
 
     def usable(client: ClientInfo) -> ClientInfo:
@@ -62,14 +101,17 @@ class LocalEngine:
     """Runs clients in this process (`workers = 0`) or in `workers` processes.
 
     The numbers do not depend on `workers`, only on `threads`, since kernels choose their order of summation by
-    it. A worker that dies loses its task, not the run. A context manager: it stops its workers at the end.
+    it. A worker that dies costs its client, not the run, and without a hard cap only if it dies again over the same
+    task. A context manager: it stops its workers at the end. On Linux, workers without a cap share this process's
+    tensors.
 
     Args:
         data: every client's examples.
         clients: what the server knows of them.
         workers: processes; 0 runs clients in this one.
         threads: torch's threads for each process that trains.
-        cap: "hard": a client that asks its worker for more than its budget is refused, and lost.
+        cap: "measured": workers give freed memory back, and tell what each client took; "hard": so too, and a client
+            that asks its worker for more than its budget is refused, and lost.
         device: on which clients train, "cpu" or "cuda"; budgets are of its memory.
 
     Raises:
@@ -97,6 +139,8 @@ class LocalEngine:
         self._held: dict[str, Tensor] = {}
         self._workers: list[_Worker] = []
         self._num_workers = workers
+        self._arena = Arena() if workers and cap == "none" and can_share() else None
+        self._board = Board(self._arena) if self._arena else None
         self._threads_before = torch.get_num_threads()
 
     def __enter__(self) -> Self:
@@ -104,6 +148,8 @@ class LocalEngine:
         with contextlib.ExitStack() as undo:
             undo.callback(self._stop)
             torch.set_num_threads(self._threads)
+            if self._num_workers == 0:
+                keep_freed_memory()
             if self._cap == "hard":  # a system that can't should say so before anything is trained
                 for worker in self._started():
                     worker.wait()
@@ -130,7 +176,7 @@ class LocalEngine:
             if isinstance(order, ClientLoss):
                 yield order
                 continue
-            task, params, examples = order
+            task, params, examples, _ = order
             # Frozen tensors stay the server's; what training changes is copied, into memory that clients share in turn.
             own = {n: self._own_copy(n, t) if n in task.moving else t.to(self._device) for n, t in params.items()}
             yield run_safely(method, self._data.problem, self._residents, task, own, examples)
@@ -145,41 +191,49 @@ class LocalEngine:
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]]
     ) -> Iterator[ClientUpdate | ClientLoss]:
         workers = self._started()
-        queue = self._prepared(orders)
-        busy: dict[int, _Worker] = {}
+        queue = _Queue(self._prepared(orders))
+        busy: dict[int, _Job] = {}
         try:
             for worker in workers:
                 yield from self._give(worker, method, queue, busy)
             while busy:
                 for ready in wait(list(busy)):
-                    worker = busy.pop(ready)  # type: ignore[arg-type]
-                    answer = worker.answer()
-                    yield from self._give(worker, method, queue, busy)
-                    yield answer
+                    job = busy.pop(ready)  # type: ignore[arg-type]
+                    with contextlib.ExitStack() as done:
+                        done.callback(job.clear)
+                        answer = job.worker.answer(job)
+                        if answer is None:
+                            queue.put_back(job.given)
+                        yield from self._give(job.worker, method, queue, busy)
+                        if answer is not None:
+                            yield answer
         finally:
             # The caller gave up in the middle: an answer to an old task must not meet the next round.
-            for worker in busy.values():
-                worker.stop()
-                if worker in self._workers:  # the engine may have been left before its iterator was closed
-                    self._workers.remove(worker)
+            for job in busy.values():
+                job.worker.stop()
+                job.clear()
+                if job.worker in self._workers:  # the engine may have been left before its iterator was closed
+                    self._workers.remove(job.worker)
 
-    def _give(
-        self,
-        worker: _Worker,
-        method: Method,
-        queue: Iterator[_Order | ClientLoss],
-        busy: dict[int, _Worker],
-    ) -> Iterator[ClientLoss]:
+    def _give(self, worker: _Worker, method: Method, queue: _Queue, busy: dict[int, _Job]) -> Iterator[ClientLoss]:
         """Give a worker the next order; yield clients on the way whose data could not be had."""
-        for order in queue:
-            if isinstance(order, ClientLoss):
-                yield order
+        for given in queue:
+            if isinstance(given, ClientLoss):
+                yield given
                 continue
-            task, params, examples = order
-            cap_bytes = self._clients[task.client_id].memory_bytes if self._cap == "hard" else None
-            worker.send(method, self._data.problem, task, cap_bytes, examples, params)
-            busy[worker.channel.fileno()] = worker
+            cap_bytes = self._clients[given.task.client_id].memory_bytes if self._cap == "hard" else None
+            job = _Job(worker, given, self._desk(given))
+            worker.send(method, self._data.problem, cap_bytes, job)
+            busy[worker.channel.fileno()] = job
             return
+
+    def _desk(self, given: _Given) -> Desk | None:
+        if self._arena is None or self._board is None:
+            return None
+        try:
+            return Desk(self._arena, self._board, given.params, given.task.moving, given.examples)
+        except OSError:  # no memory left to share: its tensors are sent
+            return None
 
     def _started(self) -> list[_Worker]:
         while len(self._workers) < self._num_workers:
@@ -191,8 +245,10 @@ class LocalEngine:
         for worker in self._workers:
             worker.stop()
         self._workers.clear()
+        if self._arena:
+            self._arena.close()
 
-    def _prepared(self, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[_Order | ClientLoss]:
+    def _prepared(self, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[_Given | ClientLoss]:
         """Orders with the client's examples; a client whose data fails is lost, not the run."""
         for task, params in orders:
             try:
@@ -200,7 +256,7 @@ class LocalEngine:
             except Exception as error:
                 yield lost(task, error)
             else:
-                yield task, params, examples
+                yield _Given(task, params, examples)
 
 
 class _Worker:
@@ -212,20 +268,20 @@ class _Worker:
         self._is_warm = False
         self._start()
 
-    def send(
-        self, method: Method, problem: Problem, task: ClientTask, cap_bytes: int | None, examples: Batch, params: Params
-    ) -> None:
+    def send(self, method: Method, problem: Problem, cap_bytes: int | None, job: _Job) -> None:
         """Give it a task; if it does not live to take it, `answer` tells."""
-        self._task, self._cap_bytes = task, cap_bytes
-        message = (method, problem, task, cap_bytes), examples, params
+        self._cap_bytes = cap_bytes
+        task, params, examples, _ = job.given
+        brief = job.desk.brief if job.desk else None
+        order, tensors = Order(method, problem, task, cap_bytes, brief), [] if brief else [examples, params]
         try:
             self.wait()
-            self.channel.send(*message)
+            self.channel.send(order, *tensors)
         except OSError:  # it died idle: its successor gets the task
             self._restart()
             with contextlib.suppress(OSError):  # it died too: the other end is closed, and `answer` finds that
                 self.wait()
-                self.channel.send(*message)
+                self.channel.send(order, *tensors)
 
     def wait(self) -> None:
         """Wait until it has warmed up.
@@ -241,8 +297,8 @@ class _Worker:
             if refusal is not None:
                 raise ConfigError(f"engine.cap = 'hard': this system cannot cap a worker's memory ({refusal})")
 
-    def answer(self) -> ClientUpdate | ClientLoss:
-        """Its answer; a record of the loss if it died over the task."""
+    def answer(self, job: _Job) -> ClientUpdate | ClientLoss | None:
+        """Its answer to what it was sent last; if it died over the task, None the first time, then a loss."""
         params = InMemory()
         try:
             incoming = self.channel.receive()
@@ -250,10 +306,10 @@ class _Worker:
                 return logged(incoming.header)
             incoming.receive(params)
         except (EOFError, OSError):
-            return self._lost()
+            return self._died(job.given)
         client_id, num_examples, metrics, receipt = incoming.header
         assert isinstance(receipt, Receipt)
-        return ClientUpdate(client_id, params, num_examples, metrics, receipt)
+        return ClientUpdate(client_id, job.desk.results() if job.desk else params, num_examples, metrics, receipt)
 
     def stop(self) -> None:
         """End it, whatever it is doing."""
@@ -272,7 +328,7 @@ class _Worker:
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stderr=self._stderr,
-            env=worker_environment(capped=self._cap == "hard"),
+            env=worker_environment(measured=self._cap != "none", capped=self._cap == "hard"),
         )
         theirs.close()
         self.channel = Channel(ours)
@@ -282,12 +338,15 @@ class _Worker:
         self.stop()
         self._start()
 
-    def _lost(self) -> ClientLoss:
+    def _died(self, given: _Given) -> ClientLoss | None:
         cause, said = self._obituary()
         self._restart()
         if self._cap_bytes is not None and says_out_of_memory(said):
-            return cap_hit(self._task, self._cap_bytes, Receipt(), said)
-        return logged(ClientLoss(self._task.client_id, self._task.round, cause, traceback=said))
+            return cap_hit(given.task, self._cap_bytes, Receipt(), said)
+        if self._cap != "hard" and not given.again:  # under a cap, whatever killed it would have killed a real client
+            _log.warning("client %d of round %d is asked again: %s", given.task.client_id, given.task.round + 1, cause)
+            return None
+        return logged(ClientLoss(given.task.client_id, given.task.round, cause, traceback=said))
 
     def _obituary(self) -> tuple[str, str]:
         """Why it died, in a line, and all that it said on the way."""

@@ -15,7 +15,9 @@ from typing import cast
 import torch
 
 from scalefl.client import Residents, run_task
-from scalefl.engines.gauge import cap_refusal, device_of, gauge_of
+from scalefl.engines.gauge import Gauge, NoGauge, cap_refusal, device_of, gauge_of
+from scalefl.engines.order import Cap, Order
+from scalefl.engines.shared import Brief, Reader
 from scalefl.engines.spool import MappedExamples, TaskParams
 from scalefl.engines.wire import Channel, Incoming
 from scalefl.models.skeleton import tensors
@@ -30,19 +32,26 @@ from scalefl.units import mib
 _log = logging.getLogger("scalefl")
 
 
-def serve(channel: Channel, threads: int, device: torch.device, *, capped: bool) -> None:
+def serve(channel: Channel, threads: int, device: torch.device, cap: Cap) -> None:
     """Say why memory can't be capped, where it is to be; then answer until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
-    warm_up(threads, device)
-    channel.send(cap_refusal(device) if capped else None)
-    residents = Residents(device)
+    torch.set_num_threads(threads)
+    if cap != "none":
+        warm_up(threads, device)
+    channel.send(cap_refusal(device) if cap == "hard" else None)
+    residents, reader = Residents(device), Reader()
+    gauge = NoGauge() if cap == "none" else gauge_of(device)
     while True:
         try:
             incoming = channel.receive()
         except EOFError:
             return
+        brief = incoming.header.brief
+        if brief is not None:
+            _send(channel, _answer_in_place(incoming.header, brief, residents, reader))
+            continue
         with contextlib.ExitStack() as files:
-            _send(channel, _answer(incoming, residents, files))
+            _send(channel, _answer(incoming, residents, gauge, files))
 
 
 _LINEAR = (
@@ -80,10 +89,28 @@ class _Rehearsal:
         return TaskLoss()
 
 
-def _answer(incoming: Incoming, residents: Residents, files: contextlib.ExitStack) -> ClientUpdate | ClientLoss:
+def _answer_in_place(order: Order, brief: Brief, residents: Residents, reader: Reader) -> ClientUpdate | ClientLoss:
+    """What comes of a task whose tensors lie in shared memory; so does what it uploads."""
+    own = reader.read(brief.own)
+    params = reader.read(brief.params)
+    for name, tensor in own.items():
+        tensor.copy_(params[name])
+    laid = moved({**params, **own}, residents.device)
+    examples = reader.read(brief.examples)
+    answer = run_safely(order.method, order.problem, residents, order.task, laid, examples)
+    if isinstance(answer, ClientLoss):
+        return answer
+    for name, tensor in answer.params.items():
+        if tensor is not own[name]:  # it has been on another device
+            own[name].copy_(tensor)
+    return replace(answer, params={})
+
+
+def _answer(
+    incoming: Incoming, residents: Residents, gauge: Gauge, files: contextlib.ExitStack
+) -> ClientUpdate | ClientLoss:
     """What comes of a task; what it uploads lies in `files` as long as they are open."""
-    method, problem, task, cap_bytes = incoming.header
-    gauge = gauge_of(residents.device)
+    method, problem, task, cap_bytes, _ = incoming.header
     try:
         try:
             # Examples and the code of the model are what a client has anyway: the task is what comes on top.
@@ -157,4 +184,4 @@ def logged(loss: ClientLoss) -> ClientLoss:
 
 if __name__ == "__main__":
     _descriptor, _threads, _cap, _device = sys.argv[1:]
-    serve(Channel(socket.socket(fileno=int(_descriptor))), int(_threads), device_of(_device), capped=_cap == "hard")
+    serve(Channel(socket.socket(fileno=int(_descriptor))), int(_threads), device_of(_device), cast(Cap, _cap))

@@ -1,0 +1,234 @@
+"""Memory that this process shares with its workers: tensors cross by naming their place.
+
+Not by way of /dev/shm, whose size containers keep small, nor `multiprocessing`, whose tensors need a file each: unnamed
+files in memory, which vanish with the process however it ends, and which a worker opens through /proc. Only for
+workers without a cap: what is shared is not counted by a limit on a process's data.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scalefl.params import Params
+from scalefl.problem import Batch
+
+_SEGMENT_BYTES = 2**25
+_ALIGNMENT = 64
+
+
+class Place(NamedTuple):
+    """Where memory lies: in which file of the process that shares it, how long that is, and from which byte on."""
+
+    process: int
+    descriptor: int
+    file_bytes: int
+    start: int
+    num_bytes: int
+
+
+class Sheet(NamedTuple):
+    """A tensor in shared memory, as it is told to another process."""
+
+    place: Place
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+Sheets = dict[str, Sheet]
+
+
+class Brief(NamedTuple):
+    """What a task works on: a client's examples, what the server sends, and room for what training changes of it."""
+
+    examples: Sheets
+    params: Sheets
+    own: Sheets
+
+
+def can_share() -> bool:
+    """Whether this system has unnamed files in memory that another process can open."""
+    return hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir()
+
+
+class Arena:
+    """Memory that is lent piece by piece; freed pieces are lent again, and all of it is given back by `close`."""
+
+    def __init__(self) -> None:
+        self._files: dict[int, mmap.mmap] = {}
+        self._free: dict[int, list[Place]] = defaultdict(list)
+        self._rest: Place | None = None
+
+    def lend(self, num_bytes: int) -> Place:
+        """Memory for so many bytes, or a few more.
+
+        Raises:
+            OSError: the system has none left.
+        """
+        size = _rounded(num_bytes)
+        if self._free[size]:
+            return self._free[size].pop()
+        if self._rest is None or self._rest.num_bytes < size:
+            self._rest = self._new_file(max(size, _SEGMENT_BYTES))
+        rest = self._rest
+        self._rest = rest._replace(start=rest.start + size, num_bytes=rest.num_bytes - size)
+        return rest._replace(num_bytes=size)
+
+    def take_back(self, place: Place) -> None:
+        """Nobody uses it any more."""
+        self._free[place.num_bytes].append(place)
+
+    def put(self, tensor: Tensor) -> Sheet:
+        """A copy of a tensor, in memory of its own."""
+        sheet = self.room_for(tensor)
+        self.tensor(sheet).copy_(tensor)
+        return sheet
+
+    def room_for(self, tensor: Tensor) -> Sheet:
+        """Memory for a tensor of the same shape; what is in it is of no use."""
+        return Sheet(self.lend(tensor.nbytes), tuple(tensor.shape), tensor.dtype)
+
+    def tensor(self, sheet: Sheet) -> Tensor:
+        """The tensor on a sheet, not copied."""
+        return _laid(self._files[sheet.place.descriptor], sheet)
+
+    def close(self) -> None:
+        """Give everything back; tensors that somebody still holds keep their memory until they are gone."""
+        for descriptor in self._files:
+            os.close(descriptor)
+        self._files.clear()
+        self._free.clear()
+        self._rest = None
+
+    def _new_file(self, num_bytes: int) -> Place:
+        descriptor = os.memfd_create("scalefl")
+        try:
+            os.posix_fallocate(descriptor, 0, num_bytes)  # here an error, later a signal that ends the process
+            self._files[descriptor] = mmap.mmap(descriptor, num_bytes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return Place(os.getpid(), descriptor, num_bytes, 0, num_bytes)
+
+
+class _Known(NamedTuple):
+    """A tensor that is on the board: its sheet, the version that was copied, and what tells when it is gone."""
+
+    sheet: Sheet
+    version: int
+    gone: weakref.ref[Tensor]
+
+
+class Board:
+    """What the server sends: each tensor is put up once, however many clients it goes to, until it is gone.
+
+    Args:
+        arena: where copies lie.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._known: dict[int, _Known] = {}
+
+    def put_up(self, params: Params) -> Sheets:
+        """The sheets of tensors that the caller keeps, and leaves as they are, for as long as sheets are read."""
+        return {name: self._put_up(tensor) for name, tensor in params.items()}
+
+    def _put_up(self, tensor: Tensor) -> Sheet:
+        key, version = id(tensor), tensor._version  # grows when somebody writes into it
+        known = self._known.get(key)
+        if known is None:
+            gone = weakref.ref(tensor, lambda _: self._take_down(key))
+            known = self._known[key] = _Known(self._arena.put(tensor), version, gone)
+        elif known.version != version:
+            self._arena.tensor(known.sheet).copy_(tensor)
+            self._known[key] = known._replace(version=version)
+        return known.sheet
+
+    def _take_down(self, key: int) -> None:
+        self._arena.take_back(self._known.pop(key).sheet.place)
+
+
+class Desk:
+    """What one task works on in shared memory, until it is closed."""
+
+    def __init__(self, arena: Arena, board: Board, params: Params, moving: Iterable[str], examples: Batch) -> None:
+        """Lay it out.
+
+        Args:
+            arena: where it lies.
+            board: where what is sent is put up.
+            params: what is sent; the caller keeps the tensors for as long as the task may run.
+            moving: what of it training changes.
+            examples: the client's.
+
+        Raises:
+            OSError: the system has no memory left.
+        """
+        self._arena = arena
+        self.brief = Brief({}, {}, {})
+        try:
+            for name, column in examples.items():
+                self.brief.examples[name] = arena.put(column)
+            for name in sorted(moving):
+                self.brief.own[name] = arena.room_for(params[name])
+            self.brief.params.update(board.put_up(params))
+        except BaseException:
+            self.close()
+            raise
+
+    def results(self) -> dict[str, Tensor]:
+        """What training has made of the moving tensors, not copied."""
+        return {name: self._arena.tensor(sheet) for name, sheet in self.brief.own.items()}
+
+    def close(self) -> None:
+        """Nobody uses its examples and results any more."""
+        for sheet in [*self.brief.examples.values(), *self.brief.own.values()]:
+            self._arena.take_back(sheet.place)
+
+
+class Reader:
+    """Another process's shared memory, opened when it is first named."""
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[int, int], mmap.mmap] = {}
+
+    def read(self, sheets: Sheets) -> dict[str, Tensor]:
+        """The tensors on sheets, not copied: what is written into them, the other process sees.
+
+        Raises:
+            OSError: that process is gone.
+        """
+        return {name: _laid(self._file(sheet.place), sheet) for name, sheet in sheets.items()}
+
+    def _file(self, place: Place) -> mmap.mmap:
+        key = (place.process, place.descriptor)
+        if key not in self._files:
+            descriptor = os.open(f"/proc/{place.process}/fd/{place.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._files[key] = mmap.mmap(descriptor, place.file_bytes)
+            finally:
+                os.close(descriptor)
+        return self._files[key]
+
+
+def _laid(file: mmap.mmap, sheet: Sheet) -> Tensor:
+    count = math.prod(sheet.shape)
+    if not count:
+        return torch.empty(sheet.shape, dtype=sheet.dtype)
+    return torch.frombuffer(file, dtype=sheet.dtype, count=count, offset=sheet.place.start).view(sheet.shape)
+
+
+def _rounded(num_bytes: int) -> int:
+    """Upwards, to one of four sizes for each power of two: so pieces that are free fit what is asked for next."""
+    step = max(_ALIGNMENT, 1 << max(0, num_bytes.bit_length() - 3))
+    return max(_ALIGNMENT, -(-num_bytes // step) * step)
