@@ -278,11 +278,14 @@ def _headline(config: Config) -> str:
 
 
 def _train(console: Console, config: Config, folder: Path, *, resume: bool, overwrite: bool) -> None:
+    from scalefl.engines.trial import described
     from scalefl.experiment import Experiment, run_rounds
 
     experiment = Experiment(config)
     if overwrite:
         _remove(folder)
+    if not (resume and RunFolder(folder).config.exists()) and (crew := experiment.settle_engine()):
+        console.print(f"Engine: {described(crew)}", highlight=False, soft_wrap=True)
     rounds = run_rounds(experiment, folder, resume=resume)
     with closing(rounds):  # Ctrl-C stops the workers at once
         follow(console, rounds, folder)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -187,8 +187,16 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: 
                     where = f"variant {variant!r}" + (f" in scenario {scenario!r}" if scenario else "")
                     raise ConfigError(f"{path}: {where}: {error}") from error
                 if run_once.get(variant, scenario) == scenario:
-                    jobs.append(Job(scenario, variant, seed, config, folder))
+                    jobs.append(Job(scenario, variant, seed, _beside_others(config), folder))
     return Comparison(name, runs / name, settings, tuple(scenarios or {"": {}}), tuple(variants), run_once, tuple(jobs))
+
+
+def _beside_others(config: Config) -> Config:
+    """The config of a run that has a core for itself: cores are taken by other runs, not by its own workers."""
+    engine = config.engine
+    workers = engine.workers if engine.workers != "auto" else 0 if engine.cap == "none" else 1
+    threads = engine.threads if engine.threads != "auto" else 1
+    return replace(config, engine=replace(engine, workers=workers, threads=threads))
 
 
 def _taken_once(

@@ -16,6 +16,7 @@ from scalefl.engines.local import check_cap
 from scalefl.engines.messages import Precision
 from scalefl.engines.order import Cap
 from scalefl.engines.remote import Patience
+from scalefl.engines.trial import Auto
 from scalefl.errors import ConfigError, check_range, nearest
 from scalefl.harmonizer import GROWTHS, Growth
 from scalefl.mentor import SCHEDULES, Schedule
@@ -65,7 +66,8 @@ class EngineConfig:
         name: "local": in processes of this machine; "flower": so too, but each behind a Flower node of its own, over a
             grid in this process. Updates are the same to the bit; counted bytes are those that crossed.
         workers: processes beside this one; 0 runs clients in this one. Results do not depend on it.
-        threads: torch's threads for each process. Results depend on it in the last bits.
+        threads: torch's threads for each process. Results depend on it in the last bits. "auto", for each of the two:
+            what a short trial before a new run finds fastest. More workers than cores or memory for them are reduced.
         cap: "measured": the journal has what each client took; "hard": and a client that takes more than its budget is
             lost. Both need workers, take time, and need Linux.
         device: where clients train and models are measured: "cpu", "cuda" or "cuda:1". Budgets are of its memory.
@@ -74,17 +76,19 @@ class EngineConfig:
     """
 
     name: Literal["local", "flower"] = "local"
-    workers: int = 0
-    threads: int = 1
+    workers: int | Auto = "auto"
+    threads: int | Auto = "auto"
     cap: Cap = "none"
     device: str = "cpu"
     patience: Patience = Patience()
     precision: Precision = "exact"
 
     def __post_init__(self) -> None:
-        check_range("workers", self.workers, 0)
-        check_range("threads", self.threads, 1)
-        check_cap(self.cap, self.workers)
+        if self.workers != "auto":
+            check_range("workers", self.workers, 0)
+            check_cap(self.cap, self.workers)
+        if self.threads != "auto":
+            check_range("threads", self.threads, 1)
         if self.name == "local" and self.precision != "exact":
             raise ConfigError(f"engine.precision = {self.precision!r}: nothing is sent by the local engine")
 

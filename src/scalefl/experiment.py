@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from collections.abc import Callable, Generator, Mapping
@@ -25,7 +26,8 @@ from scalefl.data.population import DeclaredPopulation, SimulatedPopulation
 from scalefl.engines.gauge import device_of
 from scalefl.engines.local import LocalEngine, offered
 from scalefl.engines.remote import RemoteEngine
-from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, UncuttableModel
+from scalefl.engines.trial import Crew, by_trial, described, most_workers
+from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, ScaleFLError, UncuttableModel
 from scalefl.evaluate import (
     accuracy_of_labels,
     accuracy_over_clients,
@@ -51,8 +53,10 @@ from scalefl.sampling import UniformSampler, everybody, shuffled
 from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
 from scalefl.tracking import Tracking, check_installed
-from scalefl.types import UNTOLD, ClientInfo, Collects, Engine, Method, Population, ServerState
+from scalefl.types import UNTOLD, ClientInfo, Collects, Engine, Method, Population, RoundPlan, ServerState
 from scalefl.units import mib
+
+_log = logging.getLogger("scalefl")
 
 LOW_MEMORY_CLIENTS = 1000
 """So many clients, drawn at random, are asked at most for the label distribution of low-memory clients."""
@@ -111,6 +115,52 @@ class Experiment:
         """The state before the first round, for a smallest client of so much memory: by default the smallest now."""
         smallest = self.offered.smallest_memory_bytes if smallest_memory_bytes is None else smallest_memory_bytes
         return self.method.init(self.model, self.problem, seed=self.config.seed, smallest_memory_bytes=smallest)
+
+    def settle_engine(self) -> Crew | None:
+        """Decide what the config leaves to "auto", and reduce workers that this machine has no room for.
+
+        Returns:
+            Who trains, where that is not simply what the config says.
+        """
+        settings = self.config.engine
+        if self.remote is not None or (settings.threads != "auto" and settings.workers in (0, 1)):
+            return None
+        plan = self._first_plan()
+        most = most_workers(max(cost.peak_bytes for cost in plan.costs.values()) if plan else 0)
+        found = self._found(plan, most)
+        workers = found.workers if settings.workers == "auto" else settings.workers
+        threads = found.threads if settings.threads == "auto" else settings.threads
+        crew = Crew(workers, threads, found.why)
+        if workers > most:
+            crew = Crew(most, threads, f"{workers} workers were asked for, and there is room for {most}")
+        engine = replace(settings, workers=crew.workers, threads=crew.threads)
+        if engine == settings:
+            return None
+        self.config = replace(self.config, engine=engine)
+        return crew
+
+    def _found(self, plan: RoundPlan | None, most: int) -> Crew:
+        settings, most = self.config.engine, min(most, self.config.clients_per_round)
+        if settings.cap != "none":
+            return Crew(most, 1)
+        if plan is None or settings.name != "local" or settings.device != "cpu":
+            return Crew(0, 1)
+        state = self.initial_state()
+        try:
+            examples = self.data.examples(plan.longest_first()[0].client_id)
+            return by_trial(self.method, state, plan, examples, rounds=self.config.rounds, most=most)
+        except Exception as error:  # the run meets it too, and records or tells it
+            return Crew(0, 1, f"the trial failed with {type(error).__name__}")
+
+    def _first_plan(self) -> RoundPlan | None:
+        """Of a run's first round; None where nobody can take part."""
+        state = self.initial_state()
+        sample = everybody if self.privacy else UniformSampler(self.config.clients_per_round)
+        try:
+            plan = self.method.plan(state, sample(self.offered, self.method.floor_bytes(state), state))
+        except ScaleFLError:  # so it is in the run, which tells it
+            return None
+        return plan if plan.tasks else None
 
     def plan(self, state: ServerState | None = None) -> MemoryPlan:
         """The memory plan; its budgets are what may be planned with."""
@@ -237,6 +287,8 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
     residents = Residents(device_of(config.engine.device))
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
+    if crew := experiment.settle_engine():  # resumed where there is less room
+        _log.warning("%s", described(crew))
     with Tracking(config.tracking, files) as tracking, _engine(experiment) as engine:
         observer = _Observer(experiment, residents)
         if state.round == 0 and not files.state.exists():
@@ -276,6 +328,7 @@ def _engine(experiment: Experiment) -> AbstractContextManager[Engine]:
     if experiment.remote is not None:
         return nullcontext(experiment.remote)
     settings = experiment.config.engine
+    assert settings.workers != "auto" and settings.threads != "auto"
     local = LocalEngine(
         experiment.data,
         experiment.population,
@@ -323,6 +376,8 @@ def check_same(config: Config, files: RunFolder) -> None:
     saved, asked = to_plain(read_config(files.path)), to_plain(config)
     for content in (saved, asked):  # what the result does not depend on
         del content["save_every"], content["tracking"], content["engine"]["workers"], content["engine"]["patience"]
+    if asked["engine"]["threads"] == "auto":  # whatever it was found to be
+        asked["engine"]["threads"] = saved["engine"]["threads"]
     differing = [key for key in asked if asked[key] != saved[key]]
     if differing:
         raise ConfigError(f"{files.path} holds a run whose {', '.join(differing)} differ: resume with its own config")
@@ -421,6 +476,7 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
         )
     state = experiment.initial_state()
     _check_budgets(experiment, state)
+    experiment.settle_engine()
     if experiment.privacy is not None:
         check_private(experiment.method, state)
     if isinstance(experiment.population, DeclaredPopulation):
@@ -465,6 +521,10 @@ def _check_budgets(experiment: Experiment, state: ServerState) -> None:
 
 def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
     check_same(experiment.config, files)
+    saved, engine = read_config(files.path).engine, experiment.config.engine
+    threads = saved.threads if engine.threads == "auto" else engine.threads
+    workers = saved.workers if engine.workers == "auto" else engine.workers
+    experiment.config = replace(experiment.config, engine=replace(engine, workers=workers, threads=threads))
     if not files.state.exists():  # it was killed before its first save
         files.journal.unlink(missing_ok=True)
         return experiment.initial_state(_smallest_at_start(files))

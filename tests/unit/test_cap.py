@@ -194,7 +194,7 @@ def test_what_is_predicted_to_fit_does(mode):
 
 
 def test_a_cap_needs_workers():
-    for make in (lambda: EngineConfig(cap="hard"), lambda: LocalEngine(DATA, CLIENTS, cap="hard")):
+    for make in (lambda: EngineConfig(cap="hard", workers=0), lambda: LocalEngine(DATA, CLIENTS, cap="hard")):
         with pytest.raises(ConfigError, match=r"engine\.cap = 'hard' needs workers >= 1"):
             make()
     with pytest.raises(ConfigError, match=r"engine\.cap = 'hrad': did you mean 'hard'"):

@@ -1,0 +1,163 @@
+"""Who trains, where nobody says: tried out, kept, and reduced to what the machine has room for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import scalefl.engines.trial
+from scalefl.comparison import load_comparison
+from scalefl.config import make_config, to_plain
+from scalefl.engines.trial import Crew, by_trial, described, makespan, most_workers
+from scalefl.errors import ConfigError
+from scalefl.experiment import Experiment, run
+from scalefl.methods.fedavg import FedAvg
+from scalefl.sampling import UniformSampler
+from scalefl.types import LocalWork
+from support import PROBLEM, Clients, MadeData, full_bytes, spec
+
+DEVICE = {
+    "name": "all",
+    "share": 1.0,
+    "memory": "200%",
+    "flops_per_second": 1e9,
+    "bandwidth_bytes_per_second": 1e6,
+}
+
+
+def settings(**changes):
+    content = {
+        "model": "cnn",
+        "model_arguments": {"width": 0.0625},
+        "rounds": 2,
+        "clients_per_round": 3,
+        "data": {"source": {"name": "mnist5k"}, "clients": 200},
+        "devices": {"classes": [DEVICE]},
+        "method": {"name": "fedavg"},
+        "evaluation": {"plane_samples": 32},
+    }
+    return make_config({**content, **changes})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "workers", "wanted"),
+    [([3, 1, 2], 1, 6), ([3, 1, 2], 2, 3), ([3, 1, 2], 5, 3), ([5, 4, 3, 3, 3], 2, 10), ([], 2, 0)],
+)
+def test_the_longest_first(seconds, workers, wanted):
+    assert makespan(seconds, workers) == wanted
+
+
+def trial(monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8) -> Crew:
+    """Who is chosen if the longest task takes so long, by threads."""
+    data = MadeData([12] * 8)
+    method = FedAvg(work=LocalWork(batch_size=4))
+    clients = Clients(data, (10 * full_bytes(),))
+    state = method.init(spec(), PROBLEM, seed=0, smallest_memory_bytes=0)
+    plan = method.plan(state, UniformSampler(cohort)(clients, 0, state))
+    monkeypatch.setattr(scalefl.engines.trial, "num_cores", lambda: cores)
+    monkeypatch.setattr(scalefl.engines.trial, "_seconds", lambda *a: milliseconds[a[-1]] / 1000)
+    return by_trial(method, state, plan, data.examples(0), rounds=rounds, most=most)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "changes", "wanted"),
+    [
+        # Small clients: a thread each. Large ones that threads help: threads.
+        ({1: 100, 2: 90, 4: 85}, {}, (4, 1)),
+        ({1: 100, 2: 49, 4: 20}, {}, (0, 4)),
+        # Threads help a little: not for that.
+        ({1: 100, 2: 49, 4: 24}, {"rounds": 10_000}, (4, 1)),
+        # Two long clients leave two of four cores idle.
+        ({1: 1000, 2: 520, 4: 500}, {"cohort": 2}, (2, 2)),
+        # Workers take longer to start than all rounds.
+        ({1: 10, 2: 9.5, 4: 9.5}, {"rounds": 2}, (0, 1)),
+        # No room for workers, but for threads.
+        ({1: 100, 2: 60, 4: 40}, {"most": 1}, (0, 4)),
+        ({1: 100}, {"cores": 1, "most": 1}, (0, 1)),
+    ],
+)
+def test_what_is_done_first_is_chosen(monkeypatch, milliseconds, changes, wanted):
+    assert trial(monkeypatch, milliseconds, **changes)[:2] == wanted
+
+
+def test_a_real_trial_says_why():
+    experiment = Experiment(settings())
+    crew = experiment.settle_engine()
+    assert crew is not None and crew.workers == 0, "two rounds of tiny clients are not worth the start of a worker"
+    assert "ms on 1 thread" in described(crew) and described(crew).startswith("this process, ")
+    assert experiment.settle_engine() is None, "settled"
+
+
+def test_the_choice_is_kept_and_a_resumption_does_not_try_again(tmp_path, monkeypatch):
+    asked = settings(engine={"workers": "auto"})
+    run(asked, tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["engine"]
+    assert saved["workers"] == 0 and saved["threads"] >= 1
+
+    def refuse(*_arguments, **_options):
+        raise AssertionError("tried again")
+
+    monkeypatch.setattr("scalefl.experiment.by_trial", refuse)
+    assert run(asked, tmp_path / "run", resume=True)["rounds"] == 2
+
+
+def test_a_choice_changes_no_number(tmp_path):
+    found = run(settings(engine={"threads": 1}), tmp_path / "auto")
+    wanted = run(settings(engine={"workers": 0, "threads": 1}), tmp_path / "set")
+    assert found["test"] == wanted["test"]
+
+
+def test_more_workers_than_room_are_reduced(monkeypatch):
+    monkeypatch.setattr("scalefl.engines.trial.num_cores", lambda: 3)
+    experiment = Experiment(settings(engine={"workers": 50, "threads": 1}))
+    crew = experiment.settle_engine()
+    assert crew is not None and (crew.workers, crew.threads) == (3, 1)
+    assert described(crew) == "3 workers of 1 thread each: 50 workers were asked for, and there is room for 3"
+    assert experiment.config.engine.workers == 3
+
+
+def test_memory_is_room_too(monkeypatch):
+    monkeypatch.setattr("scalefl.engines.trial.num_cores", lambda: 8)
+    monkeypatch.setattr("scalefl.engines.trial.spare_bytes", lambda: 2**30)
+    assert most_workers(0) == 2 and most_workers(2**29) == 1 and most_workers(2**40) == 1
+
+    def untold() -> int:
+        raise OSError("no /proc")
+
+    monkeypatch.setattr("scalefl.engines.trial.spare_bytes", untold)
+    assert most_workers(0) == 8
+
+
+def test_a_trial_that_fails_is_no_matter(monkeypatch):
+    def fail(*_arguments, **_options):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("scalefl.experiment.by_trial", fail)
+    crew = Experiment(settings()).settle_engine()
+    assert crew == Crew(0, 1, "the trial failed with RuntimeError")
+
+
+@pytest.mark.parametrize(("cap", "workers"), [("none", 0), ("measured", 2)])
+def test_without_a_trial(monkeypatch, cap, workers):
+    monkeypatch.setattr("scalefl.engines.trial.num_cores", lambda: 2)
+    config = settings(engine={"cap": cap})
+    if cap == "none":
+        config = replace(config, engine=replace(config.engine, name="flower"))
+    experiment = Experiment(config)
+    assert experiment.settle_engine() == Crew(workers, 1)
+
+
+@pytest.mark.parametrize("engine", [{"workers": -1}, {"threads": 0}, {"workers": "many"}, {"workers": 1.5}])
+def test_bad_numbers_are_refused(engine):
+    with pytest.raises(ConfigError, match=r"engine\.(workers|threads)|workers|threads"):
+        settings(engine=engine)
+
+
+def test_runs_of_a_comparison_take_a_core_each(tmp_path):
+    path = tmp_path / "some.json"
+    variants = {"a": {}, "b": {"engine": {"cap": "measured", "threads": 2}}}
+    path.write_text(json.dumps({**to_plain(settings()), "variants": variants}))
+    engines = [job.config.engine for job in load_comparison(path, runs=tmp_path).jobs[:2]]
+    assert [(engine.workers, engine.threads) for engine in engines] == [(0, 1), (1, 2)]
