@@ -104,6 +104,7 @@ def _canonical(step: Step) -> Step:
         weight_decay=float(step.work.weight_decay > 0),
         clip_norm=float(step.work.clip_norm > 0),
         prox=float(step.work.prox > 0),
+        memory_format=step.work.memory_format,
     )
     means = replace(step.means, micro_batch_size=None, prefix="resident")
     return replace(step, work=work, means=means, feddyn=float(step.feddyn > 0))

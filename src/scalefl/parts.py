@@ -74,6 +74,8 @@ class Part:
         needed: names of the model's own tensors that each stretch between those cuts needs: one more than there are
             cuts.
         exits: classifiers before the end, in order of execution; a run that starts or stops on the way has none.
+        channels_last: whether images lie so in memory, from the first convolutions on, where no later one has few
+            channels.
     """
 
     model: ModelSpec
@@ -93,6 +95,7 @@ class Part:
     inner: tuple[Entry, ...] = ()
     needed: tuple[tuple[str, ...], ...] = ()
     exits: tuple[Exit, ...] = ()
+    channels_last: bool = False
 
     @property
     def outputs(self) -> tuple[OutputSpec, ...]:
@@ -190,6 +193,8 @@ class Resident:
             if frozen_statistics:
                 part = _without_statistics(part, self._module)
             _set_modes(self._module, part.active)
+            for first in first_convolutions(self._module) if part.channels_last else ():
+                undo.callback(first.register_forward_hook(_turn).remove)
             yield PartRunner(self._module, self._skeleton, part, outputs, params, moving, passing), trained
 
     @contextlib.contextmanager
@@ -265,7 +270,7 @@ class PartRunner:
         if features is not None:
             entry = self._part.entry
             z, x = features()
-            given.append(z)
+            given.append(_turned(z) if self._part.channels_last else z)
             del z
         if self._passing or (recompute and torch.is_grad_enabled()):
             entry, given = self._run_bare(args, kwargs, entry, given)
@@ -472,6 +477,29 @@ def _keep(found: dict[Cut, Tensor], cut: Cut) -> Any:
         found[cut] = floating(output)[cut.position].detach().clone()  # a later module may write in place
 
     return hook
+
+
+FEW_CHANNELS = 8
+"""Convolutions of fewer channels do not train on channels_last inputs.
+
+With 2 or 3, torch 2.13 on CPUs (oneDNN, AVX2) corrupts memory in their backward pass: "double free or corruption".
+"""
+
+
+def first_convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions of images, behind which channels may come last; none where others have few channels too."""
+    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    narrow = [m for m in convolutions if m.in_channels < FEW_CHANNELS]
+    return narrow if all(m.out_channels >= FEW_CHANNELS for m in convolutions) else []
+
+
+def _turn(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return _turned(output)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """Images [B, C, H, W] with the channels last in memory; other tensors as they are."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _set_modes(module: nn.Module, active: tuple[str, ...]) -> None:

@@ -80,7 +80,8 @@ def _in_chunks(run: _Run, batch: Batch) -> Features:
 
 
 def _room(piece: Tensor, rows: int) -> Tensor:
-    return piece.new_empty(rows, *piece.shape[1:])
+    lies = torch.channels_last if piece.dim() == 4 and not piece.is_contiguous() else torch.contiguous_format
+    return torch.empty((rows, *piece.shape[1:]), dtype=piece.dtype, device=piece.device, memory_format=lies)
 
 
 class _Cache:

@@ -69,6 +69,8 @@ def span_step(
     else:
         part = blocks.part_of_layers(span, output, (*layers, *along), tail=tail)
         trainable = blocks.trainable_of((*layers, *along))
+    if work.memory_format == "channels_last":
+        part = replace(part, channels_last=True)
     if output is not None:
         trainable |= frozenset(output.names())
     moving = trainable | blocks.statistics((*part.active, *part.straddling))
