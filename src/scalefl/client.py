@@ -30,9 +30,13 @@ class Residents:
         self._residents: dict[ModelSpec, Resident] = {}
 
     def __getitem__(self, model: ModelSpec) -> Resident:
+        self.make(model)
+        return self._residents[model]
+
+    def make(self, model: ModelSpec) -> None:
+        """Have the skeleton of a model ready."""
         if model not in self._residents:
             self._residents[model] = Resident(model)
-        return self._residents[model]
 
 
 def run_task(

@@ -7,12 +7,13 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -284,36 +285,88 @@ def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) ->
 
 def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Generator[RunProgress]:
     config = experiment.config
-    residents = Residents(device_of(config.engine.device))
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
     if crew := experiment.settle_engine():  # resumed where there is less room
         _log.warning("%s", described(crew))
-    with Tracking(config.tracking, files) as tracking, _engine(experiment) as engine:
-        observer = _Observer(experiment, residents)
+    with (
+        Tracking(config.tracking, files) as tracking,
+        _engine(experiment) as engine,
+        _Keeper(experiment, files, tracking) as keeper,
+    ):
         if state.round == 0 and not files.state.exists():
-            line = {"round": 0, **observer.observe(state)}
-            _append(files.journal, line)
-            save_state(files.state, state, experiment.method.deploy(state))
-            tracking.add(line)
+            keeper.keep(state, {"round": 0})
         rounds = federate(
             experiment.method,
             engine,
             everybody if experiment.privacy else UniformSampler(config.clients_per_round),
             state,
-            is_looked_at=observer.is_due,
+            is_looked_at=keeper.observer.is_due,
             privacy=_privacy(experiment, files),
         )
         while state.round < config.rounds:
             state, record = next(rounds)
-            line = {**asdict(record), **observer.observe(state)}
-            _append(files.journal, line)
-            if state.round % config.save_every == 0 or state.round == config.rounds:
-                save_state(files.state, state, experiment.method.deploy(state))
-            tracking.add(line)
-            yield RunProgress(line, config.rounds)
+            yield from keeper.keep(state, asdict(record))
+        yield from keeper.kept()
         if not files.summary.exists():
-            _write_json(files.summary, observer.conclude(state, files.read_journal()))
+            _write_json(files.summary, keeper.observer.conclude(state, files.read_journal()))
+
+
+class _Keeper:
+    """Measures the state after each round and writes both down; while the next round is under way, if workers do that.
+
+    A context manager: what it was given is kept at the end, whatever has ended the rounds.
+    """
+
+    def __init__(self, experiment: Experiment, files: RunFolder, tracking: Tracking) -> None:
+        self._experiment, self._files, self._tracking = experiment, files, tracking
+        engine = experiment.config.engine
+        self.observer = _Observer(experiment, Residents(device_of(engine.device)))
+        self._beside = None
+        if experiment.remote is None and engine.name == "local" and engine.workers:
+            assert engine.threads != "auto"
+            threads = engine.threads  # as everywhere: bits depend on their number
+            self._beside = ThreadPoolExecutor(1, initializer=lambda: torch.set_num_threads(threads))
+        self._pending: list[Future[RunProgress]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._beside is not None:
+            self._beside.shutdown()
+
+    def keep(self, state: ServerState, record: Mapping[str, Any]) -> list[RunProgress]:
+        """Keep the state after a round; returns the rounds that have been kept by now, and were not returned before."""
+        before = self.kept()
+        # In this thread, where rounds are planned too: models are made with the global generators.
+        params = self._experiment.method.deploy(state)
+        look = self.observer.look(state, params)
+
+        def write() -> RunProgress:
+            return self._write(state, params, {**record, **look()})
+
+        if self._beside is None:
+            return [progress for progress in (*before, write()) if progress.line["round"]]
+        self._pending.append(self._beside.submit(write))
+        return before
+
+    def kept(self) -> list[RunProgress]:
+        """All rounds that were not returned before.
+
+        Raises:
+            CheckpointError: one could not be written.
+        """
+        pending, self._pending = self._pending, []
+        return [progress for future in pending if (progress := future.result()).line["round"]]
+
+    def _write(self, state: ServerState, deployed: tuple[ModelSpec, Params], line: Mapping[str, Any]) -> RunProgress:
+        config = self._experiment.config
+        _append(self._files.journal, line)
+        if state.round % config.save_every == 0 or state.round == config.rounds:
+            save_state(self._files.state, state, deployed)
+        self._tracking.add(line)
+        return RunProgress(line, config.rounds)
 
 
 def _privacy(experiment: Experiment, files: RunFolder) -> Mechanism | None:
@@ -394,15 +447,25 @@ class _Observer:
         """Whether anything is measured after a round."""
         return self._is_due(round, self._evaluation.every) or self._is_due(round, self._evaluation.plane_every)
 
-    def observe(self, state: ServerState) -> dict[str, Any]:
-        """Validation metrics and the nHSIC plane, where this round is due for them."""
-        model, params = self._experiment.method.deploy(state)
-        found: dict[str, Any] = {}
-        if self._is_due(state.round, self._evaluation.every):
-            found["validation"] = self._measure(model, params, self._experiment.data.validation)
-        if self._is_due(state.round, self._evaluation.plane_every):
-            # Of the model that is trained, by whose names cuts go: what is deployed may be made around it.
-            found["plane"] = self._plane(state.model, without_attachments(state.params))
+    def look(self, state: ServerState, deployed: tuple[ModelSpec, Params]) -> Callable[[], dict[str, Any]]:
+        """What gives validation metrics and the nHSIC plane, where this round is due for them; in any thread."""
+        is_measured = self._is_due(state.round, self._evaluation.every)
+        is_drawn = self._is_due(state.round, self._evaluation.plane_every)
+        model, params = deployed
+        # Made now: the rest draws no number and makes no model. The plane is of the model that is trained, by whose
+        # names cuts go: what is deployed may be made around it.
+        for each in {model, state.model} if is_drawn else {model}:
+            self._residents.make(each)
+        cuts = self._experiment.plane_cuts(state.model) if is_drawn else ((), None)
+
+        def found() -> dict[str, Any]:
+            seen: dict[str, Any] = {}
+            if is_measured:
+                seen["validation"] = self._measure(model, params, self._experiment.data.validation)
+            if is_drawn:
+                seen["plane"] = self._plane(state.model, without_attachments(state.params), *cuts)
+            return seen
+
         return found
 
     def _is_due(self, round: int, every: int) -> bool:
@@ -451,9 +514,10 @@ class _Observer:
     def _measure(self, model: ModelSpec, params: Params, examples: Batch) -> dict[str, float]:
         return evaluate(self._residents, model, params, self._experiment.problem, examples)
 
-    def _plane(self, model: ModelSpec, params: Params) -> list[dict[str, Any]]:
+    def _plane(
+        self, model: ModelSpec, params: Params, cuts: tuple[Cut, ...], source: str | None
+    ) -> list[dict[str, Any]]:
         experiment = self._experiment
-        cuts, source = experiment.plane_cuts(model)
         if not cuts:
             return []
         seed = derive(experiment.config.seed, "plane")
