@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_trial import settings
 
 import scalefl.experiment
 from scalefl.errors import CheckpointError
 from scalefl.experiment import Experiment, run, run_rounds
 from scalefl.run_folder import RunFolder
-from test_trial import settings
 
 BESIDE = {"workers": 2, "threads": 1}
 
