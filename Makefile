@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms bench-privacy bench-precision bench-engine bench-memory bench-flower
+.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms bench-privacy bench-precision bench-engine bench-memory bench-flower bench-speed
 
 help:
 	@echo "make demo       run the main job: three methods on 50 simulated clients, under 3 minutes"
 	@echo "make test       the tests (make test-full adds the slow ones, test-hosts only those on network namespaces)"
 	@echo "make check      lint, types, import contracts"
 	@echo "make format     format the code"
-	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -accuracy, -tuning, -tenth, -norms, -privacy, -precision, -engine, -memory, -flower"
+	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -accuracy, -tuning, -tenth, -norms, -privacy, -precision, -engine, -memory, -flower, -speed"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ScaleFL needs Python 3.11 or newer")'
@@ -63,3 +63,7 @@ bench-engine: $(STAMP)
 # The last part reads what bench-precision has written.
 bench-flower: $(STAMP) bench-precision
 	for what in rounds bytes scale precision; do $(BIN)/python benchmarks/flower.py $$what --out docs/benchmarks || exit 1; done
+
+# Makes an environment for each peer on first use (2.5 GB), in ~/.cache/scalefl-speed; needs a quiet machine.
+bench-speed: $(STAMP)
+	for what in peers; do $(BIN)/python benchmarks/speed.py $$what --out docs/benchmarks || exit 1; done

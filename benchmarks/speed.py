@@ -1,0 +1,397 @@
+"""How fast the local engine is: beside other simulators and bare loops, on the same work.
+
+    python benchmarks/speed.py peers --out docs/benchmarks
+
+Each command writes its section and CSV files to OUT/speed/, and puts the sections together as OUT/speed.md. This
+process imports neither torch nor scalefl: what is measured shares no memory with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from speed_peers.family import Peak
+from speed_peers.programs import HERE, PROGRAMS, QUIET, Environments, Resident
+from speed_peers.works import CHECK, WORKS, Work
+
+MIB = 2**20
+ORDER = ("peers", "blockwise", "scaling", "profile")
+
+# Beside other simulators.
+
+OURS = "scalefl"
+WHOLE = WORKS[0]
+"""The work of which Flower's whole runs are timed: its simulation is no resident."""
+CHECK_ROUNDS, CHECK_TOLERANCE = 3, 1e-3
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Some rounds of a program, in a pair with the other programs' turns."""
+
+    work: str
+    pair: int
+    program: str
+    rounds: int
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass
+class Found:
+    """What is known of a program at a work beside its turns; `score` after all of them."""
+
+    ready: list[tuple[float, float]] = field(default_factory=list)
+    first_round: list[tuple[float, float]] = field(default_factory=list)
+    peak: Peak = field(default_factory=Peak)
+    score: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Measured:
+    """Everything that was measured, by work and program."""
+
+    turns: list[Turn] = field(default_factory=list)
+    found: dict[tuple[str, str], Found] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def of(self, work: str, program: str) -> Found:
+        """What is known of a program at a work."""
+        return self.found.setdefault((work, program), Found())
+
+    def seconds(self, work: str, program: str, column: str = "seconds") -> list[float]:
+        """Seconds a round, pair by pair."""
+        mine = (turn for turn in self.turns if (turn.work, turn.program) == (work, program))
+        return [getattr(turn, column) / turn.rounds for turn in mine]
+
+    def ratios(self, work: str, program: str) -> list[float]:
+        """How many times as long as ours a program takes, pair by pair."""
+        both = zip(self.seconds(work, program), self.seconds(work, OURS), strict=True)
+        return [theirs / ours for theirs, ours in both]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where programs run: their environments, what they read, and where they complain."""
+
+    environments: Environments
+    home: Path
+
+    def launch(self, work: Work, name: str) -> Resident:
+        """A fresh process at the beginning of a work."""
+        return Resident(PROGRAMS[name], self.environments, self.home / work.name, self.home / f"{name}.log")
+
+    def export(self, works: Sequence[Work]) -> None:
+        """Write the works down, in a process of its own."""
+        command = (sys.executable, str(HERE / "export.py"), str(self.home), *(work.name for work in works))
+        subprocess.run(command, check=True, env={**os.environ, **QUIET})
+
+
+def peers(folder: Path, options: argparse.Namespace) -> None:
+    works = [work for work in WORKS if work.name in options.works]
+    measured = Measured()
+    with tempfile.TemporaryDirectory(prefix="scalefl-speed-") as home:
+        bench = Bench(Environments(options.environments), Path(home))
+        bench.export([*works, CHECK])
+        check_same_work(bench, options.programs)
+        for work in works:
+            names = [name for name in work.programs if name in options.programs]
+            take_turns(bench, work, names, options.pairs, measured)
+            measure_alone(bench, work, names, options.starts, measured)
+            write_peers(folder, measured, options)
+        if WHOLE in works and "flower" in options.programs:
+            take_whole_runs(bench, options.flower_pairs, options.flower_rounds, measured)
+            write_peers(folder, measured, options)
+
+
+def write_peers(folder: Path, measured: Measured, options: argparse.Namespace) -> None:
+    """What is known until now: a run takes long, and may be stopped."""
+    head = list(Turn.__annotations__)
+    _write_csv(folder / "peers.csv", head, [[_rounded(getattr(turn, n)) for n in head] for turn in measured.turns])
+    rows = summary(measured)
+    _write_csv(folder / "peers_summary.csv", list(rows[0]), [[_rounded(cell) for cell in row.values()] for row in rows])
+    _write_section(folder, "peers", section(rows, measured.versions, options))
+
+
+def check_same_work(bench: Bench, names: Sequence[str]) -> None:
+    """Refuse to compare programs that do not do the same: on `CHECK` they differ by rounding only."""
+    losses = {}
+    for name in (name for name in CHECK.programs if name in names):
+        with bench.launch(CHECK, name) as resident:
+            resident.ready()
+            resident.run(CHECK_ROUNDS)
+            losses[name] = resident.score()["loss"]
+    print("loss after the same steps:", losses, flush=True)
+    if max(losses.values()) - min(losses.values()) > CHECK_TOLERANCE:
+        raise SystemExit(f"the programs do not do the same work: {losses}")
+
+
+def take_turns(bench: Bench, work: Work, names: Sequence[str], pairs: int, measured: Measured) -> None:
+    """Interleaved pairs: each program does some rounds while the others wait; who goes first moves on."""
+    with contextlib.ExitStack() as stack:
+        residents = {name: stack.enter_context(bench.launch(work, name)) for name in names}
+        for resident in residents.values():
+            measured.versions |= resident.ready()
+        for resident in residents.values():
+            resident.run(work.turn)  # warms up
+        for pair in range(pairs):
+            first = pair % len(names)
+            for name in [*names[first:], *names[:first]]:
+                measured.turns.append(timed(residents[name], work, pair))
+            print(work.name, pair, {n: round(measured.seconds(work.name, n)[-1], 2) for n in names}, flush=True)
+        for name, resident in residents.items():
+            measured.of(work.name, name).score = resident.score()
+
+
+def timed(resident: Resident, work: Work, pair: int) -> Turn:
+    """A turn by the program's own clock."""
+    before = resident.family.cpu_seconds()
+    start, end = resident.run(work.turn)
+    cpu_seconds = resident.family.cpu_seconds() - before
+    return Turn(work.name, pair, resident.program.name, work.turn, end - start, cpu_seconds)
+
+
+def measure_alone(bench: Bench, work: Work, names: Sequence[str], starts: int, measured: Measured) -> None:
+    """What a program takes to start, and what it holds at most, while no other runs that could share its pages."""
+    for name in [name for _ in range(starts) for name in names]:
+        found = measured.of(work.name, name)
+        with bench.launch(work, name) as resident, resident.family.watched():
+            resident.ready()
+            found.ready.append(since_launch(resident))
+            resident.run(1)
+            found.first_round.append(since_launch(resident))
+    for name in names:
+        measured.of(work.name, name).peak = peak_of(bench, work, name)
+
+
+def since_launch(resident: Resident) -> tuple[float, float]:
+    """Seconds, and CPU seconds of all its processes."""
+    return time.time() - resident.launched, resident.family.cpu_seconds()
+
+
+def peak_of(bench: Bench, work: Work, name: str) -> Peak:
+    """In a run that is not timed: to ask for memory takes time."""
+    with bench.launch(work, name) as resident, resident.family.watched(memory=True) as peak:
+        resident.ready()
+        resident.run(1 + work.turn)
+    return peak
+
+
+def take_whole_runs(bench: Bench, pairs: int, rounds: int, measured: Measured) -> None:
+    """Interleaved pairs of runs from launch to the last weights; evaluation is not timed."""
+    work = WHOLE.name + "-whole"
+    for pair in range(pairs):
+        for name in (OURS, "flower")[:: -1 if pair % 2 else 1]:
+            with bench.launch(WHOLE, name) as resident, resident.family.watched():
+                measured.versions |= resident.ready()
+                _, end = resident.run(rounds)
+                turn = Turn(work, pair, name, rounds, end - resident.launched, resident.family.cpu_seconds())
+                measured.turns.append(turn)
+                measured.of(work, name).score = resident.score()
+            print(turn, flush=True)
+    for name in (OURS, "flower"):
+        measured.of(work, name).peak = peak_of(bench, WHOLE, name)
+
+
+def summary(measured: Measured) -> list[dict[str, Any]]:
+    """A row for each program at each work."""
+    rows = []
+    for (work, program), found in measured.found.items():
+        ratios = measured.ratios(work, program)
+        low, high = interval(ratios)
+        ready, first_round = (list(zip(*pairs, strict=True)) or [[], []] for pairs in (found.ready, found.first_round))
+        rows.append(
+            {
+                "work": work,
+                "program": program,
+                "seconds_a_round": statistics.median(measured.seconds(work, program)),
+                "cpu_seconds_a_round": statistics.median(measured.seconds(work, program, "cpu_seconds")),
+                "ratio": statistics.median(ratios),
+                "ratio_low": low,
+                "ratio_high": high,
+                "ready_seconds": _median(ready[0]),
+                "ready_cpu_seconds": _median(ready[1]),
+                "first_round_seconds": _median(first_round[0]),
+                "first_round_cpu_seconds": _median(first_round[1]),
+                "peak_pss_mib": found.peak.pss / MIB,
+                "peak_rss_mib": found.peak.rss / MIB,
+                "processes": found.peak.processes,
+                "accuracy": found.score["accuracy"],
+                "loss": found.score["loss"],
+            }
+        )
+    return rows
+
+
+def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+    """A 95 % confidence interval of the median, by the bootstrap."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(draws))
+    return medians[round(0.025 * (draws - 1))], medians[round(0.975 * (draws - 1))]
+
+
+def section(rows: Sequence[dict[str, Any]], versions: dict[str, str], options: argparse.Namespace) -> str:
+    """The section's text."""
+    lines = ["## Beside other simulators", "", *_prose(options)]
+    for work in WORKS:
+        mine = [row for row in rows if row["work"] == work.name]
+        lines += _table(work, mine) if mine else []
+    whole = [row for row in rows if row["work"] == f"{WHOLE.name}-whole"]
+    lines += _whole_table(whole, options.flower_rounds) if whole else []
+    about = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
+    return "\n".join([*lines, f"{machine()}. {about}."])
+
+
+def _prose(options: argparse.Namespace) -> list[str]:
+    return [
+        "CIFAR-10 (JPEG), images from -1 to 1; the same first weights, users, cohorts and local SGD (one epoch, no "
+        "weight decay) for every program, each on two processes of one thread. Before anything is timed, all "
+        f"programs do {CHECK_ROUNDS} rounds of {CHECK.epochs} steps on whole batches, and must find the same loss "
+        f"within {CHECK_TOLERANCE:g}. {options.pairs} interleaved pairs, in which every program in turn does some "
+        "rounds while the others wait, and who goes first moves on; a turn before does not count. Seconds by the wall "
+        "clock, median; how many times as long as ScaleFL: the median over pairs, with a 95 % bootstrap interval. CPU: "
+        "of all processes of a program. Start: from the launch until it waits for the first round, and until the end "
+        f"of that, alone, median of {options.starts}; ScaleFL with nothing kept from earlier runs, and planning in its "
+        "first round. Memory: the most that all processes of a program held at one moment of a run of its own, looked "
+        "at every 0.2 s; in PSS what is shared counts once.",
+        "",
+        "*Bare loops*: `torch.optim.SGD` in two processes, every other user of a cohort each, weights in one vector, "
+        "one all-reduce a round, examples as bytes mapped from a file: no framework does less. *Freed memory kept*: "
+        "with glibc told to keep what is freed, as ScaleFL tells its workers. *pfl-research*: `FederatedAveraging` in "
+        "a `SimulatedBackend`, users as float32 tensors in memory as in its own benchmarks, weighted by examples and "
+        "balanced between processes by them; it does not shuffle, and in its first round it also evaluates each user "
+        "before and after. Its processes: torchrun's, two that train, and with each of these one that draws cohorts.",
+        "",
+    ]
+
+
+def _table(work: Work, rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"### {work.name}: {work.title}",
+        "",
+        "| program | seconds a round | times ScaleFL's | CPU s a round | CPU s to start | with the first round "
+        "| peak PSS, MiB | sum of RSS, MiB | processes | test accuracy, % |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            PROGRAMS[row["program"]].title,
+            f"{row['seconds_a_round']:.2f}",
+            _ratio(row),
+            f"{row['cpu_seconds_a_round']:.2f}",
+            f"{row['ready_cpu_seconds']:.1f}",
+            f"{row['first_round_cpu_seconds']:.1f}",
+            f"{row['peak_pss_mib']:.0f}",
+            f"{row['peak_rss_mib']:.0f}",
+            f"{row['processes']}",
+            f"{100 * row['accuracy']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _whole_table(rows: Sequence[dict[str, Any]], rounds: int) -> list[str]:
+    lines = [
+        f"### {WHOLE.name}, {rounds} rounds from launch to the last weights",
+        "",
+        "*Flower's simulation*: `flwr.serverapp.strategy.FedAvg`, a ClientApp with the bare loop's training, one node "
+        "for each user, Ray with two actors of one core. All that a process does before, between and after rounds "
+        "counts, but no evaluation.",
+        "",
+        "| program | seconds | times ScaleFL's | CPU s | peak PSS, MiB | sum of RSS, MiB | processes "
+        "| test accuracy, % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            PROGRAMS[row["program"]].title,
+            f"{rounds * row['seconds_a_round']:.1f}",
+            _ratio(row),
+            f"{rounds * row['cpu_seconds_a_round']:.1f}",
+            f"{row['peak_pss_mib']:.0f}",
+            f"{row['peak_rss_mib']:.0f}",
+            f"{row['processes']}",
+            f"{100 * row['accuracy']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if row["program"] == OURS:
+        return "1"
+    return f"{row['ratio']:.3f} ({row['ratio_low']:.3f}-{row['ratio_high']:.3f})"
+
+
+# All sections.
+
+
+def machine() -> str:
+    """What this ran on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model}, {os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}"
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _rounded(cell: Any) -> Any:
+    return round(cell, 4) if isinstance(cell, float) else cell
+
+
+def _write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+
+
+def _write_section(folder: Path, name: str, text: str) -> None:
+    (folder / f"{name}.md").write_text(f"{text}\n")
+    sections = [(folder / f"{part}.md").read_text() for part in ORDER if (folder / f"{part}.md").exists()]
+    head = "# Speed: measured\n\nWritten by `make bench-speed`; figures behind it in [speed/](speed).\n"
+    (folder.parent / "speed.md").write_text("\n".join([head, *sections]))
+
+
+COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {"peers": peers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=[name for name in ORDER if name in COMMANDS])
+    parser.add_argument("--out", type=Path, required=True)
+    names = [work.name for work in WORKS]
+    parser.add_argument("--works", nargs="+", choices=names, default=names, help="for peers")
+    parser.add_argument(
+        "--programs", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS), help="for peers; and ours"
+    )
+    parser.add_argument("--pairs", type=int, default=10, help="of turns, for peers")
+    parser.add_argument("--starts", type=int, default=3, help="of each program alone, for peers")
+    parser.add_argument("--flower-pairs", type=int, default=3, help="of whole runs, for peers")
+    parser.add_argument("--flower-rounds", type=int, default=30, help="of each whole run, for peers")
+    parser.add_argument(
+        "--environments", type=Path, default=Path("~/.cache/scalefl-speed").expanduser(), help="of peers, kept here"
+    )
+    options = parser.parse_args()
+    options.programs = [*{*options.programs, OURS}]
+    folder = options.out / "speed"
+    folder.mkdir(parents=True, exist_ok=True)
+    COMMANDS[options.what](folder, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""FedAvg by ScaleFL's Python API, on two workers.
+
+python with_scalefl.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from resident import turns
+from task import Task
+
+from scalefl.client import Residents
+from scalefl.data import Dataset, Devices, MemoryClass, PartitionedData
+from scalefl.data.population import SimulatedPopulation
+from scalefl.engines.local import LocalEngine
+from scalefl.evaluate import evaluate
+from scalefl.loop import federate
+from scalefl.methods.fedavg import FedAvg
+from scalefl.models.spec import ModelSpec
+from scalefl.problem import Batch, Classification, Column
+from scalefl.types import ClientInfo, LocalWork, Population, ServerState
+
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class GivenCohorts:
+    """A sampler that takes the users that it is told to."""
+
+    task: Task
+
+    def __call__(self, population: Population, floor_bytes: int, state: ServerState) -> list[ClientInfo]:
+        """The round's cohort."""
+        return [population[user] for user in self.task.cohort(state.round)]
+
+
+class Run:
+    """A federated run that goes on when asked to."""
+
+    def __init__(self, task: Task) -> None:
+        settings = task.settings
+        model = ModelSpec.of(settings["factory"], **dict(settings["arguments"]))
+        data = federated(task)
+        everything = MemoryClass(
+            name="all", share=1.0, memory=10.0, flops_per_second=1e9, bandwidth_bytes_per_second=1e6
+        )
+        clients = SimulatedPopulation(data, Devices(classes=(everything,)), 2**40, seed=0)
+        names = ("batch_size", "epochs", "lr", "momentum")
+        self._method = FedAvg(work=LocalWork(weight_decay=0, **{name: settings[name] for name in names}))
+        state = self._method.init(model, data.problem, seed=0, smallest_memory_bytes=2**40)
+        self._task, self._data, self._clients = task, data, clients
+        self._state = replace(state, params=task.start())
+
+    def serve(self) -> None:
+        """Do what is asked for."""
+        with LocalEngine(self._data, self._clients, workers=WORKERS, threads=1) as engine:
+            states = federate(self._method, engine, GivenCohorts(self._task), self._state)
+            for rounds in turns(self._score, "torch", "scalefl"):
+                self._advance(states, rounds)
+
+    def _advance(self, states: Iterator, rounds: int) -> None:
+        for _ in range(rounds):
+            self._state, record = next(states)
+            if record.lost:
+                raise SystemExit(f"clients were lost: {record.lost}")
+
+    def _score(self) -> dict[str, float]:
+        return evaluate(Residents(), *self._method.deploy(self._state), self._data.problem, self._data.test)
+
+
+def federated(task: Task) -> PartitionedData:
+    """The users as ScaleFL's clients."""
+    problem = Classification(10, (Column("image", (3, 32, 32), "uint8"),))
+    train = {"image": task.images, "label": task.labels}
+    test: Batch = dict(zip(("image", "label"), task.test, strict=True))
+    rows = torch.arange(len(task.labels))
+    users = [rows[task.rows(user)] for user in range(len(task.sizes))]
+    return PartitionedData(Dataset(problem, train, test), users, rows[:0])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    Run(Task(Path(sys.argv[1]))).serve()
