@@ -1,6 +1,6 @@
 """How fast the local engine is: beside other simulators and bare loops, on the same work.
 
-    python benchmarks/speed.py peers --out docs/benchmarks
+    python benchmarks/speed.py peers|stages|formats|scaling --out docs/benchmarks
 
 Each command writes its section and CSV files to OUT/speed/, and puts the sections together as OUT/speed.md. This
 process imports neither torch nor scalefl: what is measured shares no memory with it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import json
 import os
 import platform
 import random
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ from speed_peers.programs import HERE, PROGRAMS, QUIET, Environments, Resident
 from speed_peers.works import CHECK, WORKS, Work
 
 MIB = 2**20
-ORDER = ("peers", "blockwise", "scaling", "profile")
+ORDER = ("peers", "stages", "formats", "scaling")
 
 # Beside other simulators.
 
 OURS = "scalefl"
+CACHED_EPOCHS = 5
 WHOLE = WORKS[0]
 """The work of which Flower's whole runs are timed: its simulation is no resident."""
 CHECK_ROUNDS, CHECK_TOLERANCE = 3, 1e-3
@@ -337,7 +340,136 @@ def _ratio(row: dict[str, Any]) -> str:
     return f"{row['ratio']:.3f} ({row['ratio_low']:.3f}-{row['ratio_high']:.3f})"
 
 
+# Stages beside full training, and memory formats.
+
+
+def stages(folder: Path, options: argparse.Namespace) -> None:
+    rows = _rows_of("speed_blocks.py", "stages", "--repeats", str(options.repeats))
+    _write_rows(folder / "stages.csv", rows)
+    full = {row["model"]: row for row in rows if row["stage"] == 0}
+    lines = [
+        "## A block beside full training",
+        "",
+        "A client's epoch by stage (four blocks, batches of 32 CIFAR-shaped images, momentum, one thread), of what "
+        f"full training of the same model takes: median of {options.repeats} turns, in which stages and full training "
+        "take turns; CPU time, since the machine may be busy. *Saving in time*: how much of the predicted saving of "
+        "FLOPs is one of seconds, over the stages together. *From cached features*: stages 2 to 4 of blocks alone, an "
+        f"epoch of {CACHED_EPOCHS}, making the features included.",
+        "",
+        "| model | full, ms a batch | trained | FLOPs, stages 1 to 4 | time, stages 1 to 4 | saving in time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for model, first in full.items():
+        mine = [row for row in rows if row["model"] == model and row["stage"]]
+        for variant in dict.fromkeys(row["variant"] for row in mine):
+            found = [row for row in mine if row["variant"] == variant]
+            flops, time_ = ([row[key] for row in found] for key in ("flops", "time"))
+            cells = [model, f"{first['milliseconds_a_batch']:.1f}", variant, _shares(flops), _shares(time_)]
+            saved = (len(time_) - sum(time_)) / (len(flops) - sum(flops))
+            lines.append(f"| {' | '.join([*cells, f'{100 * saved:.0f} %'])} |")
+    _write_section(folder, "stages", "\n".join([*lines, "", _machine_and_versions()]))
+
+
+def formats(folder: Path, options: argparse.Namespace) -> None:
+    rows = _rows_of("speed_blocks.py", "formats", "--repeats", str(options.repeats))
+    _write_rows(folder / "formats.csv", rows)
+    lines = [
+        "## Channels last",
+        "",
+        'Full training, batches of 32, one thread: `work.memory_format = "channels_last"` beside the usual format. '
+        f"CPU time, median of {options.repeats} turns with the quartiles. Bits differ, the mathematics does not.",
+        "",
+        "| model | contiguous, ms a batch | channels last, of that |",
+        "|---|---|---|",
+    ]
+    for first, last in zip(rows[::2], rows[1::2], strict=True):
+        share = f"{last['time']:.2f} ({last['time_low']:.2f}-{last['time_high']:.2f})"
+        lines.append(f"| {first['model']} | {first['milliseconds_a_batch']:.1f} | {share} |")
+    _write_section(folder, "formats", "\n".join([*lines, "", _machine_and_versions()]))
+
+
+def _shares(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+# What a round costs as work grows.
+
+
+def scaling(folder: Path, options: argparse.Namespace) -> None:
+    rows = _rows_of("speed_scaling.py")
+    _write_rows(folder / "scaling.csv", rows)
+    lines = [
+        "## As work grows",
+        "",
+        "Seconds of a round and the most that its process held, one thread, in a process of its own for each point, "
+        "clients of 32 images. Cohort and population: ResNet-10 of 8 channels, FedAvg; of a population 50 clients take "
+        "part. Model: ResNet-18 by its width, 4 clients. Blocks: ResNet-34 of 16 channels, ScaleFL, 4 clients, mean "
+        "over one turn of all blocks. Linear in the work: seconds for a GFLOP stay; flat in the population.",
+        "",
+        "| | | parameters | s a round | GFLOP | s for a GFLOP | peak, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["what"], f"{row['value']:,g}", f"{row['parameters']:,}", f"{row['seconds']:.2f}"]
+        cells += [f"{row['gflop']:.0f}", f"{row['seconds'] / row['gflop']:.4f}", f"{row['peak_mib']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "![Seconds and memory as work grows](speed/scaling.png)"]
+    _draw_scaling(folder / "scaling.png", rows)
+    _write_section(folder, "scaling", "\n".join([*lines, "", _machine_and_versions()]))
+
+
+def _draw_scaling(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure  # only where it is drawn: what is measured is measured elsewhere
+
+    titles = {
+        "clients a round": "clients a round",
+        "population": "population",
+        "model": "parameters",
+        "blocks": "blocks",
+    }
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    axes = figure.subplots(2, len(titles), sharex="col")
+    for column, (what, title) in enumerate(titles.items()):
+        mine = [row for row in rows if row["what"] == what]
+        across = [row["parameters" if what == "model" else "value"] for row in mine]
+        for line, (key, label) in enumerate((("seconds", "s a round"), ("peak_mib", "peak, MiB"))):
+            ax = axes[line][column]
+            ax.plot(across, [row[key] for row in mine], marker="o", color="#1f6feb")
+            ax.set_xscale("log")
+            ax.grid(alpha=0.3)
+            if key == "seconds" and what != "blocks":
+                ax.set_yscale("log")
+            else:
+                ax.set_ylim(bottom=0)
+            if column == 0:
+                ax.set_ylabel(label)
+            if line == 1:
+                ax.set_xlabel(title)
+    figure.savefig(path, dpi=110)
+
+
 # All sections.
+
+
+def _rows_of(program: str, *arguments: str) -> list[dict[str, Any]]:
+    """The JSON lines of a program, as they come."""
+    command = [sys.executable, str(HERE.parent / program), *arguments]
+    rows = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **QUIET}) as process:
+        for line in process.stdout or ():
+            print(line.rstrip(), flush=True)
+            rows.append(json.loads(line))
+    if process.returncode:
+        raise SystemExit(f"{program} failed")
+    return rows
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    _write_csv(path, list(rows[0]), [[_rounded(cell) for cell in row.values()] for row in rows])
+
+
+def _machine_and_versions() -> str:
+    return f"{machine()}. torch {version('torch')}, scalefl {version('scalefl')}."
 
 
 def machine() -> str:
@@ -367,7 +499,12 @@ def _write_section(folder: Path, name: str, text: str) -> None:
     (folder.parent / "speed.md").write_text("\n".join([head, *sections]))
 
 
-COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {"peers": peers}
+COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
+    "peers": peers,
+    "stages": stages,
+    "formats": formats,
+    "scaling": scaling,
+}
 
 
 def main() -> None:
@@ -380,6 +517,7 @@ def main() -> None:
         "--programs", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS), help="for peers; and ours"
     )
     parser.add_argument("--pairs", type=int, default=10, help="of turns, for peers")
+    parser.add_argument("--repeats", type=int, default=9, help="of each step, for stages and formats")
     parser.add_argument("--starts", type=int, default=3, help="of each program alone, for peers")
     parser.add_argument("--flower-pairs", type=int, default=3, help="of whole runs, for peers")
     parser.add_argument("--flower-rounds", type=int, default=30, help="of each whole run, for peers")
