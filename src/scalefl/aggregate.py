@@ -32,7 +32,7 @@ Such values are finite, but one client that sends them is enough to end the run.
 """
 VARIANCE = "running_var"
 """How torch's batch norms call theirs. A negative one is finite, and has every evaluation give NaN."""
-PIECE = 2**16
+PIECE = 2**15
 
 
 @dataclass
@@ -105,14 +105,14 @@ class Total:
         return _Sum(torch.zeros(shape, dtype=torch.float64), None, weight)
 
     def _mean(self, base: Tensor, total: _Sum) -> Tensor:
-        value = total.fine * FINE
+        # Powers of 2 go to the divisor, where they change no bit and cost no pass over the tensor.
+        unit, value = FINE * self._scale, total.fine
         if total.coarse is not None:
-            value += total.coarse * COARSE
-        value *= self._scale
+            value = total.fine + total.coarse * (COARSE / FINE)
         if isinstance(total.weight, Tensor):
             held = total.weight > 0
-            return torch.where(held, _cast(value / total.weight.clamp(min=1), base.dtype), base)
-        return _cast(value / total.weight, base.dtype)
+            return torch.where(held, _cast(value / (total.weight.clamp(min=1) / unit), base.dtype), base)
+        return _cast(value / (total.weight / unit), base.dtype)
 
 
 def _add_fine(total: Tensor, tensor: Tensor, factor: float) -> None:

@@ -23,10 +23,15 @@ from scalefl.types import OWN, ClientTask, ClientUpdate, Means, Method, Objectiv
 
 
 class Residents:
-    """The skeletons that a worker keeps, one for each model that its tasks have named, and where it runs them."""
+    """The skeletons that a worker keeps, one for each model that its tasks have named, and where it runs them.
 
-    def __init__(self, device: torch.device = CPU) -> None:
-        self.device = device
+    Args:
+        device: where.
+        measured: whether it matters that a task takes the memory that was predicted for its means, and not less.
+    """
+
+    def __init__(self, device: torch.device = CPU, *, measured: bool = True) -> None:
+        self.device, self.measured = device, measured
         self._residents: dict[ModelSpec, Resident] = {}
 
     def __getitem__(self, model: ModelSpec) -> Resident:
@@ -98,7 +103,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         runner, trained = stack.enter_context(holding(residents[step.part.model], step, params))
         prefix = stack.enter_context(prefix_of(step, runner, examples, problem, residents.device))
-        optimizer = make_optimizer(trained, step, params)
+        optimizer = make_optimizer(trained, step, params, early=not residents.measured)
         for epoch in range(step.work.epochs):
             sums = {}
             for batch, rows in _batches(examples, step.work.batch_size, derive(seed, "epoch", epoch), problem):
@@ -155,14 +160,19 @@ def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[Pa
         yield held
 
 
-def make_optimizer(trained: Mapping[str, nn.Parameter], step: Step, params: Params) -> SGD:
-    """The optimizer of a step. Gradients that are accumulated cannot be applied as they come."""
+def make_optimizer(trained: Mapping[str, nn.Parameter], step: Step, params: Params, *, early: bool = False) -> SGD:
+    """The optimizer of a step. Gradients that are accumulated cannot be applied as they come.
+
+    Where they can, they are if the means say so, or if it may be `early`: the same numbers, and a few per cent faster,
+    since a gradient that has just been made is still in the processor's cache.
+    """
+    early = early and not step.means.recompute and not step.work.clip_norm
     return SGD(
         trained,
         step.work,
         feddyn=step.feddyn,
         drift={name: params[OWN + name] for name in trained} if step.feddyn else None,
-        in_backward=step.means.free_gradients and not step.splits,
+        in_backward=(step.means.free_gradients or early) and not step.splits,
     )
 
 

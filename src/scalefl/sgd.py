@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scalefl.errors import ConfigError
 from scalefl.params import Params
@@ -47,8 +48,10 @@ class SGD:
         self._pull, self._feddyn = work.prox + feddyn, feddyn
         self._start = [p.detach().clone() for p in self._parameters] if self._pull else None
         self._drift = [drift[name] for name in self._names] if drift else None
-        for i, p in enumerate(self._parameters if in_backward else ()):
+        self._hooks: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(self._applying(i))  # type: ignore[no-untyped-call]
+            for i, p in enumerate(self._parameters if in_backward else ())
+        ]
 
     @property
     def momentum(self) -> dict[str, Tensor]:
@@ -85,10 +88,12 @@ class SGD:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """The client is done: FedDyn's h takes in how far it went.
+        """The client is done: FedDyn's h takes in how far it went, and gradients are applied no more.
 
         Paper: Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021, algorithm 1.
         """
+        for hook in self._hooks:  # they and the parameters would keep each other alive, and the momentum with them
+            hook.remove()
         if self._drift is not None and self._start is not None:
             for drift, p, start in zip(self._drift, self._parameters, self._start, strict=True):
                 drift.sub_(p - start, alpha=self._feddyn)

@@ -135,7 +135,7 @@ class LocalEngine:
         self._data, self._clients = data, clients
         self._threads, self._cap = threads, cap
         self._device = device_of(device)
-        self._residents = Residents(self._device)
+        self._residents = Residents(self._device, measured=False)
         self._held: dict[str, Tensor] = {}
         self._workers: list[_Worker] = []
         self._num_workers = workers
@@ -148,7 +148,7 @@ class LocalEngine:
         with contextlib.ExitStack() as undo:
             undo.callback(self._stop)
             torch.set_num_threads(self._threads)
-            if self._num_workers == 0:
+            if self._cap == "none":
                 keep_freed_memory()
             if self._cap == "hard":  # a system that can't should say so before anything is trained
                 for worker in self._started():

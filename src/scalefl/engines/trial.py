@@ -121,7 +121,7 @@ def _seconds(
     method: Method, state: ServerState, plan: RoundPlan, task: ClientTask, examples: Batch, threads: int
 ) -> float:
     """How long a client takes for its task with these examples: the second time, unless the first took long."""
-    residents = Residents()
+    residents = Residents(measured=False)
     params = {**extract(state.params, plan.coords[task.client_id]), **plan.own.get(task.client_id, {})}
     with _threads(threads):
         for _ in range(2):

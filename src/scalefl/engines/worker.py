@@ -39,7 +39,7 @@ def serve(channel: Channel, threads: int, device: torch.device, cap: Cap) -> Non
     if cap != "none":
         warm_up(threads, device)
     channel.send(cap_refusal(device) if cap == "hard" else None)
-    residents, reader = Residents(device), Reader()
+    residents, reader = Residents(device, measured=cap != "none"), Reader()
     gauge = NoGauge() if cap == "none" else gauge_of(device)
     while True:
         try:
