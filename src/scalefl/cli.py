@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shlex
 import sys
 import traceback
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from click import ClickException, Context
 from rich.console import Console
+from rich.status import Status
 from typer.core import TyperGroup
 
 from scalefl.deploy_cli import deploy
@@ -28,6 +30,7 @@ from scalefl.units import privacy
 if TYPE_CHECKING:
     from scalefl.comparison import Comparison
     from scalefl.config import Config
+    from scalefl.report.tables import Table
 
 INTERRUPTED = 130
 
@@ -188,6 +191,59 @@ def _draw_plan(found: Mapping[str, Any], name: str, target: Path) -> None:
         save(memory_picture(found, name), target)
     except (OSError, ValueError) as error:  # no such folder, or no format of that name
         raise ScaleFLError(f"cannot draw {target}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@app.command()
+def bench(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", show_default=False)] = None,
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="For how long rounds are timed, about; a few are in any case.")
+    ] = 12.0,
+) -> None:
+    """Time a few rounds of CONFIG on this machine, and tell what the whole run will take; write nothing.
+
+    Without CONFIG: how fast this machine trains standard workloads, and the overhead over a bare PyTorch loop.
+    """
+    if not 0 < seconds < math.inf:
+        raise typer.BadParameter(f"{seconds:g} is not a time: expected more than 0", param_hint="--seconds")
+    if config is None and settings:
+        raise typer.BadParameter("there is no CONFIG in which to change a setting", param_hint="--set")
+    from scalefl.report.tables import show
+
+    loaded = _load(config, settings) if config else None
+    with Console(stderr=True).status("", refresh_per_second=2) as status:  # seldom, as others are timed
+        found, table = _bench_run(loaded, seconds, status) if loaded else _bench_machine(seconds, status)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show(console_of(), table)
+
+
+def _bench_machine(seconds: float, status: Status) -> tuple[dict[str, Any], Table]:
+    from scalefl.bench import WORKLOADS, throughput
+    from scalefl.experiment import environment
+    from scalefl.report.bench import machine_table
+
+    done = []
+    for workload in WORKLOADS:
+        status.update(f"timing {workload.name}")
+        done.append(throughput(workload, seconds))
+    found = {"environment": environment(), "workloads": [one.to_json() for one in done]}
+    return found, machine_table(found)
+
+
+def _bench_run(config: Config, seconds: float, status: Status) -> tuple[dict[str, Any], Table]:
+    from scalefl.bench import preview
+    from scalefl.engines.trial import described
+    from scalefl.experiment import environment
+    from scalefl.report.bench import preview_table
+
+    status.update(f"timing rounds of {config.name}")
+    done = preview(config, seconds)
+    found = {"environment": environment(), "run": done.to_json()}
+    return found, preview_table(found, described(done.crew))
 
 
 @app.command()

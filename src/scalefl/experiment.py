@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +48,7 @@ from scalefl.partition import Cut, partition
 from scalefl.planner import budget_error, fit, least_of
 from scalefl.privacy import Mechanism, check_private
 from scalefl.problem import Batch, Problem, num_rows, take
+from scalefl.record import PrivateRecord, RoundRecord
 from scalefl.rng import derive
 from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
 from scalefl.sampling import UniformSampler, everybody, shuffled
@@ -126,7 +127,7 @@ class Experiment:
         settings = self.config.engine
         if self.remote is not None or (settings.threads != "auto" and settings.workers in (0, 1)):
             return None
-        plan = self._first_plan()
+        plan = self.planned(self.initial_state())
         most = most_workers(max(cost.peak_bytes for cost in plan.costs.values()) if plan else 0)
         found = self._found(plan, most)
         workers = found.workers if settings.workers == "auto" else settings.workers
@@ -153,9 +154,8 @@ class Experiment:
         except Exception as error:  # the run meets it too, and records or tells it
             return Crew(0, 1, f"the trial failed with {type(error).__name__}")
 
-    def _first_plan(self) -> RoundPlan | None:
-        """Of a run's first round; None where nobody can take part."""
-        state = self.initial_state()
+    def planned(self, state: ServerState) -> RoundPlan | None:
+        """The round after a state, in private runs with all that may take part; None where nobody can."""
         sample = everybody if self.privacy else UniformSampler(self.config.clients_per_round)
         try:
             plan = self.method.plan(state, sample(self.offered, self.method.floor_bytes(state), state))
@@ -291,19 +291,12 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
         _log.warning("%s", described(crew))
     with (
         Tracking(config.tracking, files) as tracking,
-        _engine(experiment) as engine,
+        engine_of(experiment) as engine,
         _Keeper(experiment, files, tracking) as keeper,
     ):
         if state.round == 0 and not files.state.exists():
             keeper.keep(state, {"round": 0})
-        rounds = federate(
-            experiment.method,
-            engine,
-            everybody if experiment.privacy else UniformSampler(config.clients_per_round),
-            state,
-            is_looked_at=keeper.observer.is_due,
-            privacy=_privacy(experiment, files),
-        )
+        rounds = rounds_after(state, experiment, engine, _privacy(experiment, files))
         while state.round < config.rounds:
             state, record = next(rounds)
             yield from keeper.keep(state, asdict(record))
@@ -377,7 +370,34 @@ def _privacy(experiment: Experiment, files: RunFolder) -> Mechanism | None:
     return settings.for_clients(len(read_json(files.clients)["clients"]), experiment.config.clients_per_round)
 
 
-def _engine(experiment: Experiment) -> AbstractContextManager[Engine]:
+def rounds_after(
+    state: ServerState, experiment: Experiment, engine: Engine, privacy: Mechanism | None
+) -> Iterator[tuple[ServerState, RoundRecord | PrivateRecord]]:
+    """The rounds of a run from a state on, for as long as the caller keeps asking; see `federate`."""
+    config = experiment.config
+    return federate(
+        experiment.method,
+        engine,
+        everybody if experiment.privacy else UniformSampler(config.clients_per_round),
+        state,
+        is_looked_at=lambda round: any(
+            is_due(round, every, config.rounds) for every in (config.evaluation.every, config.evaluation.plane_every)
+        ),
+        privacy=privacy,
+    )
+
+
+def is_due(round: int, every: int, rounds: int) -> bool:
+    """Whether what is measured at both ends of a run, and every so many rounds if not 0, is so after this one."""
+    return round in (0, rounds) or (every > 0 and round % every == 0)
+
+
+def engine_of(experiment: Experiment) -> AbstractContextManager[Engine]:
+    """Where the clients of a run live, once `settle_engine` has decided who trains.
+
+    Raises:
+        ConfigError: the engine needs a package that is not installed; or this machine lacks the device.
+    """
     if experiment.remote is not None:
         return nullcontext(experiment.remote)
     settings = experiment.config.engine
@@ -443,10 +463,6 @@ class _Observer:
         self._experiment, self._residents = experiment, residents
         self._evaluation = experiment.config.evaluation
 
-    def is_due(self, round: int) -> bool:
-        """Whether anything is measured after a round."""
-        return self._is_due(round, self._evaluation.every) or self._is_due(round, self._evaluation.plane_every)
-
     def look(self, state: ServerState, deployed: tuple[ModelSpec, Params]) -> Callable[[], dict[str, Any]]:
         """What gives validation metrics and the nHSIC plane, where this round is due for them; in any thread."""
         is_measured = self._is_due(state.round, self._evaluation.every)
@@ -469,7 +485,7 @@ class _Observer:
         return found
 
     def _is_due(self, round: int, every: int) -> bool:
-        return round in (0, self._experiment.config.rounds) or (every > 0 and round % every == 0)
+        return is_due(round, every, self._experiment.config.rounds)
 
     def conclude(self, state: ServerState, journal: list[dict[str, Any]]) -> dict[str, Any]:
         """The final figures: test data is touched here and nowhere else."""
@@ -538,11 +554,8 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
             f"{files.path} is not empty: resume the run in it (--resume), remove it (--overwrite), "
             "or give this one another name (--set name=...)"
         )
-    state = experiment.initial_state()
-    _check_budgets(experiment, state)
+    state = first_state(experiment)
     experiment.settle_engine()
-    if experiment.privacy is not None:
-        check_private(experiment.method, state)
     if isinstance(experiment.population, DeclaredPopulation):
         _write_json(files.clients, {"clients": [_declared(client) for client in experiment.population.clients]})
     _write_json(files.plan, experiment.plan(state).to_json())
@@ -550,6 +563,20 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
     # Last: a folder with a config in it can be resumed.
     content = {"format": FORMAT, "version": VERSION, "config": to_plain(experiment.config)}
     _write_json(files.config, content)
+    return state
+
+
+def first_state(experiment: Experiment) -> ServerState:
+    """The state before the first round of a run that can be done.
+
+    Raises:
+        BudgetError: no client could ever train some part of the model.
+        ConfigError: the method needs more of clients than a private run lets them tell.
+    """
+    state = experiment.initial_state()
+    _check_budgets(experiment, state)
+    if experiment.privacy is not None:
+        check_private(experiment.method, state)
     return state
 
 

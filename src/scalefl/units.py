@@ -1,4 +1,4 @@
-"""How memory and privacy are told: in MiB, by the terms of a training peak, as ε. Needs no torch, as reports do not."""
+"""How memory, privacy and time are told: in MiB, by the terms of a training peak, as ε. Needs no torch."""
 
 from __future__ import annotations
 
@@ -36,3 +36,11 @@ def digits(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people tell them: "0.42 s", "12.3 min", "5.40 h"."""
+    for name, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{digits(seconds / size)} {name}"
+    return f"{digits(seconds)} s"

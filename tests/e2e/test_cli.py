@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
+from scalefl import bench
 from scalefl.checkpoint import load_deployed, load_state, save_state
 from scalefl.cli import app
 from scalefl.config import load_config
@@ -206,7 +208,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_version_and_help() -> None:
     assert invoke("--version").stdout.startswith("scalefl ")
-    assert all(command in invoke("--help").stdout for command in ("run", "plan", "report", "export"))
+    assert all(command in invoke("--help").stdout for command in ("run", "plan", "bench", "report", "export"))
 
 
 def test_help_comes_without_torch() -> None:
@@ -258,6 +260,59 @@ def test_plan_as_a_picture(home: Path, tmp_path: Path) -> None:
         assert "block 1" in result.stdout
     assert "name a file that ends in" in failed("plan", home / "tiny.toml", "--picture", tmp_path)
     assert "'doc' is not supported" in failed("plan", home / "tiny.toml", "--picture", tmp_path / "plan.doc")
+
+
+def test_bench_of_a_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("bench", home / "tiny.toml", "--set", "rounds=40", "--seconds", "0.1")
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert not result.stderr
+    found = json.loads(result.stdout)
+    run, forecast = found["run"], found["run"]["forecast"]
+    assert run["name"] == "tiny" and run["round_seconds"]["rounds"] >= 2 and run["num_lost"] == 0
+    assert found["environment"]["packages"]["torch"] and found["environment"]["cores"] >= 1
+    assert forecast["rounds"] == 40 and forecast["evaluations"] == 41
+    assert forecast["hours"] * 3600 >= 40 * forecast["round_seconds"] > 0
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert all(
+        text in result.stdout for text in ("the whole run, predicted", "40 rounds", "41 evaluations", "Engine: ")
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = replace(bench.WORKLOADS[0], examples=10, cohort=2)
+    small = [one, replace(one, name="another", about="no loop does the same", compared=0)]
+    monkeypatch.setattr(bench, "WORKLOADS", small)
+    result = invoke("bench", "--seconds", "0.1", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [one["name"] for one in found["workloads"]] == [workload.name for workload in small]
+    assert [one["overhead"] is None for one in found["workloads"]] == [False, True]
+    assert all(one["samples_per_second"] > 0 for one in found["workloads"])
+    result = invoke("bench", "--seconds", "0.1")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("This machine: ") and all(workload.about in _line(result) for workload in small)
+
+
+def _line(result: Result) -> str:
+    return " ".join(result.stdout.split())
+
+
+def test_ctrl_c_while_benching(home: Path) -> None:
+    settings = ("engine.workers=1", "engine.threads=1")
+    process = start(home, "bench", "tiny.toml", *(w for s in settings for w in ("--set", s)), "--json", NAP="0.5")
+    children, deadline = Path(f"/proc/{process.pid}/task/{process.pid}/children"), time.monotonic() + 60
+    while not (workers := children.read_text().split()):
+        assert time.monotonic() < deadline, "no worker was started"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    printed, said = process.communicate()
+    assert process.returncode == 130
+    assert said == "error: interrupted\n" and not printed
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 def test_report_of_one_run(home: Path, tmp_path: Path) -> None:
@@ -513,7 +568,7 @@ def test_a_setting_of_another_version_names_the_runs_file(home: Path, begun: Pat
     assert f"{file}: unknown key 'epochs'" in failed("run", home / "tiny.toml", "--runs", begun, "--resume")
 
 
-@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("command", ["run", "plan", "bench"])
 def test_a_missing_config(command: str, tmp_path: Path) -> None:
     assert (
         failed(command, tmp_path / "none.toml")
@@ -572,7 +627,17 @@ def test_debugging_shows_where_clients_fail(home: Path, tmp_path: Path, workers:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("walk",), ("run",), ("run", "a.toml", "--rounds", "3"), ("run", "a.toml", "--resume", "--overwrite")]
+    "arguments",
+    [
+        ("walk",),
+        ("run",),
+        ("run", "a.toml", "--rounds", "3"),
+        ("run", "a.toml", "--resume", "--overwrite"),
+        ("bench", "--seconds", "0"),
+        ("bench", "--seconds", "nan"),
+        ("bench", "--seconds", "inf"),
+        ("bench", "--set", "rounds=3"),
+    ],
 )
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     failed(*arguments, status=2)

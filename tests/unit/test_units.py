@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from scalefl import memory, units
-from scalefl.units import MIB, digits, mib
+from scalefl.units import MIB, digits, duration, mib
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,13 @@ from scalefl.units import MIB, digits, mib
 def test_digits(value, text):
     assert digits(value) == text
     assert mib(value * MIB) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4242, "0.42 s"), (119.4, "119 s"), (120, "2.00 min"), (7199, "120 min"), (9000, "2.50 h")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_predictor_and_reports_speak_of_the_same_terms():

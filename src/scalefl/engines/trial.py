@@ -112,26 +112,30 @@ def _powers(cores: int) -> Sequence[int]:
     return sorted({*(2**i for i in range(cores.bit_length()) if 2**i <= cores), cores})
 
 
-def _some(task: ClientTask, examples: Batch) -> Batch:
-    count = _BATCHES * task.steps[0].work.batch_size
+def _some(task: ClientTask, examples: Batch, batches: int = _BATCHES) -> Batch:
+    count = batches * task.steps[0].work.batch_size
     return {name: column[:count] for name, column in examples.items()}
 
 
 def _seconds(
     method: Method, state: ServerState, plan: RoundPlan, task: ClientTask, examples: Batch, threads: int
 ) -> float:
-    """How long a client takes for its task with these examples: the second time, unless the first took long."""
+    """How long a client takes for its task with these examples; from one batch, if that takes long already."""
     residents = Residents(measured=False)
     params = {**extract(state.params, plan.coords[task.client_id]), **plan.own.get(task.client_id, {})}
+    first = _some(task, examples, batches=1)
+
+    def seconds(batch: Batch) -> float:
+        own = {name: t.clone() if name in task.moving else t for name, t in params.items()}
+        start = time.perf_counter()
+        run_task(method, state.problem, residents, task, own, batch)
+        return time.perf_counter() - start
+
     with _threads(threads):
-        for _ in range(2):
-            own = {name: t.clone() if name in task.moving else t for name, t in params.items()}
-            start = time.perf_counter()
-            run_task(method, state.problem, residents, task, own, examples)
-            seconds = time.perf_counter() - start
-            if seconds > _LONG_SECONDS:
-                break
-    return seconds
+        taken = seconds(first)  # warms up
+        if taken > _LONG_SECONDS:
+            return taken * num_rows(examples) / max(num_rows(first), 1)
+        return seconds(examples)
 
 
 @contextlib.contextmanager
