@@ -30,7 +30,7 @@ def test_the_method_in_the_guide_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     method = {"name": "head_first:HeadFirst", "blocks": 2, "every": 2}
     for workers in (0, 1):
-        config = settings("200%", method=method, rounds=3, engine={"workers": workers})
+        config = settings("200%", method=method, rounds=3, engine={"workers": workers, "threads": 1})
         summary = run(config, tmp_path / f"run-{workers}")
         assert summary["num_clients_lost"] == 0
     states = [(tmp_path / f"run-{workers}" / "state.safetensors").read_bytes() for workers in (0, 1)]

@@ -23,8 +23,8 @@ WORKER_SECONDS = 2.0
 """How long workers take to start; they start side by side."""
 WORKER_BYTES = 350 * 2**20
 """What a worker holds beside its task."""
-GAIN = 0.9
-"""More threads are taken where they leave this much of the time at most: with one, bits depend on no choice."""
+GAIN, GAIN_SECONDS = 0.9, 2.0
+"""More threads are taken where they leave this much of a run's time at most, and save so much: bits depend on them."""
 _BATCHES, _LONG_SECONDS = 3, 0.5
 
 
@@ -81,7 +81,8 @@ def by_trial(method: Method, state: ServerState, plan: RoundPlan, examples: Batc
     beside = [Crew(workers, threads) for threads in seconds if (workers := min(most, cores // threads)) > 1]
     one_thread = min((crew for crew in [*alone, *beside] if crew.threads == 1), key=run_seconds)
     best = min([*alone, *beside], key=run_seconds)
-    if run_seconds(best) > GAIN * run_seconds(one_thread):
+    least, usual = run_seconds(best), run_seconds(one_thread)
+    if least > GAIN * usual or usual - least < GAIN_SECONDS:
         best = one_thread
     tried = ", ".join(f"{1000 * s:.0f} ms on {_counted(threads, 'thread')}" for threads, s in seconds.items())
     return best._replace(why=f"the longest task takes {tried}; a round {round_seconds(best):.1f} s")
