@@ -285,6 +285,7 @@ def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) ->
 
 def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Generator[RunProgress]:
     config = experiment.config
+    device_of(config.engine.device)  # refused before anything is written
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
     if crew := experiment.settle_engine():  # resumed where there is less room
