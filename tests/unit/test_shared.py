@@ -93,13 +93,13 @@ def test_the_board_holds_a_tensor_once_until_it_is_gone():
 def test_a_desk_gives_its_places_back():
     arena = Arena()
     board, params = Board(arena), {"w": torch.ones(100), "frozen": torch.ones(100)}
-    desk = Desk(arena, board, params, ["w"], {"x": torch.ones(3)})
+    desk = Desk(board, params, ["w"], {"x": torch.ones(3)})
     assert desk.brief.own.keys() == {"w"} and desk.brief.params.keys() == {"w", "frozen"}
     own = Reader().read(desk.brief.own)["w"]
     own.fill_(5)
     assert bool((desk.results()["w"] == 5).all())
     desk.close()
-    again = Desk(arena, board, params, ["w"], {"x": torch.ones(3)})
+    again = Desk(board, params, ["w"], {"x": torch.ones(3)})
     assert again.brief == desk.brief
     arena.close()
 
@@ -107,8 +107,8 @@ def test_a_desk_gives_its_places_back():
 def test_nothing_stays_lent_after_rounds():
     with LocalEngine(DATA, CLIENTS, workers=2) as engine:
         play(make_method("fedavg"), engine, 3)
-        arena = engine._arena
-        assert arena is not None
+        assert engine._board is not None
+        arena = engine._board.arena
         free = sum(len(places) for places in arena._free.values())
         play(make_method("fedavg"), engine, 3)
         assert sum(len(places) for places in arena._free.values()) == free
@@ -131,6 +131,16 @@ def test_without_memory_to_share_tensors_are_sent(monkeypatch, why):
     with LocalEngine(DATA, CLIENTS, workers=2) as beside:
         found, _ = play(make_method("fedavg"), beside, 2)
     assert identical(found[-1].params, wanted[-1].params)
+
+
+def test_an_engine_may_be_entered_again():
+    method = make_method("fedavg")
+    engine = LocalEngine(DATA, CLIENTS, workers=2)
+    with engine:
+        states, _ = play(method, engine, 1)
+    with engine:
+        again, _ = play(method, engine, 2, state=states[0])
+    assert identical(again[1].params, states[1].params)
 
 
 def test_a_worker_that_dies_once_costs_nobody(monkeypatch):

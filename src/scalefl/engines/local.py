@@ -139,8 +139,7 @@ class LocalEngine:
         self._held: dict[str, Tensor] = {}
         self._workers: list[_Worker] = []
         self._num_workers = workers
-        self._arena = Arena() if workers and cap == "none" and can_share() else None
-        self._board = Board(self._arena) if self._arena else None
+        self._board = self._new_board()
         self._threads_before = torch.get_num_threads()
 
     def __enter__(self) -> Self:
@@ -228,10 +227,10 @@ class LocalEngine:
             return
 
     def _desk(self, given: _Given) -> Desk | None:
-        if self._arena is None or self._board is None:
+        if self._board is None:
             return None
         try:
-            return Desk(self._arena, self._board, given.params, given.task.moving, given.examples)
+            return Desk(self._board, given.params, given.task.moving, given.examples)
         except OSError:  # no memory left to share: its tensors are sent
             return None
 
@@ -245,8 +244,12 @@ class LocalEngine:
         for worker in self._workers:
             worker.stop()
         self._workers.clear()
-        if self._arena:
-            self._arena.close()
+        if self._board is not None:
+            self._board.arena.close()
+            self._board = self._new_board()  # the engine may be entered again
+
+    def _new_board(self) -> Board | None:
+        return Board(Arena()) if self._num_workers and self._cap == "none" and can_share() else None
 
     def _prepared(self, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[_Given | ClientLoss]:
         """Orders with the client's examples; a client whose data fails is lost, not the run."""

@@ -136,7 +136,7 @@ class Board:
     """
 
     def __init__(self, arena: Arena) -> None:
-        self._arena = arena
+        self.arena = arena
         self._known: dict[int, _Known] = {}
 
     def put_up(self, params: Params) -> Sheets:
@@ -148,25 +148,24 @@ class Board:
         known = self._known.get(key)
         if known is None:
             gone = weakref.ref(tensor, lambda _: self._take_down(key))
-            known = self._known[key] = _Known(self._arena.put(tensor), version, gone)
+            known = self._known[key] = _Known(self.arena.put(tensor), version, gone)
         elif known.version != version:
-            self._arena.tensor(known.sheet).copy_(tensor)
+            self.arena.tensor(known.sheet).copy_(tensor)
             self._known[key] = known._replace(version=version)
         return known.sheet
 
     def _take_down(self, key: int) -> None:
-        self._arena.take_back(self._known.pop(key).sheet.place)
+        self.arena.take_back(self._known.pop(key).sheet.place)
 
 
 class Desk:
     """What one task works on in shared memory, until it is closed."""
 
-    def __init__(self, arena: Arena, board: Board, params: Params, moving: Iterable[str], examples: Batch) -> None:
+    def __init__(self, board: Board, params: Params, moving: Iterable[str], examples: Batch) -> None:
         """Lay it out.
 
         Args:
-            arena: where it lies.
-            board: where what is sent is put up.
+            board: where what is sent is put up; all else lies beside it.
             params: what is sent; the caller keeps the tensors for as long as the task may run.
             moving: what of it training changes.
             examples: the client's.
@@ -174,7 +173,7 @@ class Desk:
         Raises:
             OSError: the system has no memory left.
         """
-        self._arena = arena
+        self._arena = arena = board.arena
         self.brief = Brief({}, {}, {})
         try:
             for name, column in examples.items():
