@@ -150,7 +150,16 @@ class Experiment:
         state = self.initial_state()
         try:
             examples = self.data.examples(plan.longest_first()[0].client_id)
-            return by_trial(self.method, state, plan, examples, rounds=self.config.rounds, most=most)
+            return by_trial(
+                self.method,
+                state,
+                plan,
+                examples,
+                rounds=self.config.rounds,
+                most=most,
+                workers=settings.workers,
+                threads=settings.threads,
+            )
         except Exception as error:  # the run meets it too, and records or tells it
             return Crew(0, 1, f"the trial failed with {type(error).__name__}")
 

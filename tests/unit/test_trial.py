@@ -49,7 +49,7 @@ def test_the_longest_first(seconds, workers, wanted):
     assert makespan(seconds, workers) == wanted
 
 
-def trial(monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8) -> Crew:
+def trial(monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8, **settled) -> Crew:
     """Who is chosen if the longest task takes so long, by threads."""
     data = MadeData([12] * 8)
     method = FedAvg(work=LocalWork(batch_size=4))
@@ -58,7 +58,7 @@ def trial(monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8) -
     plan = method.plan(state, UniformSampler(cohort)(clients, 0, state))
     monkeypatch.setattr(scalefl.engines.trial, "num_cores", lambda: cores)
     monkeypatch.setattr(scalefl.engines.trial, "_seconds", lambda *a: milliseconds[a[-1]] / 1000)
-    return by_trial(method, state, plan, data.examples(0), rounds=rounds, most=most)
+    return by_trial(method, state, plan, data.examples(0), rounds=rounds, most=most, **settled)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,13 @@ def trial(monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8) -
         # No room for workers, but for threads.
         ({1: 100, 2: 60, 4: 40}, {"most": 1}, (0, 4)),
         ({1: 100}, {"cores": 1, "most": 1}, (0, 1)),
+        # One of the two is settled: two workers leave two cores to each, three threads leave room for one worker.
+        ({1: 100, 2: 50}, {"workers": 2}, (2, 2)),
+        ({1: 100, 2: 98}, {"workers": 2}, (2, 1)),
+        ({1: 100}, {"workers": 3}, (3, 1)),
+        ({1: 100}, {"workers": 9}, (9, 1)),
+        ({3: 50}, {"threads": 3}, (0, 3)),
+        ({2: 50}, {"threads": 2}, (2, 2)),
     ],
 )
 def test_what_is_done_first_is_chosen(monkeypatch, milliseconds, changes, wanted):

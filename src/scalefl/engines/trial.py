@@ -54,7 +54,17 @@ def most_workers(peak_bytes: int) -> int:
     return num_cores()
 
 
-def by_trial(method: Method, state: ServerState, plan: RoundPlan, examples: Batch, *, rounds: int, most: int) -> Crew:
+def by_trial(
+    method: Method,
+    state: ServerState,
+    plan: RoundPlan,
+    examples: Batch,
+    *,
+    rounds: int,
+    most: int,
+    workers: int | Auto = "auto",
+    threads: int | Auto = "auto",
+) -> Crew:
     """The crew that is done first with so many rounds like `plan`, by the time that its longest task takes a batch.
 
     Args:
@@ -62,12 +72,14 @@ def by_trial(method: Method, state: ServerState, plan: RoundPlan, examples: Batc
         examples: of the client with the longest task.
         rounds: that are to come.
         most: workers that there may be.
+        workers, threads: what is settled of it; the other is then chosen to go with it.
     """
     cores = num_cores()
+    tried = _powers(cores // max(1, workers) if workers != "auto" else cores) if threads == "auto" else [threads]
     task = plan.longest_first()[0]
     some = _some(task, examples)
     share = num_rows(some) / max(num_rows(examples), 1)
-    seconds = {threads: _seconds(method, state, plan, task, some, threads) / share for threads in _powers(cores)}
+    seconds = {count: _seconds(method, state, plan, task, some, count) / share for count in tried}
     longest = plan.flops(task)
 
     def round_seconds(crew: Crew) -> float:
@@ -77,15 +89,14 @@ def by_trial(method: Method, state: ServerState, plan: RoundPlan, examples: Batc
     def run_seconds(crew: Crew) -> float:
         return rounds * round_seconds(crew) + (WORKER_SECONDS if crew.workers else 0.0)
 
-    alone = [Crew(0, threads) for threads in seconds]
-    beside = [Crew(workers, threads) for threads in seconds if (workers := min(most, cores // threads)) > 1]
-    one_thread = min((crew for crew in [*alone, *beside] if crew.threads == 1), key=run_seconds)
-    best = min([*alone, *beside], key=run_seconds)
-    least, usual = run_seconds(best), run_seconds(one_thread)
+    crews = [Crew(count, each) for each in tried for count in _numbers(most, cores // each, workers)]
+    few_threads = min((crew for crew in crews if crew.threads == tried[0]), key=run_seconds)
+    best = min(crews, key=run_seconds)
+    least, usual = run_seconds(best), run_seconds(few_threads)
     if least > GAIN * usual or usual - least < GAIN_SECONDS:
-        best = one_thread
-    tried = ", ".join(f"{1000 * s:.0f} ms on {_counted(threads, 'thread')}" for threads, s in seconds.items())
-    return best._replace(why=f"the longest task takes {tried}; a round {round_seconds(best):.1f} s")
+        best = few_threads
+    found = ", ".join(f"{1000 * s:.0f} ms on {_counted(count, 'thread')}" for count, s in seconds.items())
+    return best._replace(why=f"the longest task takes {found}; a round {round_seconds(best):.1f} s")
 
 
 def makespan(seconds: Iterable[float], workers: int) -> float:
@@ -108,8 +119,16 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def _numbers(most: int, at_once: int, settled: int | Auto) -> Sequence[int]:
+    """The numbers of workers that may be best: none, or as many as run at once."""
+    if settled != "auto":
+        return [settled]
+    return [0, *(count for count in [min(most, at_once)] if count > 1)]
+
+
 def _powers(cores: int) -> Sequence[int]:
     """1, 2, 4, … and all cores."""
+    cores = max(cores, 1)
     return sorted({*(2**i for i in range(cores.bit_length()) if 2**i <= cores), cores})
 
 
