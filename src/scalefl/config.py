@@ -342,7 +342,9 @@ def _check_word(raw: str, members: Iterable[Any], where: str) -> None:
     known = [word for t in members for word in getattr(t, "values", ()) if isinstance(word, str)]
     free = any(isinstance(t, msgspec.inspect.StrType | msgspec.inspect.AnyType) for t in members)
     if known and not free and raw not in known:
-        raise ConfigError(f"{where} = {raw!r}{nearest(raw, known)}; known: {', '.join(known)}")
+        number = any(isinstance(t, msgspec.inspect.IntType | msgspec.inspect.FloatType) for t in members)
+        words = [*known, "a number"] if number else known
+        raise ConfigError(f"{where} = {raw!r}{nearest(raw, known)}; known: {', '.join(words)}")
 
 
 def _checked_table(raw: Mapping[str, Any], table: Any, where: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 
 import scalefl.measure
 from scalefl.engines.local import LocalEngine
-from scalefl.measure import base_bytes, resident_bytes
+from scalefl.measure import base_bytes, resident_bytes, worker_environment
 from scalefl.models.spec import ModelSpec
 from scalefl.types import ClientTask, Means
 from support import PROBLEM, Clients, MadeData, children, full_bytes, make_method, play, spec
@@ -36,6 +36,39 @@ def test_a_base_that_cannot_be_measured_is_none(monkeypatch):
 def test_the_memory_of_a_process():
     assert 20e6 < resident_bytes() < 1e11
     assert resident_bytes(os.getpid()) == pytest.approx(resident_bytes(), rel=0.05)
+
+
+FAULTS = """
+import resource, sys
+import torch
+from scalefl.measure import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1:] == ["kept"]:
+    keep_freed_memory()
+
+def step():
+    held = [torch.ones(2**20) for _ in range(6)]  # 24 MiB, as a step's activations
+
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(*arguments: str, **environment: str) -> int:
+    command = [sys.executable, "-c", FAULTS, *arguments]
+    return int(subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=True).stdout)
+
+
+def test_memory_that_is_kept_is_not_cleared_again():
+    pages = 10 * 24 * 2**20 // 4096
+    assert page_faults() > pages / 4, "what the setting is for"
+    assert page_faults("kept") < pages / 100
+    assert page_faults(**worker_environment(measured=False)) < pages / 100
+    assert page_faults(**worker_environment()) > pages / 4, "what is measured gives memory back"
 
 
 LIGHT = """

@@ -10,9 +10,11 @@ import pytest
 import scalefl.engines.trial
 from scalefl.comparison import load_comparison
 from scalefl.config import make_config, to_plain
+from scalefl.engines.local import LocalEngine
 from scalefl.engines.trial import Crew, by_trial, described, makespan, most_workers
 from scalefl.errors import ConfigError
 from scalefl.experiment import Experiment, run
+from scalefl.loop import federate
 from scalefl.methods.fedavg import FedAvg
 from scalefl.sampling import UniformSampler
 from scalefl.types import LocalWork
@@ -154,6 +156,28 @@ def test_without_a_trial(monkeypatch, cap, workers):
         config = replace(config, engine=replace(config.engine, name="flower"))
     experiment = Experiment(config)
     assert experiment.settle_engine() == Crew(workers, 1)
+
+
+def test_who_has_most_to_do_comes_first():
+    data = MadeData([8, 40, 16, 32])
+    method, clients = FedAvg(work=LocalWork(batch_size=4)), Clients(data, (10 * full_bytes(),))
+    state = method.init(spec(), PROBLEM, seed=0, smallest_memory_bytes=0)
+    asked: list[int] = []
+
+    class Noting(LocalEngine):
+        def fit(self, method, orders):
+            orders = list(orders)
+            asked.extend(task.client_id for task, _ in orders)
+            return super().fit(method, orders)
+
+    with Noting(data, clients) as engine:
+        next(federate(method, engine, UniformSampler(4), state))
+    assert asked == [1, 3, 2, 0]
+
+
+def test_a_word_that_is_no_number_is_answered_with_both():
+    with pytest.raises(ConfigError, match=r"engine\.workers = 'many'; known: auto, a number"):
+        settings(engine={"workers": "many"})
 
 
 @pytest.mark.parametrize("engine", [{"workers": -1}, {"threads": 0}, {"workers": "many"}, {"workers": 1.5}])
