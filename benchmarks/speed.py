@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -283,55 +283,65 @@ def _prose(options: argparse.Namespace) -> list[str]:
 
 
 def _table(work: Work, rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [
+    return [
         f"### {work.name}: {work.title}",
         "",
-        "| program | seconds a round | times ScaleFL's | CPU s a round | CPU s to start | with the first round "
-        "| peak PSS, MiB | sum of RSS, MiB | processes | test accuracy, % |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        *_markdown(
+            {
+                "program": "{title}",
+                "seconds a round": "{seconds_a_round:.2f}",
+                "times ScaleFL's": "{times}",
+                "CPU s a round": "{cpu_seconds_a_round:.2f}",
+                "CPU s to start": "{ready_cpu_seconds:.1f}",
+                "with the first round": "{first_round_cpu_seconds:.1f}",
+                **_AT_THE_END,
+            },
+            map(_told, rows),
+        ),
+        "",
     ]
-    for row in rows:
-        cells = [
-            PROGRAMS[row["program"]].title,
-            f"{row['seconds_a_round']:.2f}",
-            _ratio(row),
-            f"{row['cpu_seconds_a_round']:.2f}",
-            f"{row['ready_cpu_seconds']:.1f}",
-            f"{row['first_round_cpu_seconds']:.1f}",
-            f"{row['peak_pss_mib']:.0f}",
-            f"{row['peak_rss_mib']:.0f}",
-            f"{row['processes']}",
-            f"{100 * row['accuracy']:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+
+
+_AT_THE_END = {
+    "peak PSS, MiB": "{peak_pss_mib:.0f}",
+    "sum of RSS, MiB": "{peak_rss_mib:.0f}",
+    "processes": "{processes}",
+    "test accuracy, %": "{percent:.1f}",
+}
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what tables say of it."""
+    return {**row, "title": PROGRAMS[row["program"]].title, "times": _ratio(row), "percent": 100 * row["accuracy"]}
 
 
 def _whole_table(rows: Sequence[dict[str, Any]], rounds: int) -> list[str]:
-    lines = [
+    return [
         f"### {WHOLE.name}, {rounds} rounds from launch to the last weights",
         "",
         "*Flower's simulation*: `flwr.serverapp.strategy.FedAvg`, a ClientApp with the bare loop's training, one node "
         "for each user, Ray with two actors of one core. All that a process does before, between and after rounds "
         "counts, but no evaluation.",
         "",
-        "| program | seconds | times ScaleFL's | CPU s | peak PSS, MiB | sum of RSS, MiB | processes "
-        "| test accuracy, % |",
-        "|---|---|---|---|---|---|---|---|",
+        *_markdown(
+            {
+                "program": "{title}",
+                "seconds": "{seconds:.1f}",
+                "times ScaleFL's": "{times}",
+                "CPU s": "{cpu_seconds:.1f}",
+                **_AT_THE_END,
+            },
+            (
+                {
+                    **_told(row),
+                    "seconds": rounds * row["seconds_a_round"],
+                    "cpu_seconds": rounds * row["cpu_seconds_a_round"],
+                }
+                for row in rows
+            ),
+        ),
+        "",
     ]
-    for row in rows:
-        cells = [
-            PROGRAMS[row["program"]].title,
-            f"{rounds * row['seconds_a_round']:.1f}",
-            _ratio(row),
-            f"{rounds * row['cpu_seconds_a_round']:.1f}",
-            f"{row['peak_pss_mib']:.0f}",
-            f"{row['peak_rss_mib']:.0f}",
-            f"{row['processes']}",
-            f"{100 * row['accuracy']:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
 
 
 def _ratio(row: dict[str, Any]) -> str:
@@ -449,6 +459,12 @@ def _draw_scaling(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 # All sections.
+
+
+def _markdown(columns: dict[str, str], rows: Iterable[dict[str, Any]]) -> list[str]:
+    """A table's lines; `columns` says under which title which of a row's values stands, and how."""
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    return [*lines, *(f"| {' | '.join(how.format(**row) for how in columns.values())} |" for row in rows)]
 
 
 def _rows_of(program: str, *arguments: str) -> list[dict[str, Any]]:
