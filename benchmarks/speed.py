@@ -420,7 +420,7 @@ def scaling(folder: Path, options: argparse.Namespace) -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row["what"], f"{row['value']:,g}", f"{row['parameters']:,}", f"{row['seconds']:.2f}"]
+        cells = [row["what"], f"{row['value']:,}".removesuffix(".0"), f"{row['parameters']:,}", f"{row['seconds']:.2f}"]
         cells += [f"{row['gflop']:.0f}", f"{row['seconds'] / row['gflop']:.4f}", f"{row['peak_mib']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "![Seconds and memory as work grows](speed/scaling.png)"]
@@ -447,10 +447,10 @@ def _draw_scaling(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             ax.plot(across, [row[key] for row in mine], marker="o", color="#1f6feb")
             ax.set_xscale("log")
             ax.grid(alpha=0.3)
-            if key == "seconds" and what != "blocks":
+            if key == "seconds" and what in ("clients a round", "model"):
                 ax.set_yscale("log")
-            else:
-                ax.set_ylim(bottom=0)
+            else:  # from 0: what is flat shall look so
+                ax.set_ylim(0, 1.15 * max(row[key] for row in mine))
             if column == 0:
                 ax.set_ylabel(label)
             if line == 1:
