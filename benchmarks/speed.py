@@ -423,7 +423,7 @@ def scaling(folder: Path, options: argparse.Namespace) -> None:
         cells = [row["what"], f"{row['value']:,}".removesuffix(".0"), f"{row['parameters']:,}", f"{row['seconds']:.2f}"]
         cells += [f"{row['gflop']:.0f}", f"{row['seconds'] / row['gflop']:.4f}", f"{row['peak_mib']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "![Seconds and memory as work grows](speed/scaling.png)"]
+    lines += ["", "![Seconds and memory as work grows](scaling.png)"]
     _draw_scaling(folder / "scaling.png", rows)
     _write_section(folder, "scaling", "\n".join([*lines, "", _machine_and_versions()]))
 
@@ -512,7 +512,10 @@ def _write_section(folder: Path, name: str, text: str) -> None:
     (folder / f"{name}.md").write_text(f"{text}\n")
     sections = [(folder / f"{part}.md").read_text() for part in ORDER if (folder / f"{part}.md").exists()]
     head = "# Speed: measured\n\nWritten by `make bench-speed`; figures behind it in [speed/](speed).\n"
-    (folder.parent / "speed.md").write_text("\n".join([head, *sections]))
+    whole = "\n".join([head, *sections])
+    for picture in folder.glob("*.png"):  # sections lie beside their pictures, the whole above them
+        whole = whole.replace(f"({picture.name})", f"({folder.name}/{picture.name})")
+    (folder.parent / "speed.md").write_text(whole)
 
 
 COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
