@@ -442,22 +442,23 @@ def bytes_(folder: Path, options: argparse.Namespace) -> None:
         f"65 % of full training, {COHORT} a round, {CROSSING_ROUNDS} rounds, over the grid in one process; MiB of all "
         "rounds, as journals count them. Full: the whole model to each client in each round. Without cache: all "
         "tensors of each task (which is what the local engine counts). What the cache saves is the difference. Half: "
-        '`precision = "float16"`.',
+        '`precision = "float16"`, both ways.',
         "",
-        "| width | method | full, down | without cache | down | of full | up, exact | up, half | of full |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| width | method | full | without cache | down | of full | half | of full | up | of full | half | of full |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = []
     for width in options.widths:
         for name, method in CROSSING.items():
             row = _crossed(width, name, method)
             rows.append(row)
-            full, uncached, down, up, half = (row[i] for i in (2, 3, 4, 6, 7))
-            cells = [*(f"{n / MIB:.0f}" for n in (full, uncached, down)), f"{100 * down / full:.0f} %"]
-            cells += [*(f"{n / MIB:.0f}" for n in (up, half)), f"{100 * half / full:.0f} %"]
+            full, uncached, down, _, down_half, up, up_half = row[2:]
+            cells = [f"{n / MIB:.0f}" for n in (full, uncached)]
+            for crossed in (down, down_half, up, up_half):
+                cells += [f"{crossed / MIB:.0f}", f"{100 * crossed / full:.0f} %"]
             lines.append(f"| {width} | {name} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-    head = ["width", "method", "full", "without_cache", "down", "down_if_nothing_is_kept", "up", "up_half"]
+    head = ["width", "method", "full", "without_cache", "down", "down_if_nothing_is_kept", "down_half", "up", "up_half"]
     _write_csv(folder / "bytes.csv", head, rows)
     _write_section(folder, "bytes", lines)
 
@@ -476,6 +477,7 @@ def _crossed(width: float, name: str, method: dict[str, Any]) -> list[Any]:
         return sum(r.bytes_down for r in records), sum(r.bytes_up for r in records)
 
     down, up = counted()
+    down_half, up_half = counted(precision="float16")
     return [
         width,
         name,
@@ -483,8 +485,9 @@ def _crossed(width: float, name: str, method: dict[str, Any]) -> list[Any]:
         counted("local")[0],
         down,
         counted(cache_bytes=0)[0],
+        down_half,
         up,
-        counted(precision="float16")[1],
+        up_half,
     ]
 
 
@@ -561,25 +564,29 @@ def precision(folder: Path, options: argparse.Namespace) -> None:
     lines = [
         "## What half precision costs",
         "",
-        "`benchmarks/precision.toml`: `examples/demo.toml` with nodes that send back what moved as it is, or the "
-        f"difference from what they were sent in half precision; seeds {', '.join(map(str, seeds))}. Test accuracy, "
-        "mean ± standard deviation; difference: seed by seed, half less exact.",
+        "`benchmarks/precision.toml`: `examples/demo.toml` with tensors that travel as they are, or in half precision: "
+        "weights on their way down, differences from what was sent on their way up; seeds "
+        f"{', '.join(map(str, seeds))}. Test accuracy, mean ± standard deviation; difference: seed by seed, half less "
+        "exact. MiB: of a run, mean.",
         "",
-        "| method | exact, % | half, % | difference, points | seed by seed | up, MiB |",
-        "|---|---|---|---|---|---|",
+        "| method | exact, % | half, % | difference, points | seed by seed | down, MiB | up, MiB |",
+        "|---|---|---|---|---|---|---|",
     ]
     rows = []
     for method in sorted({variant.rpartition("-")[0] for variant, _ in runs}):
-        exact, half = ([100 * float(runs[f"{method}-{p}", s]["test"]) for s in seeds] for p in ("exact", "half"))
-        up = [statistics.mean(float(runs[f"{method}-{p}", s]["bytes_up"]) for s in seeds) for p in ("exact", "half")]
+
+        def of(column: str, method: str = method) -> list[list[float]]:
+            return [[float(runs[f"{method}-{precision}", s][column]) for s in seeds] for precision in ("exact", "half")]
+
+        exact, half = ([100 * accuracy for accuracy in found] for found in of("test"))
+        down, up = ([statistics.mean(found) for found in of(f"bytes_{way}")] for way in ("down", "up"))
         differences = [b - a for a, b in zip(exact, half, strict=True)]
-        told = ", ".join(f"{d:+.1f}" for d in differences)
-        lines.append(
-            f"| {method} | {_spread(exact)} | {_spread(half)} | {_spread(differences)} | {told} "
-            f"| {up[0] / MIB:.0f} → {up[1] / MIB:.0f} |"
-        )
-        rows += [[method, s, a, b, *up] for s, a, b in zip(seeds, exact, half, strict=True)]
-    _write_csv(folder / "precision.csv", ["method", "seed", "exact", "half", "up_exact", "up_half"], rows)
+        cells = [_spread(exact), _spread(half), _spread(differences), ", ".join(f"{d:+.1f}" for d in differences)]
+        cells += [f"{before / MIB:.0f} → {after / MIB:.0f}" for before, after in (down, up)]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+        rows += [[method, s, a, b, *down, *up] for s, a, b in zip(seeds, exact, half, strict=True)]
+    head = ["method", "seed", "exact", "half", "down_exact", "down_half", "up_exact", "up_half"]
+    _write_csv(folder / "precision.csv", head, rows)
     _write_section(folder, "precision", lines)
 
 
@@ -609,7 +616,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=3, help="of runs, for rounds")
     parser.add_argument("--rounds", type=int, default=6, help="of each run that count, for rounds")
-    parser.add_argument("--widths", type=float, nargs="+", default=[0.25], help="of the model, for bytes")
+    parser.add_argument("--widths", type=float, nargs="+", default=[0.25, 1.0], help="of the model, for bytes")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = options.out / "flower"

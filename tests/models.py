@@ -67,6 +67,15 @@ def built_in(name: str, width: float = 0.125, **arguments: Any) -> Case:
 # Hand-written models
 
 
+def digits() -> nn.Sequential:
+    """For mnist5k; on nobody's list of what may be made."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 8, 3, stride=2), nn.GroupNorm(2, 8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 16, 3, stride=2), nn.GroupNorm(2, 16), nn.ReLU()),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    )
+
+
 def sequential() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),

@@ -72,7 +72,7 @@ class EngineConfig:
             lost. Both need workers, take time, and need Linux.
         device: where clients train and models are measured: "cpu", "cuda" or "cuda:1". Budgets are of its memory.
         patience: how long to wait for nodes.
-        precision: "float16": nodes send back the difference from what they were sent, in half precision.
+        precision: "float16": weights travel in half precision, and so do the differences that nodes send back.
     """
 
     name: Literal["local", "flower"] = "local"

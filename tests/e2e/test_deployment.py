@@ -94,6 +94,38 @@ def test_a_finished_run_is_not_written_over(area, finished):
     assert done.exit_code == 1 and "holds a run: go on with it (--resume)" in done.stderr
 
 
+def test_a_private_run_on_nodes_tells_what_it_costs_and_nothing_of_their_data(area, finished):
+    """And in half precision, both ways."""
+    private = CONFIG.replace('name = "flower",', 'name = "flower", precision = "float16",')
+    private += "privacy = { clip_norm = 1.0, noise_multiplier = 0.5, delta = 1e-4 }\n"
+    area.submit(area.write_config("private", private))
+    area.finish("private")
+    summary, lines = read_json(RunFolder(area.deployment.runs / "private").summary), area.journal("private")
+    spent = [line["privacy"]["epsilon"] for line in lines]
+    assert [line["privacy"]["releases"] for line in lines] == list(range(1, ROUNDS + 1))
+    assert 0 < spent[0] < spent[1] < spent[2] == summary["privacy"]["epsilon"]
+    told = {"round", "stage", "predicted_peak_bytes", "privacy", "validation", "plane"}
+    assert all(line.keys() <= told for line in lines)
+    offered = read_json(RunFolder(area.deployment.runs / "private").clients)["clients"]
+    assert [(c["num_examples"], c.get("label_counts")) for c in offered] == [(None, None)] * 2
+    crossed, open_crossed = (
+        run_status(area.deployment, area.run_number(name))["network-traffic"] for name in ("private", "digits")
+    )
+    for way in ("outbound-bytes", "inbound-bytes"):
+        assert 0.4 < crossed[way] / open_crossed[way] < 0.65, "the same tensors, halved"
+
+
+def test_nodes_make_no_model_that_is_not_on_their_list(area, finished):
+    """Though the server has it, and though it is installed where they run."""
+    text = CONFIG.replace("cnn", "models:digits").replace('{ width = 0.5, norm = "group" }', "{}")
+    text = text.replace('name = "scalefl"', 'name = "fedavg", population = "all"')
+    process = area.submit(area.write_config("foreign", text))
+    assert process.wait(120) != 0
+    said = " ".join(area.everything().split())
+    assert "models:digits is not on this node's list" in said
+    assert area.journal("foreign") == []
+
+
 def stranger(area: Field, folder: Path, *, authority: Path | None = None, key: Path | None = None) -> NodeFolder:
     """A node's folder with another deployment's certificate or key."""
     shutil.copytree(area.deployment.node("node-0").path, folder, ignore=shutil.ignore_patterns("flower", "cache", ".*"))

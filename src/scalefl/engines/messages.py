@@ -26,7 +26,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 Precision = Literal["exact", "float16"]
-"""How nodes send back what moved: as it is, or the difference from what they were sent, in half precision."""
+"""How tensors travel: as they are, or in half precision, those that nodes send back as differences."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,15 @@ class Order(_Header, frozen=True):
 
     Args:
         content: the task, an objective for each of its steps, and the problem; see `scalefl.engines.codec`.
-        digests: every tensor that the task needs -> its digest. Those that the server takes the node to have are not
-            sent.
+        digests: every tensor that the task needs -> its digest, as it travels. Those that the server takes the node to
+            have are not sent.
+        scales: of the tensors that travel in half precision: what to multiply them with.
         precision: of the answer.
     """
 
     content: bytes
     digests: dict[str, bytes]
+    scales: dict[str, float] = {}
     precision: Precision = "exact"
 
 
@@ -137,22 +139,41 @@ def digest(tensor: Tensor) -> bytes:
     return found.digest()
 
 
-def reduced(params: Params, base: Params) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What moved as differences from `base` in half precision, each tensor on a scale of its own; and the scales.
+def halved(tensor: Tensor) -> tuple[Tensor, float | None]:
+    """A float32 tensor in half precision, and what to multiply it with; one that is not finite, or another kind: as it is.
 
-    An element is off by at most 2⁻¹¹ of its own difference, or 2⁻²⁵ of the largest one in its tensor. Integers, and
-    what is no longer finite, stay as they are.
+    An element is off by at most 2⁻¹¹ of itself, or 2⁻²⁵ of the largest one.
     """
-    tensors, scales = {}, {}
+    if tensor.dtype != torch.float32:
+        return tensor, None
+    scale = (float(tensor.abs().max()) if tensor.numel() else 0.0) or 1.0
+    if not math.isfinite(scale):
+        return tensor, None
+    return (tensor / scale).to(torch.float16), scale
+
+
+def restored(params: Params, scales: Mapping[str, float]) -> dict[str, Tensor]:
+    """Tensors of which some travelled in half precision, these as float32.
+
+    Raises:
+        ValueError: a scale is of no such tensor.
+    """
+    tensors = dict(params)
+    for name, scale in scales.items():
+        if name not in params or params[name].dtype != torch.float16:
+            raise ValueError(f"{name}: a scale of nothing that was sent in half precision")
+        tensors[name] = params[name].to(torch.float32) * scale
+    return tensors
+
+
+def reduced(params: Params, base: Params) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What moved as differences from `base`, each tensor `halved`; and their scales. What cannot be stays as it is."""
+    tensors, scales = dict(params), {}
     for name, tensor in params.items():
-        tensors[name] = tensor
-        if tensor.dtype not in (torch.float32, torch.float64):
-            continue
-        difference = tensor - base[name]
-        largest = float(difference.abs().max()) if difference.numel() else 0.0
-        if math.isfinite(largest):
-            scales[name] = largest or 1.0
-            tensors[name] = (difference / scales[name]).to(torch.float16)
+        if tensor.dtype.is_floating_point:
+            difference, scale = halved(tensor - base[name])
+            if scale is not None:
+                tensors[name], scales[name] = difference, scale
     return tensors, scales
 
 

@@ -27,6 +27,7 @@ from scalefl.engines.messages import (
     digest,
     pack,
     reduced,
+    restored,
     unpack,
 )
 from scalefl.params import Params
@@ -146,9 +147,10 @@ class Node:
         if not isinstance(task, ClientTask) or task.client_id != self._id:
             raise ValueError("the task is another client's")
         engine = self._engine_for(problem)
-        params, lacking = self._gathered(order.digests, sent, task.moving)
+        found, lacking = self._gathered(order.digests, sent, task.moving)
         if lacking:
             return pack(Lacking(lacking))
+        params = restored(found, order.scales)
         method = Given(dict(zip(task.steps, objectives, strict=True)))
         (done,) = engine.fit(cast(Method, method), [(task, params)])
         if isinstance(done, ClientLoss):

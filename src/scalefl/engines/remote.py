@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from scalefl.data.population import DeclaredPopulation
 from scalefl.engines.codec import encode
@@ -26,6 +26,7 @@ from scalefl.engines.messages import (
     WhoAreYou,
     digest,
     expanded,
+    halved,
     pack,
     unpack,
 )
@@ -97,6 +98,14 @@ class Patience:
         check_range("min_clients", self.min_clients, 1)
 
 
+class _Crossing(NamedTuple):
+    """A tensor as it travels, what to multiply it with where that is in half precision, and its digest."""
+
+    tensor: Tensor
+    scale: float | None
+    digest: bytes
+
+
 @dataclass
 class _Sent:
     """A task that is out, last doubted at some time; or one whose first try came to trouble at some time."""
@@ -104,13 +113,18 @@ class _Sent:
     task: ClientTask
     node: int
     params: Params
-    digests: dict[str, bytes]
+    crossing: Mapping[str, _Crossing]
     content: bytes
     bytes_down: int = 0
     is_whole: bool = False
     trouble: str = ""
     since: float = 0.0
     doubted: float = 0.0
+
+    @property
+    def digests(self) -> dict[str, bytes]:
+        """Of all its tensors, as they travel."""
+        return {name: found.digest for name, found in self.crossing.items()}
 
 
 @dataclass
@@ -130,7 +144,7 @@ class RemoteEngine:
         problem: what is learned; nodes whose data is about something else refuse.
         patience: how long to wait.
         in_flight: tasks that are out at once; None: all of a round. Each holds its tensors where it waits.
-        precision: of what nodes send back.
+        precision: of what travels.
         is_private: whether nodes are asked for nothing that their data would tell.
     """
 
@@ -176,7 +190,7 @@ class RemoteEngine:
         What a node could not do because it went away, or because its process died, is sent to it again when it is
         back. A node does one message after another: if it answers a later question, and not its task, it has lost that.
         """
-        round = _Round(method, time.monotonic() + self._patience.deadline_seconds)
+        round = _Round(method, time.monotonic() + self._patience.deadline_seconds, self._precision)
         nodes = {peer.client.id: node for node, peer in self._peers.items() if node in self._present}
         queue, pause = iter(orders), self._patience.poll_seconds / 2
         while not round.is_over:
@@ -268,13 +282,14 @@ class RemoteEngine:
     def _prepared(self, round: _Round, task: ClientTask, node: int, params: Params) -> _Sent:
         objectives = tuple(round.method.objective(step) for step in task.steps)
         content = encode((task, objectives, self._problem))
-        return _Sent(task, node, params, {name: round.digest(t) for name, t in params.items()}, content)
+        return _Sent(task, node, params, {name: round.crossing(t) for name, t in params.items()}, content)
 
     def _send(self, round: _Round, sent: _Sent) -> None:
         """Send a task with the tensors that its node lacks."""
         has = {} if sent.is_whole else self._peers[sent.node].has
-        tensors = {name: t for name, t in sent.params.items() if has.get(name) != sent.digests[name]}
-        parcel = pack(Order(sent.content, sent.digests, self._precision), tensors)
+        tensors = {name: found.tensor for name, found in sent.crossing.items() if has.get(name) != found.digest}
+        scales = {name: found.scale for name, found in sent.crossing.items() if found.scale is not None}
+        parcel = pack(Order(sent.content, sent.digests, scales, self._precision), tensors)
         sent.bytes_down += parcel.num_bytes
         sent.doubted = time.monotonic()
         round.out[self._link.push(sent.node, parcel, round=sent.task.round)] = sent
@@ -358,15 +373,15 @@ class RemoteEngine:
 class _Round:
     """What is out in a round, and what has come."""
 
-    def __init__(self, method: Method, give_up: float) -> None:
-        self.method, self._give_up = method, give_up
+    def __init__(self, method: Method, give_up: float, precision: Precision) -> None:
+        self.method, self._give_up, self._precision = method, give_up, precision
         self.next_look = 0.0
         self.out: dict[str, _Sent] = {}
         self.away: list[_Sent] = []
         self.questions: dict[str, str] = {}
         self.num_tasks = self.num_updates = 0
         self.is_all = False
-        self._digests: dict[int, tuple[weakref.ref[Tensor], bytes]] = {}
+        self._known = WeakTensorKeyDictionary()  # whose values must not hold the tensor itself
 
     @property
     def is_over(self) -> bool:
@@ -377,13 +392,18 @@ class _Round:
         """Whether nobody is waited for any more."""
         return not (self.out or self.away) or self.num_updates >= max(1.0, quorum * self.num_tasks)
 
-    def digest(self, tensor: Tensor) -> bytes:
-        """Of a tensor that many clients may be sent: worked out once, and not kept alive."""
-        known, found = self._digests.get(id(tensor), (None, b""))
-        if known is None or known() is not tensor:
-            found = digest(tensor)
-            self._digests[id(tensor)] = weakref.ref(tensor), found
-        return found
+    def crossing(self, tensor: Tensor) -> _Crossing:
+        """How a tensor travels that many clients may be sent: worked out once, and not kept longer than the tensor.
+
+        Norms, biases and statistics stay exact: they are few, and a small one beside a large one would lose its digits.
+        """
+        if tensor not in self._known:
+            is_exact = self._precision == "exact" or tensor.ndim < 2
+            crossing, scale = (tensor, None) if is_exact else halved(tensor)
+            half = None if scale is None else crossing
+            self._known[tensor] = half, scale, digest(crossing)
+        half, scale, found = self._known[tensor]
+        return _Crossing(tensor if half is None else half, scale, found)
 
 
 def _parcel(answer: Answer) -> Parcel:
