@@ -140,7 +140,7 @@ def digest(tensor: Tensor) -> bytes:
 
 
 def halved(tensor: Tensor) -> tuple[Tensor, float | None]:
-    """A float32 tensor in half precision, and what to multiply it with; one that is not finite, or another kind: as it is.
+    """A float32 tensor in half precision, and what to multiply it with; any other, or one that is not finite, as it is.
 
     An element is off by at most 2⁻¹¹ of itself, or 2⁻²⁵ of the largest one.
     """
