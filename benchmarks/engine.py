@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from scalefl.bench import WORKLOADS, Federation, Overhead
-from scalefl.experiment import environment
+from scalefl.bookkeeping import environment
 
 CNN, RESNET, _ = WORKLOADS
 LONGER = (

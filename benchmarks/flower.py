@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from scalefl.bookkeeping import environment as versions
 from scalefl.client import Residents
 from scalefl.config import make_config, to_plain
 from scalefl.data import Dataset, Source, load
@@ -42,7 +43,6 @@ from scalefl.engines.flower.grid import in_process
 from scalefl.engines.local import LocalEngine
 from scalefl.evaluate import evaluate
 from scalefl.experiment import Experiment
-from scalefl.experiment import environment as versions
 from scalefl.loop import federate
 from scalefl.methods.common import initial_params
 from scalefl.models.spec import ModelSpec
@@ -439,7 +439,7 @@ def bytes_(folder: Path, options: argparse.Namespace) -> None:
         "## What crosses",
         "",
         f"ResNet-18 (batch norm) in four blocks, {CLIENTS} clients with two batches of 8 images each and budgets of "
-        f"65 % of full training, {COHORT} a round, {CROSSING_ROUNDS} rounds, over the grid in one process; MiB of all "
+        f"70 % of full training, {COHORT} a round, {CROSSING_ROUNDS} rounds, over the grid in one process; MiB of all "
         "rounds, as journals count them. Full: the whole model to each client in each round. Without cache: all "
         "tensors of each task (which is what the local engine counts). What the cache saves is the difference. Half: "
         '`precision = "float16"`, both ways.',
@@ -466,7 +466,7 @@ def bytes_(folder: Path, options: argparse.Namespace) -> None:
 def _crossed(width: float, name: str, method: dict[str, Any]) -> list[Any]:
     noise = {"clients": CLIENTS, "examples": 16, "size": 16}
     work, of_run = {"batch_size": 8, "lr": 0.001}, {"rounds": CROSSING_ROUNDS, "clients_per_round": COHORT}
-    found = experiment("resnet18", width, "65%", method, noise, work=work, **of_run)
+    found = experiment("resnet18", width, "70%", method, noise, work=work, **of_run)
     whole = num_bytes(without_attachments(found.initial_state().params))
 
     def counted(over: str = "flower", **settings: Any) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from scalefl.blocks import Blocks, Span, blocks_by_count, blocks_by_hand
+from scalefl.bookkeeping import environment
 from scalefl.client import Residents, run_task
 from scalefl.config import load_config
 from scalefl.costs import step_cost
@@ -30,7 +31,7 @@ from scalefl.data import Devices, MemoryClass
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
 from scalefl.errors import BudgetError
-from scalefl.experiment import Experiment, environment, run
+from scalefl.experiment import Experiment
 from scalefl.measure import MARGIN_BYTES, MARGIN_SHARE
 from scalefl.memory import Cost
 from scalefl.methods.fedavg import FedAvg
@@ -41,6 +42,7 @@ from scalefl.objectives import TaskLoss
 from scalefl.planner import cheapest, fit
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.run_folder import RunFolder
+from scalefl.runner import run
 from scalefl.steps import full_step
 from scalefl.types import (
     AUTO,

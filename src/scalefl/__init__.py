@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from scalefl.data.population import SimulatedPopulation
     from scalefl.engines.local import LocalEngine
     from scalefl.errors import ScaleFLError
-    from scalefl.experiment import Experiment, run
+    from scalefl.experiment import Experiment
     from scalefl.loop import federate
     from scalefl.memory_plan import MemoryPlan, plan
     from scalefl.mentor import Mentor
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from scalefl.privacy import Privacy
     from scalefl.problem import Classification, Column, Problem
     from scalefl.record import PrivateRecord, RoundRecord
+    from scalefl.runner import run
     from scalefl.sampling import UniformSampler
     from scalefl.types import ClientInfo, Engine, LocalWork, Method, Population, ServerState
 
@@ -38,7 +39,8 @@ _WHERE = {
     "scalefl.data.population": ("SimulatedPopulation",),
     "scalefl.engines.local": ("LocalEngine",),
     "scalefl.errors": ("ScaleFLError",),
-    "scalefl.experiment": ("Experiment", "run"),
+    "scalefl.experiment": ("Experiment",),
+    "scalefl.runner": ("run",),
     "scalefl.loop": ("federate",),
     "scalefl.memory_plan": ("MemoryPlan", "plan"),
     "scalefl.mentor": ("Mentor",),

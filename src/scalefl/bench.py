@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scalefl.bookkeeping import is_due
 from scalefl.client import Residents
 from scalefl.config import Config, convert
 from scalefl.costs import step_cost
@@ -23,7 +24,7 @@ from scalefl.engines.gauge import device_of
 from scalefl.engines.local import LocalEngine
 from scalefl.engines.trial import Crew, by_trial, makespan, most_workers
 from scalefl.evaluate import evaluate
-from scalefl.experiment import Experiment, engine_of, first_state, is_due, rounds_after
+from scalefl.experiment import Experiment
 from scalefl.loop import federate
 from scalefl.methods import PRESETS
 from scalefl.methods.fedavg import FedAvg
@@ -34,6 +35,7 @@ from scalefl.params import Params
 from scalefl.problem import Batch, Classification, Column, num_rows
 from scalefl.record import RoundRecord
 from scalefl.rng import generator
+from scalefl.runner import engine_of, first_state, rounds_after
 from scalefl.sampling import UniformSampler
 from scalefl.steps import full_step
 from scalefl.types import (

@@ -223,7 +223,7 @@ def bench(
 
 def _bench_machine(seconds: float, status: Status) -> tuple[dict[str, Any], Table]:
     from scalefl.bench import WORKLOADS, throughput
-    from scalefl.experiment import environment
+    from scalefl.bookkeeping import environment
     from scalefl.report.bench import machine_table
 
     done = []
@@ -236,8 +236,8 @@ def _bench_machine(seconds: float, status: Status) -> tuple[dict[str, Any], Tabl
 
 def _bench_run(config: Config, seconds: float, status: Status) -> tuple[dict[str, Any], Table]:
     from scalefl.bench import preview
+    from scalefl.bookkeeping import environment
     from scalefl.engines.trial import described
-    from scalefl.experiment import environment
     from scalefl.report.bench import preview_table
 
     status.update(f"timing rounds of {config.name}")
@@ -335,7 +335,8 @@ def _headline(config: Config) -> str:
 
 def _train(console: Console, config: Config, folder: Path, *, resume: bool, overwrite: bool) -> None:
     from scalefl.engines.trial import described
-    from scalefl.experiment import Experiment, run_rounds
+    from scalefl.experiment import Experiment
+    from scalefl.runner import run_rounds
 
     experiment = Experiment(config)
     if overwrite:

@@ -22,9 +22,9 @@ from typing import Any
 from scalefl.checkpoint import write_whole
 from scalefl.config import Config, convert, make_config, overridden, read_settings, to_plain
 from scalefl.errors import ConfigError, ScaleFLError, check_range, nearest
-from scalefl.experiment import check_same
 from scalefl.privacy import check_accountant
 from scalefl.run_folder import RunFolder
+from scalefl.runner import check_same
 from scalefl.tracking import check_installed
 
 ONCE = "run_once_in"

@@ -27,27 +27,39 @@ def evaluate(
     residents: Residents, model: ModelSpec, params: Params, problem: Problem, examples: Batch
 ) -> dict[str, float]:
     """The problem's metrics over `examples`, the model in eval mode."""
-    sums: dict[str, list[float]] = {}
+    (found,) = evaluate_groups(residents, model, params, problem, examples, [torch.arange(num_rows(examples))])
+    return found
+
+
+def evaluate_groups(
+    residents: Residents,
+    model: ModelSpec,
+    params: Params,
+    problem: Problem,
+    examples: Batch,
+    groups: Sequence[Tensor],
+) -> list[dict[str, float]]:
+    """The problem's metrics over each of several groups of examples, the model in eval mode and run once over all.
+
+    Args:
+        groups: rows of `examples`, [N_g] each; a row may be in several.
+    """
+    sums: list[dict[str, list[float]]] = [{} for _ in groups]
     part = Part(model, None, None, None, None, active=(), held=tuple(params))
     with residents[model].holding(part, moved(params, residents.device)) as (runner, _), torch.no_grad():
-        for batch in _slices(examples, residents.device):
-            for name, (value, weight) in problem.metrics(runner(batch, problem).logits, batch).items():
-                entry = sums.setdefault(name, [0.0, 0.0])
-                entry[0] += float(value)
-                entry[1] += weight
-    return {name: value / weight for name, (value, weight) in sums.items()}
-
-
-def accuracy_of_labels(
-    residents: Residents, model: ModelSpec, params: Params, problem: Problem, examples: Batch
-) -> Tensor:
-    """Accuracy on the examples of each label, [K]; NaN where there are none, or the problem measures no accuracy."""
-    labels = problem.labels(examples)
-    found = torch.full((problem.num_classes,), torch.nan, dtype=torch.float64)
-    for label in set(labels.tolist()):
-        metrics = evaluate(residents, model, params, problem, take(examples, (labels == label).nonzero().flatten()))
-        found[label] = metrics.get("accuracy", torch.nan)
-    return found
+        for start, batch in _slices(examples, residents.device):
+            logits, count = runner(batch, problem).logits, num_rows(batch)
+            for rows, group_sums in zip(groups, sums, strict=True):
+                own = rows[(rows >= start) & (rows < start + count)].to(residents.device) - start
+                if not len(own):
+                    continue
+                is_all = len(own) == count
+                found = problem.metrics(logits if is_all else logits[own], batch if is_all else take(batch, own))
+                for name, (value, weight) in found.items():
+                    entry = group_sums.setdefault(name, [0.0, 0.0])
+                    entry[0] += float(value)
+                    entry[1] += weight
+    return [{name: value / weight for name, (value, weight) in found.items()} for found in sums]
 
 
 def accuracy_over_clients(of_label: Tensor, counts: Tensor) -> dict[str, float]:
@@ -93,7 +105,7 @@ def nhsic_plane(
     part = Part(model, None, None, None, source, active=(), held=tuple(params))
     probe = moved(probe, residents.device)
     with residents[model].holding(part, moved(params, residents.device)) as (runner, _), torch.no_grad():
-        seen = [runner.features(batch, problem, tuple(cuts)) for batch in _slices(probe, residents.device)]
+        seen = [runner.features(batch, problem, tuple(cuts)) for _, batch in _slices(probe, residents.device)]
         mask = problem.mask(probe)
 
         def kernel(pieces: Iterable[Tensor]) -> Tensor:
@@ -121,9 +133,13 @@ def nhsic_plane(
     ]
 
 
-def _slices(examples: Batch, device: torch.device) -> Iterator[Batch]:
+def _slices(examples: Batch, device: torch.device) -> Iterator[tuple[int, Batch]]:
+    """Pieces of the examples, and the row with which each begins."""
     for start in range(0, num_rows(examples), EVALUATION_BATCH):
-        yield moved({name: column[start : start + EVALUATION_BATCH] for name, column in examples.items()}, device)
+        yield (
+            start,
+            moved({name: column[start : start + EVALUATION_BATCH] for name, column in examples.items()}, device),
+        )
 
 
 def stratified_rows(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ from scalefl.run_folder import RunFolder
 from scalefl.units import mib, privacy
 
 if TYPE_CHECKING:
-    from scalefl.experiment import RunProgress
+    from scalefl.bookkeeping import RunProgress
 
 PLAIN_WIDTH = 120
 """Columns where the output is no terminal and nobody says how wide it is."""

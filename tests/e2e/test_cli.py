@@ -29,12 +29,13 @@ from scalefl import bench
 from scalefl.checkpoint import load_deployed, load_state, save_state
 from scalefl.cli import app
 from scalefl.config import load_config
-from scalefl.experiment import Experiment, run_rounds
+from scalefl.experiment import Experiment
 from scalefl.export import state_dict
 from scalefl.models.cnn import cnn
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Classification
+from scalefl.runner import run_rounds
 from scalefl.types import ServerState
 from support import has_all, identical, in_mlflow, in_tensorboard, shared_fields
 

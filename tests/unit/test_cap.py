@@ -31,13 +31,14 @@ from scalefl.config import EngineConfig
 from scalefl.costs import step_cost
 from scalefl.engines.local import LocalEngine
 from scalefl.errors import BudgetError, ConfigError
-from scalefl.experiment import Experiment, run, run_rounds
+from scalefl.experiment import Experiment
 from scalefl.loop import federate
 from scalefl.measure import cap_refusal, limited, start_peak, usable_bytes
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.record import MEASURED, RoundRecord
 from scalefl.run_folder import RunFolder
+from scalefl.runner import run, run_rounds
 from scalefl.sampling import UniformSampler
 from scalefl.types import ClientLoss, ServerState
 from support import (

@@ -14,12 +14,12 @@ from scalefl.client import Residents, holding, make_optimizer, train_batch
 from scalefl.engines.gauge import CudaGauge, device_of
 from scalefl.engines.local import LocalEngine
 from scalefl.errors import ConfigError
-from scalefl.experiment import run
 from scalefl.mentor import Mentor, MentorLoss
 from scalefl.models.output import OutputSpec, light_targets
 from scalefl.params import moved
 from scalefl.prefix import prefix_of
 from scalefl.rng import rng_state, seeded, set_rng_state
+from scalefl.runner import run
 from scalefl.steps import span_step
 from scalefl.types import LocalWork, Means, Step
 

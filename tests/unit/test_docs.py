@@ -12,9 +12,9 @@ from test_experiment import settings
 
 from scalefl.comparison import Compare, load_comparison
 from scalefl.config import Config, convert, load_config, make_config
-from scalefl.experiment import run
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models import BUILT_IN
+from scalefl.runner import run
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]

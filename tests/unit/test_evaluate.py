@@ -9,10 +9,12 @@ import torch
 
 import support
 from scalefl.client import Residents
-from scalefl.evaluate import PERMUTATIONS, nhsic_plane
+from scalefl.evaluate import EVALUATION_BATCH, PERMUTATIONS, evaluate, evaluate_groups, nhsic_plane
 from scalefl.hsic import nhsic
 from scalefl.models.skeleton import tensors
 from scalefl.partition import partition
+from scalefl.parts import PartRunner
+from scalefl.problem import take
 
 
 def plane(num_samples: int, seed: int = 0) -> list[dict[str, float | str]]:
@@ -51,3 +53,24 @@ def test_the_baseline_is_a_mean_of_permutations():
     assert statistics.fmean(baselines) == pytest.approx(statistics.fmean(single), abs=0.02)
     spread = statistics.stdev(single) / PERMUTATIONS**0.5
     assert statistics.stdev(baselines) == pytest.approx(spread, rel=0.6)
+
+
+def test_groups_of_examples_are_measured_in_one_pass(monkeypatch):
+    model, count = support.spec(), 2 * EVALUATION_BATCH + 7
+    params, examples = tensors(model.build(0)), support.examples_of(3, count)
+    labels = examples["label"]
+    groups = [torch.arange(count), torch.tensor([0, 130, count - 1]), (labels == 1).nonzero().flatten()]
+    wanted = [evaluate(Residents(), model, params, support.PROBLEM, take(examples, rows)) for rows in groups]
+    seen, call = [], PartRunner.__call__
+
+    def counted(self, batch, *rest, **more):
+        seen.append(len(batch["label"]))
+        return call(self, batch, *rest, **more)
+
+    monkeypatch.setattr(PartRunner, "__call__", counted)
+    found = evaluate_groups(
+        Residents(), model, params, support.PROBLEM, examples, [*groups, torch.tensor([], dtype=int)]
+    )
+    assert seen == [EVALUATION_BATCH, EVALUATION_BATCH, 7]
+    assert found[:3] == [pytest.approx(metrics, rel=1e-5) for metrics in wanted]
+    assert found[3] == {}, "nothing was measured"

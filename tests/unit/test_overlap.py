@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from test_trial import settings
 
-import scalefl.experiment
+import scalefl.bookkeeping
 from scalefl.errors import CheckpointError
-from scalefl.experiment import Experiment, run, run_rounds
+from scalefl.experiment import Experiment
 from scalefl.run_folder import RunFolder
+from scalefl.runner import run, run_rounds
 
 BESIDE = {"workers": 2, "threads": 1}
 
@@ -51,17 +52,17 @@ def test_what_was_trained_is_kept_when_the_caller_stops(tmp_path):
 
 @pytest.mark.parametrize("bad_round", [1, 3])
 def test_a_disk_that_fills_ends_the_run_and_what_was_saved_is_whole(tmp_path, monkeypatch, bad_round):
-    append: Callable[..., None] = scalefl.experiment._append
+    append: Callable[..., None] = scalefl.bookkeeping.append
 
     def fails(path: Path, line: dict[str, Any]) -> None:
         if line["round"] == bad_round:
             raise CheckpointError("cannot write: No space left on device")
         append(path, line)
 
-    monkeypatch.setattr(scalefl.experiment, "_append", fails)
+    monkeypatch.setattr(scalefl.bookkeeping, "append", fails)
     with pytest.raises(CheckpointError, match="No space left"):
         run(settings(rounds=3, engine=BESIDE), tmp_path / "run")
-    monkeypatch.setattr(scalefl.experiment, "_append", append)
+    monkeypatch.setattr(scalefl.bookkeeping, "append", append)
     assert json.loads((tmp_path / "run" / "journal.jsonl").read_text().splitlines()[-1])["round"] == bad_round - 1
     run(settings(rounds=3, engine=BESIDE), tmp_path / "run", resume=True)
     run(settings(rounds=3, engine=BESIDE), tmp_path / "whole")

@@ -28,7 +28,7 @@ from scalefl.engines.local import LocalEngine
 from scalefl.engines.messages import Failure, Offer, Update, unpack
 from scalefl.engines.remote import RemoteEngine
 from scalefl.errors import ConfigError, EmptyCohort
-from scalefl.experiment import Experiment, run, run_rounds
+from scalefl.experiment import Experiment
 from scalefl.loop import federate
 from scalefl.methods import METHODS, PRESETS
 from scalefl.privacy import Mechanism, NoisyTotal, Privacy, check_plan, check_private, epsilon, holders
@@ -38,6 +38,7 @@ from scalefl.report.comparison import read_results, tables, write
 from scalefl.report.tables import comparison, summary_table
 from scalefl.rng import NORMAL_LIMIT, normal, random_bytes
 from scalefl.run_folder import RunFolder, read_json
+from scalefl.runner import run, run_rounds
 from scalefl.sampling import UniformSampler, everybody
 from scalefl.terminal import _described
 from scalefl.tracking import figures
@@ -604,10 +605,12 @@ def test_clients_elsewhere_are_asked_for_no_more_and_keep_the_rate_of_the_start(
 
     rounds = begun()
     next(rounds)
-    rounds.close()
+    rounds.close()  # the second round was under way, and is kept
     assert all(client["num_examples"] is None for client in read_json(RunFolder(tmp_path / "run").clients)["clients"])
     lab.present = [100, 101]
-    assert [progress.line["privacy"]["epsilon"] for progress in begun()] == [epsilon(0.5, 1.0, 1e-3, n) for n in (2, 3)]
+    assert [progress.line["round"] for progress in begun()] == [3]
+    spent = [line["privacy"]["epsilon"] for line in RunFolder(tmp_path / "run").read_journal()[1:]]
+    assert spent == [epsilon(0.5, 1.0, 1e-3, n) for n in (1, 2, 3)]
     summary = read_json(RunFolder(tmp_path / "run").summary)
     assert summary["privacy"]["releases"] == 3 and "num_clients_seen" not in summary
 

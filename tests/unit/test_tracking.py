@@ -21,9 +21,10 @@ from test_experiment import make_data, settings
 from scalefl.comparison import load_comparison
 from scalefl.config import to_plain
 from scalefl.errors import ConfigError, RoundFailed
-from scalefl.experiment import Experiment, run, run_rounds
+from scalefl.experiment import Experiment
 from scalefl.problem import Classification
 from scalefl.run_folder import RunFolder
+from scalefl.runner import run, run_rounds
 from scalefl.tracking import Destination, figures
 from support import PROBLEM, MadeData, has_all, in_mlflow, in_tensorboard, mlflow_run
 
@@ -327,7 +328,7 @@ def test_an_unknown_destination_is_named():
 
 def test_nothing_is_imported_where_nothing_is_tracked(tmp_path):
     code = (
-        "import sys; from test_experiment import settings; from scalefl.experiment import run;"
+        "import sys; from test_experiment import settings; from scalefl.runner import run;"
         f"run(settings('200%', rounds=1), {str(tmp_path / 'run')!r});"
         "sys.exit(len({'tensorboard', 'mlflow', 'torch.utils.tensorboard'} & sys.modules.keys()))"
     )

@@ -13,9 +13,10 @@ from scalefl.config import make_config, to_plain
 from scalefl.engines.local import LocalEngine
 from scalefl.engines.trial import Crew, by_trial, described, makespan, most_workers
 from scalefl.errors import ConfigError
-from scalefl.experiment import Experiment, run
+from scalefl.experiment import Experiment
 from scalefl.loop import federate
 from scalefl.methods.fedavg import FedAvg
+from scalefl.runner import run
 from scalefl.sampling import UniformSampler
 from scalefl.types import LocalWork
 from support import PROBLEM, Clients, MadeData, full_bytes, spec

@@ -11,8 +11,9 @@ from scalefl.config import make_config
 from scalefl.engines.flower.grid import GridLink
 from scalefl.engines.flower.server import refusing_app, server_app
 from scalefl.engines.remote import RemoteEngine
-from scalefl.experiment import Experiment, run_rounds
+from scalefl.experiment import Experiment
 from scalefl.problem import Problem
+from scalefl.runner import run_rounds
 
 
 def main(link: GridLink, settings: Mapping[str, Any]) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from scalefl.bookkeeping import RunProgress
 from scalefl.config import Config, make_config, overridden, read_settings, to_plain
 from scalefl.deployment.layout import CONNECTION, Deployment
 from scalefl.deployment.programs import ProgramFailed, Say, ask, ask_flower
 from scalefl.errors import ConfigError, ScaleFLError
-from scalefl.experiment import RunProgress, check_same
 from scalefl.run_folder import RunFolder
+from scalefl.runner import check_same
 
 _POLL_SECONDS, _STATUS_SECONDS = 0.5, 10.0
 
