@@ -32,7 +32,7 @@ Such values are finite, but one client that sends them is enough to end the run.
 """
 VARIANCE = "running_var"
 """How torch's batch norms call theirs. A negative one is finite, and has every evaluation give NaN."""
-PIECE = 2**15
+PIECE = 2**17
 
 
 @dataclass
@@ -67,6 +67,17 @@ class Total:
         for name, tensor in params.items():
             self._add(name, tensor, weight, coords[name], largest[name])
 
+    @property
+    def scale(self) -> float:
+        """What weights are divided by, so that sums stay in range."""
+        return self._scale
+
+    def merge(self, name: str, fine: Tensor, weight: int) -> None:
+        """Add a sum that `add_fine` has made elsewhere of whole tensors, and their weight."""
+        total = self._sums.setdefault(name, self._zero(name, windowed=False))
+        total.fine += fine
+        total.weight += weight
+
     def mean(self, base: Params) -> dict[str, Tensor]:
         """The mean of every tensor that moved; coordinates that nobody trained keep the bits of `base`."""
         return {name: self._mean(base[name], total) for name, total in self._sums.items()}
@@ -83,7 +94,7 @@ class Total:
         elif window is not None and not isinstance(total.weight, Tensor):
             total.weight = torch.full(total.fine.shape, total.weight, dtype=torch.int64)
         if window is None and largest <= FINE_LIMIT:
-            _add_fine(total.fine, tensor, weight / self._scale / FINE)
+            add_fine(total.fine, tensor, weight, self._scale)
             total.weight += weight
             return
         value = tensor.to(torch.float64, copy=True).mul_(weight / self._scale)
@@ -115,12 +126,23 @@ class Total:
         return _cast(value / (total.weight / unit), base.dtype)
 
 
-def _add_fine(total: Tensor, tensor: Tensor, factor: float) -> None:
-    """total += round(tensor · factor), in pieces that stay in the processor's cache."""
-    flat, added = total.view(-1), tensor.detach().reshape(-1)
-    for start in range(0, len(flat), PIECE):
-        piece = added[start : start + PIECE].to(torch.float64, copy=True)
-        flat[start : start + PIECE] += piece.mul_(factor).round_()
+def add_fine(total: Tensor, tensor: Tensor, weight: int, scale: float, *, is_first: bool = False) -> None:
+    """Add x·w/W, rounded to the fine grid, in pieces that stay in the processor's cache.
+
+    Args:
+        total: the sum, float64, in whole steps of the grid.
+        tensor: x, of the same shape, finite and at most `FINE_LIMIT` in size.
+        weight, scale: w and W.
+        is_first: whether what is in `total` does not count.
+    """
+    factor = weight / scale / FINE
+    sums, pieces = (torch.split(t.reshape(-1), PIECE) for t in (total, tensor.detach()))
+    for sum_, piece in zip(sums, pieces, strict=True):
+        rounded = piece.to(torch.float64, copy=True).mul_(factor).round_()
+        if is_first:
+            sum_.copy_(rounded)
+        else:
+            sum_.add_(rounded)
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,10 +16,16 @@ from scalefl.models.spec import ModelSpec
 from scalefl.params import CPU, LazyParams, Params, moved, num_bytes, select
 from scalefl.parts import PartRunner, Resident, Taps
 from scalefl.prefix import Prefix, from_input, prefix_of
-from scalefl.problem import Batch, Problem, num_rows, take
+from scalefl.problem import Batch, Problem, Weighted, num_rows, take
 from scalefl.rng import RngState, derive, generator, rng_state, seeded, set_rng_state
 from scalefl.sgd import SGD
 from scalefl.types import OWN, ClientTask, ClientUpdate, Means, Method, Objective, Receipt, Step
+
+Sums = dict[str, Weighted]
+"""Metrics, summed over examples, with the weights to divide them by."""
+
+EARLY_BYTES = 2**20
+"""Of a parameter whose gradient had better be applied at once; hooks for many small ones cost more than they save."""
 
 
 class Residents:
@@ -99,20 +105,17 @@ def _train(
     seed: int,
 ) -> dict[str, tuple[float, float]]:
     """Train through all epochs; return the last epoch's loss and accuracy as (sum, weight)."""
-    sums: dict[str, list[Tensor | int]] = {}
+    sums: Sums = {}
     with contextlib.ExitStack() as stack:
         runner, trained = stack.enter_context(holding(residents[step.part.model], step, params))
         prefix = stack.enter_context(prefix_of(step, runner, examples, problem, residents.device))
         optimizer = make_optimizer(trained, step, params, early=not residents.measured)
         for epoch in range(step.work.epochs):
-            sums = {}
+            told = epoch == step.work.epochs - 1
             for batch, rows in _batches(examples, step.work.batch_size, derive(seed, "epoch", epoch), problem):
                 batch = moved(batch, residents.device)
-                found = train_batch(runner, optimizer, batch, problem, objective, step.means, prefix, rows)
-                for name, (value, weight) in found.items():
-                    entry = sums.setdefault(name, [0, 0])
-                    entry[0] = entry[0] + value
-                    entry[1] = entry[1] + weight
+                found = train_batch(runner, optimizer, batch, problem, objective, step.means, prefix, rows, told=told)
+                _accumulate(sums, found)
         optimizer.settle()
     return {name: (float(value), float(weight)) for name, (value, weight) in sums.items()}
 
@@ -163,16 +166,17 @@ def holding(resident: Resident, step: Step, params: Params) -> Iterator[tuple[Pa
 def make_optimizer(trained: Mapping[str, nn.Parameter], step: Step, params: Params, *, early: bool = False) -> SGD:
     """The optimizer of a step. Gradients that are accumulated cannot be applied as they come.
 
-    Where they can, they are if the means say so, or if it may be `early`: the same numbers, and a few per cent faster,
-    since a gradient that has just been made is still in the processor's cache.
+    Where they can, they are if the means say so; those of large parameters also if it may be `early`: the same numbers,
+    and a few per cent faster, since a gradient that has just been made is still in the processor's cache.
     """
     early = early and not step.means.recompute and not step.work.clip_norm
+    least_bytes = 0 if step.means.free_gradients else EARLY_BYTES if early else None
     return SGD(
         trained,
         step.work,
         feddyn=step.feddyn,
         drift={name: params[OWN + name] for name in trained} if step.feddyn else None,
-        in_backward=(step.means.free_gradients or early) and not step.splits,
+        in_backward=None if step.splits else least_bytes,
     )
 
 
@@ -185,7 +189,9 @@ def train_batch(
     means: Means,
     prefix: Prefix = from_input,
     rows: Tensor | None = None,
-) -> dict[str, tuple[Tensor, int]]:
+    *,
+    told: bool = True,
+) -> Sums:
     """One optimizer step on one batch, in micro-batches where `means` says so; returns summed metrics.
 
     Args:
@@ -195,11 +201,12 @@ def train_batch(
         means: how.
         prefix: gives the frozen prefix's features; by default everything runs from the input.
         rows: which of the client's the examples are, [B]; only a cached prefix asks.
+        told: whether anybody asks for metrics.
     """
     optimizer.zero_grad()
     rows = torch.arange(num_rows(batch)) if rows is None else rows
     micros = _micro_batches(batch, rows, means.micro_batch_size or num_rows(batch))
-    sums: dict[str, tuple[Tensor, int]] = {}
+    sums: Sums = {}
     pull = None
     if len(micros) > 1 and objective.coupled:
         pull = _pull_of_batch(runner, batch, micros, problem, objective, prefix)
@@ -220,8 +227,9 @@ def train_batch(
         logits = taps.logits.detach()
         del taps, loss, coupled, value
         runner.complete_backward()
-        with torch.no_grad():
-            _accumulate(sums, problem.metrics(logits, micro))
+        if told:
+            with torch.no_grad():
+                _accumulate(sums, problem.metrics(logits, micro))
         del logits
     if total_weight not in (divisor, 0):
         # Weights were known only when all micro-batches had run.
@@ -288,10 +296,10 @@ def _pull_of_batch(
     return _Pull(gradients, weight, states)
 
 
-def _accumulate(sums: dict[str, tuple[Tensor, int]], more: Mapping[str, tuple[Tensor, int]]) -> None:
+def _accumulate(sums: Sums, more: Mapping[str, Weighted]) -> None:
     for name, (value, weight) in more.items():
-        before, weight_before = sums.get(name, (torch.zeros_like(value), 0))
-        sums[name] = (before + value, weight_before + weight)
+        before = sums.get(name)
+        sums[name] = (before[0] + value, before[1] + weight) if before else (value, weight)
 
 
 def _batches(examples: Batch, size: int, seed: int, problem: Problem) -> Iterator[tuple[Batch, Tensor]]:

@@ -18,13 +18,17 @@ from scalefl.privacy import Mechanism, NoisyTotal, check_plan, check_private
 from scalefl.record import PrivateRecord, RoundRecord, Tally
 from scalefl.sampling import Sampler
 from scalefl.types import (
+    Adding,
     ClientInfo,
     ClientLoss,
+    ClientTask,
+    ClientUpdate,
     Collects,
     Coords,
     Engine,
     Method,
     Population,
+    Reduces,
     RoundPlan,
     ServerState,
 )
@@ -183,9 +187,12 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan,
         (task, {**extract(state.params, plan.coords[task.client_id]), **plan.own.get(task.client_id, {})})
         for task in plan.longest_first()
     )
-    for answer in engine.fit(method, orders):
+    for answer in _answers(method, engine, orders, plan, total):
         if isinstance(answer, ClientLoss):
             tally.lose(_explained(answer, plan))
+            continue
+        if answer.is_added:
+            tally.add(answer)
             continue
         task, coords = tasks[answer.client_id], plan.coords[answer.client_id]
         try:
@@ -202,6 +209,35 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan,
         total.add(params, _weight(plan, answer.num_examples), coords, sizes)
         tally.add(answer)
     return tally
+
+
+def _answers(
+    method: Method,
+    engine: Engine,
+    orders: Iterator[tuple[ClientTask, Params]],
+    plan: RoundPlan,
+    total: Total | NoisyTotal,
+) -> Iterator[ClientUpdate | ClientLoss]:
+    if isinstance(engine, Reduces) and isinstance(total, Total):
+        return engine.fit_into(method, orders, _Reduction(plan, total))
+    return engine.fit(method, orders)
+
+
+class _Reduction:
+    """A round's total, for engines that add up themselves what needs no knowledge of the plan."""
+
+    def __init__(self, plan: RoundPlan, total: Total) -> None:
+        self._plan, self._total = plan, total
+        self.merge = total.merge
+
+    def adding(self, client_id: int) -> Adding | None:
+        """See `Reduction`."""
+        plan = self._plan
+        windows = (*plan.coords[client_id].values(), *plan.counting.get(client_id, {}).values())
+        if plan.own.get(client_id) or any(window is not None for window in windows):
+            return None
+        num_examples = plan.clients[client_id].num_examples
+        return Adding(1 if plan.is_uniform else None, num_examples, self._total.scale)
 
 
 def _counting(params: Params, coords: Coords, counting: Coords) -> tuple[Params, Coords]:

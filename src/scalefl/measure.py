@@ -71,8 +71,14 @@ def worker_environment(*, measured: bool = True, capped: bool = False) -> dict[s
     is measured.
     """
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-    memory = TIGHT_MALLOC if measured else _ROOMY_MALLOC
+    memory = TIGHT_MALLOC if measured else {**_ROOMY_MALLOC, **_huge_pages()}
     return {**os.environ, "PYTHONPATH": path, **memory, **(_NO_KERNELS_KEPT | _SMALL_SEGMENTS if capped else {})}
+
+
+def _huge_pages() -> dict[str, str]:
+    """Has glibc, from 2.35 on, ask for huge pages, of which a processor finds more at once: 2 to 5 % of CPU time."""
+    before = os.environ.get("GLIBC_TUNABLES")
+    return {"GLIBC_TUNABLES": ":".join(filter(None, (before, "glibc.malloc.hugetlb=1")))}
 
 
 @functools.cache

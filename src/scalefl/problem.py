@@ -201,10 +201,15 @@ class Classification:
     def _normalised(self, x: Tensor) -> Tensor:
         if x.is_floating_point():
             return x
-        shape = (-1, *([1] * (x.ndim - 2)))
-        mean = torch.tensor(self.mean, device=x.device).view(shape)
-        std = torch.tensor(self.std, device=x.device).view(shape)
+        mean, std = (_of_channels(values, x) for values in (self.mean, self.std))
         return x.float().div_(255).sub_(mean).div_(std)
+
+
+def _of_channels(values: tuple[float, ...], x: Tensor) -> Tensor | float:
+    """One number for all channels of x [B, C, ...], or one for each."""
+    if len(values) == 1:
+        return values[0]
+    return torch.tensor(values, device=x.device).view(-1, *([1] * (x.ndim - 2)))
 
 
 def _random_crop(images_BCHW: Tensor, padding: int, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,8 @@ class SGD:
         work: lr, momentum, weight_decay, clip_norm and prox.
         feddyn: α of FedDyn; 0 turns it off.
         drift: h of FedDyn, for each parameter: changed in place by `settle`.
-        in_backward: update each parameter when its gradient is complete, and free that; the numbers are the same.
+        in_backward: update each parameter of so many bytes or more when its gradient is complete, and free that; the
+            numbers are the same. None: all at once, in `step`.
 
     Raises:
         ConfigError: `in_backward` with clipping, which needs all gradients at once.
@@ -38,9 +39,9 @@ class SGD:
         *,
         feddyn: float = 0.0,
         drift: Params | None = None,
-        in_backward: bool = False,
+        in_backward: int | None = None,
     ) -> None:
-        if in_backward and work.clip_norm:
+        if in_backward is not None and work.clip_norm:
             raise ConfigError("clip_norm needs all gradients at once: they cannot be applied during backward")
         self._names, self._parameters = list(parameters), list(parameters.values())
         self._work = work
@@ -50,7 +51,8 @@ class SGD:
         self._drift = [drift[name] for name in self._names] if drift else None
         self._hooks: list[RemovableHandle] = [
             p.register_post_accumulate_grad_hook(self._applying(i))  # type: ignore[no-untyped-call]
-            for i, p in enumerate(self._parameters if in_backward else ())
+            for i, p in enumerate(self._parameters)
+            if in_backward is not None and p.nbytes >= in_backward
         ]
 
     @property

@@ -364,7 +364,8 @@ class Receipt:
 class ClientUpdate:
     """What a client sends back: exactly the moving tensors, its weight in the mean, and sums of its metrics.
 
-    Of a private task the weight is 1, and there are no metrics and no seconds.
+    Of a private task the weight is 1, and there are no metrics and no seconds. If `is_added`, the tensors are not here:
+    the engine has added them up (see `Reduces`).
     """
 
     client_id: int
@@ -372,6 +373,7 @@ class ClientUpdate:
     num_examples: int
     metrics: Mapping[str, tuple[float, float]]
     receipt: Receipt
+    is_added: bool = False
 
 
 @dataclass(frozen=True)
@@ -591,4 +593,41 @@ class Engine(Protocol):
 
         The tensors of an update are the caller's only until it asks for the next.
         """
+        ...
+
+
+class Adding(NamedTuple):
+    """How the tensors of a client enter the mean, where they are whole and all of them count.
+
+    Attributes:
+        weight: of the client; None: its number of examples.
+        num_examples: that it was planned with: it may not claim more.
+        scale: what weights are divided by, a power of 2.
+    """
+
+    weight: int | None
+    num_examples: int
+    scale: float
+
+
+class Reduction(Protocol):
+    """What an engine that adds updates up itself needs to know, and where its sums go."""
+
+    def adding(self, client_id: int) -> Adding | None:
+        """How a client's update enters; None where that is the caller's to do."""
+        ...
+
+    def merge(self, name: str, fine: Tensor, weight: int) -> None:
+        """Take in a sum of whole numbers, as `scalefl.aggregate.add_fine` makes them, and that of its weights."""
+        ...
+
+
+@runtime_checkable
+class Reduces(Engine, Protocol):
+    """What an engine has beside, if its workers add updates up where these are."""
+
+    def fit_into(
+        self, method: Method, orders: Iterable[tuple[ClientTask, Params]], reduction: Reduction
+    ) -> Iterator[ClientUpdate | ClientLoss]:
+        """As `fit`, but some updates are checked and added up already, and merged when the iterator ends."""
         ...

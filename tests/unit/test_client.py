@@ -285,15 +285,32 @@ def test_the_order_differs_between_epochs():
 
     @dataclass(frozen=True)
     class Watched(Classification):
-        def metrics(self, output: Tensor, batch: Batch) -> dict[str, Weighted]:
+        def inputs(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
             seen.append(batch["label"].tolist())
-            return {}
+            return super().inputs(batch)
 
     examples = {**examples_of(0, 16), "label": torch.arange(16) % 3}
     step = full_step(spec(), Watched(3, PROBLEM.columns), replace(WORK, epochs=3, batch_size=16))
     seen.clear()
     run(examples, problem=Watched(3, PROBLEM.columns), step=step, params=initial_params(spec(), 0))
     assert len(seen) == 3 and seen[0] != seen[1] != seen[2] and seen[0] != examples["label"].tolist()
+
+
+def test_metrics_are_taken_in_the_last_epoch_only():
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Watched(Classification):
+        def metrics(self, output: Tensor, batch: Batch) -> dict[str, Weighted]:
+            seen.append(len(batch["label"]))
+            return super().metrics(output, batch)
+
+    problem = Watched(3, PROBLEM.columns)
+    step = full_step(spec(), problem, replace(WORK, epochs=3, batch_size=8))
+    seen.clear()
+    update = run(examples_of(0, 20), problem=problem, step=step, params=initial_params(spec(), 0))
+    assert seen == [8, 8, 4]
+    assert update.metrics["accuracy"][1] == update.metrics["loss"][1] == 20
 
 
 def test_the_global_generators_are_as_before():

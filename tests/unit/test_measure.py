@@ -65,10 +65,17 @@ def page_faults(*arguments: str, **environment: str) -> int:
 
 def test_memory_that_is_kept_is_not_cleared_again():
     pages = 10 * 24 * 2**20 // 4096
-    assert page_faults() > pages / 4, "what the setting is for"
     assert page_faults("kept") < pages / 100
     assert page_faults(**worker_environment(measured=False)) < pages / 100
     assert page_faults(**worker_environment()) > pages / 4, "what is measured gives memory back"
+
+
+def test_workers_ask_for_huge_pages_beside_what_the_user_has_set(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert worker_environment(measured=False)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    assert worker_environment(measured=False)["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    assert worker_environment()["GLIBC_TUNABLES"] == "glibc.malloc.check=0", "what is measured is as small as can be"
 
 
 LIGHT = """

@@ -6,8 +6,10 @@ import errno
 import gc
 import os
 import pickle
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,25 @@ import torch
 
 import scalefl.engines.local
 import scalefl.engines.shared
+from scalefl.aggregate import Total
 from scalefl.engines.local import LocalEngine
 from scalefl.engines.shared import Arena, Board, Desk, Reader
-from support import Clients, MadeData, children, full_bytes, identical, make_method, play
+from scalefl.errors import RoundFailed
+from scalefl.loop import _Reduction
+from scalefl.methods.fedavg import FedAvg
+from support import (
+    PROBLEM,
+    WORK,
+    Clients,
+    MadeData,
+    children,
+    comparable,
+    full_bytes,
+    identical,
+    make_method,
+    play,
+    spec,
+)
 
 DATA = MadeData([9, 12, 10, 8])
 CLIENTS = Clients(DATA, (10 * full_bytes(),))
@@ -148,18 +166,138 @@ def test_a_worker_that_dies_once_costs_nobody(monkeypatch):
         wanted, _ = play(make_method("fedavg"), here, 2)
     before = set(children())
     with LocalEngine(DATA, CLIENTS, workers=2) as beside:
-        engine_fit, killed = beside.fit, []
+        engine_fit, killed = beside.fit_into, []
 
-        def fit(method, orders):
-            for answer in engine_fit(method, orders):
+        def fit(*arguments):
+            for answer in engine_fit(*arguments):
                 if not killed:
                     killed.extend(set(children()) - before)
                     for pid in killed:
                         os.kill(pid, 9)
                 yield answer
 
-        monkeypatch.setattr(beside, "fit", fit)
+        monkeypatch.setattr(beside, "fit_into", fit)
         states, records = play(make_method("fedavg"), beside, 2)
     assert len(killed) == 2
     assert [record.lost for record in records] == [[], []]
     assert identical(states[-1].params, wanted[-1].params)
+
+
+@pytest.fixture
+def adding(monkeypatch) -> None:
+    """Two workers are enough for them to add up themselves."""
+    monkeypatch.setattr(scalefl.engines.local, "ADDING_WORKERS", 2)
+
+
+class Watched(LocalEngine):
+    """Notes whose updates came added up."""
+
+    def fit_into(self, *arguments):
+        for answer in super().fit_into(*arguments):
+            self.added = {**getattr(self, "added", {}), answer.client_id: getattr(answer, "is_added", None)}
+            yield answer
+
+
+def both_ways(method, data=DATA, clients=CLIENTS, **more):
+    """What rounds give here and beside, and who was added up by workers."""
+    with LocalEngine(data, clients) as here:
+        wanted = play(method, here, 2, **more)
+    with Watched(data, clients, workers=2) as beside:
+        return play(method, beside, 2, **more), wanted, beside.added
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "fedavg"}, {"name": "scalefl", "blocks": ["0", "1"]}, {"name": "scalefl-paper", "blocks": ["0", "1"]}],
+    ids=str,
+)
+def test_workers_that_add_up_change_no_bit(adding, method):
+    (states, records), (wanted, wanted_records), added = both_ways(make_method(**method))
+    assert identical(states[-1].params, wanted[-1].params)
+    assert [comparable(record) for record in records] == [comparable(record) for record in wanted_records]
+    assert list(added.values()) == [True] * 4
+
+
+def test_windows_are_left_to_the_server(adding):
+    clients = Clients(DATA, (10 * full_bytes(), int(0.7 * full_bytes())))
+    method = make_method("heterofl", rates=[1.0, 0.5], statistics="running", own_classes=False)
+    (states, records), (wanted, _), added = both_ways(method, clients=clients, model=spec())
+    assert len(records[0].rungs) == 2
+    assert identical(states[-1].params, wanted[-1].params)
+    assert set(added.values()) == {True, False}, "those that hold the whole model, and the others"
+
+
+def test_few_workers_leave_it_to_the_server():
+    _, _, added = both_ways(make_method("fedavg"))
+    assert list(added.values()) == [False] * 4
+
+
+def test_large_values_are_left_to_the_server(adding):
+    """They need a second grid."""
+    state = make_method("fedavg").init(spec(), PROBLEM, seed=0, smallest_memory_bytes=10 * full_bytes())
+    name = next(name for name, t in state.params.items() if t.ndim == 1 and t.is_floating_point())
+    state = replace(state, params={**state.params, name: torch.full_like(state.params[name], 40.0)})
+    (states, records), (wanted, _), added = both_ways(make_method("fedavg"), state=state)
+    assert [record.lost for record in records] == [[], []]
+    assert identical(states[-1].params, wanted[-1].params) and not any(added.values())
+
+
+def test_a_client_that_diverged_is_not_added(adding):
+    work = replace(WORK, lr=1e6)
+    with LocalEngine(DATA, CLIENTS) as here, pytest.raises(RoundFailed) as wanted:
+        play(make_method("fedavg", work=work), here, 1)
+    with LocalEngine(DATA, CLIENTS, workers=2) as beside, pytest.raises(RoundFailed) as found:
+        play(make_method("fedavg", work=work), beside, 1)
+    assert str(found.value) == str(wanted.value)
+
+
+@dataclass(frozen=True)
+class DiesAdding(FedAvg):
+    """A method that ends the worker it comes to in the middle of an addition, once."""
+
+    mark: str = ""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        worker = sys.modules["__main__"]
+        add = worker.add_fine
+
+        def dies(total, tensor, *more, **rest):
+            add(total, tensor, *more, **rest)
+            after = Path(self.mark)
+            if rest["is_first"] or after.exists():
+                return
+            after.touch()
+            total.fill_(1e9)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        worker.add_fine = dies
+
+
+def test_what_a_worker_had_added_when_it_died_adding_is_done_again(adding, tmp_path):
+    data = MadeData([9, 12, 10, 8, 11, 7])
+    clients = Clients(data, (10 * full_bytes(),))
+    with LocalEngine(data, clients) as here:
+        wanted, wanted_records = play(make_method("fedavg"), here, 2, cohort=6)
+    usual = make_method("fedavg")
+    method = DiesAdding(**{f.name: getattr(usual, f.name) for f in fields(usual)}, mark=str(tmp_path / "died"))
+    with LocalEngine(data, clients, workers=2) as beside:
+        states, records = play(method, beside, 2, cohort=6)
+    assert (tmp_path / "died").exists()
+    assert identical(states[-1].params, wanted[-1].params)
+    assert [comparable(record) for record in records] == [comparable(record) for record in wanted_records]
+
+
+def test_sums_are_given_back_when_the_caller_gives_up(adding):
+    with LocalEngine(DATA, CLIENTS, workers=2) as beside:
+        method = make_method("fedavg")
+        states, _ = play(method, beside, 1)
+        plan = method.plan(states[0], [CLIENTS[i] for i in range(4)])
+        total = Total(states[0].params, sum(DATA.sizes))
+        orders = ((task, {n: t.clone() for n, t in states[0].params.items()}) for task in plan.tasks)
+        answers = beside.fit_into(method, orders, _Reduction(plan, total))
+        next(answers)
+        answers.close()
+        assert total.mean(states[0].params) == {}, "half a round is none"
+        again, _ = play(method, beside, 2)
+    assert identical(again[1].params, states[1].params)

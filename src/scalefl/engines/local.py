@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import wait
@@ -23,33 +24,52 @@ from scalefl.data import FederatedData
 from scalefl.data.population import PopulationView
 from scalefl.engines.gauge import device_of
 from scalefl.engines.order import Cap, Order
-from scalefl.engines.shared import Arena, Board, Desk, can_share
+from scalefl.engines.shared import Arena, Board, Desk, Ledger, can_share
 from scalefl.engines.wire import Channel, InMemory
 from scalefl.engines.worker import cap_hit, logged, lost, run_safely, says_out_of_memory
 from scalefl.errors import ConfigError
 from scalefl.measure import keep_freed_memory, usable_bytes, worker_environment
 from scalefl.params import Params
 from scalefl.problem import Batch, Problem
-from scalefl.types import ClientInfo, ClientLoss, ClientTask, ClientUpdate, Method, Population, Receipt
+from scalefl.types import (
+    Adding,
+    ClientInfo,
+    ClientLoss,
+    ClientTask,
+    ClientUpdate,
+    Method,
+    Population,
+    Receipt,
+    Reduction,
+)
 
 _log = logging.getLogger("scalefl")
 
+ADDING_WORKERS = 4
+"""From so many workers on, each adds its clients up itself.
+
+To add a client with a layer of two million weights takes this process 2 to 3 ms, and a worker 60 to train it with 50
+examples. For two workers it is no matter who adds; twenty would wait for this process.
+"""
+
 
 class _Given(NamedTuple):
-    """A task with all that it needs; `again` if a worker has died over it."""
+    """A task with all that it needs; `again` if a worker has died over it, `is_told` if its update has been yielded."""
 
     task: ClientTask
     params: Params
     examples: Batch
     again: bool = False
+    is_told: bool = False
 
 
 class _Job(NamedTuple):
-    """A worker, what it does, and where, if it shares memory."""
+    """A worker, what it does, where, if it shares memory, and how it adds up what comes of it, if it does."""
 
     worker: _Worker
     given: _Given
     desk: Desk | None
+    adding: Adding | None
 
     def clear(self) -> None:
         """Nobody works on it or looks at what came of it any more."""
@@ -72,7 +92,53 @@ class _Queue:
 
     def put_back(self, given: _Given) -> None:
         """It is to be done again."""
-        self._again.append(given._replace(again=True))
+        self._again.append(given)
+
+
+class _Sums:
+    """What workers add up themselves in a round: a ledger and the tasks in it for each.
+
+    Args:
+        arena: where ledgers lie.
+        reduction: how updates enter, and where all goes in the end.
+    """
+
+    def __init__(self, arena: Arena, reduction: Reduction) -> None:
+        self.adding = reduction.adding
+        self._arena, self._merge = arena, reduction.merge
+        self._ledgers: dict[_Worker, Ledger] = {}
+        self._tasks: dict[_Worker, list[tuple[ClientTask, Params]]] = defaultdict(list)
+
+    def ledger(self, worker: _Worker) -> Ledger:
+        """Of a worker, which may have been restarted.
+
+        Raises:
+            OSError: the system has no memory left.
+        """
+        if worker not in self._ledgers:
+            self._ledgers[worker] = Ledger(self._arena)
+        return self._ledgers[worker]
+
+    def note(self, job: _Job, weight: int) -> None:
+        """A worker has added its update."""
+        self._ledgers[job.worker].note(job.given.task.moving, weight)
+        self._tasks[job.worker].append((job.given.task, job.given.params))
+
+    def lost(self, worker: _Worker) -> list[tuple[ClientTask, Params]]:
+        """The tasks whose updates went with a worker that died: none, unless it was just adding one."""
+        ledger = self._ledgers.get(worker)
+        return self._tasks.pop(worker, []) if ledger is not None and ledger.spoilt() else []
+
+    def merge(self) -> None:
+        """Everything is done."""
+        for ledger in self._ledgers.values():
+            for name, fine, weight in ledger.sums():
+                self._merge(name, fine, weight)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for ledger in self._ledgers.values():
+            ledger.close()
 
 
 def check_cap(cap: Cap, workers: int) -> None:
@@ -166,7 +232,18 @@ class LocalEngine:
 
     def fit(self, method: Method, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[ClientUpdate | ClientLoss]:
         """Run the tasks; results come as they are ready."""
-        return self._fit_here(method, orders) if self._num_workers == 0 else self._fit_beside(method, orders)
+        return self._fit_here(method, orders) if self._num_workers == 0 else self._fit_beside(method, orders, None)
+
+    def fit_into(
+        self, method: Method, orders: Iterable[tuple[ClientTask, Params]], reduction: Reduction
+    ) -> Iterator[ClientUpdate | ClientLoss]:
+        """Run the tasks; where many workers share memory, they add up what comes of them, merged at the end."""
+        if self._board is None or self._num_workers < ADDING_WORKERS:
+            yield from self.fit(method, orders)
+            return
+        with contextlib.closing(_Sums(self._board.arena, reduction)) as sums:
+            yield from self._fit_beside(method, orders, sums)
+            sums.merge()
 
     def _fit_here(
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]]
@@ -175,7 +252,7 @@ class LocalEngine:
             if isinstance(order, ClientLoss):
                 yield order
                 continue
-            task, params, examples, _ = order
+            task, params, examples, *_ = order
             # Frozen tensors stay the server's; what training changes is copied, into memory that clients share in turn.
             own = {n: self._own_copy(n, t) if n in task.moving else t.to(self._device) for n, t in params.items()}
             yield run_safely(method, self._data.problem, self._residents, task, own, examples)
@@ -187,14 +264,14 @@ class LocalEngine:
         return held.copy_(tensor)
 
     def _fit_beside(
-        self, method: Method, orders: Iterable[tuple[ClientTask, Params]]
+        self, method: Method, orders: Iterable[tuple[ClientTask, Params]], sums: _Sums | None
     ) -> Iterator[ClientUpdate | ClientLoss]:
         workers = self._started()
         queue = _Queue(self._prepared(orders))
         busy: dict[int, _Job] = {}
         try:
             for worker in workers:
-                yield from self._give(worker, method, queue, busy)
+                yield from self._give(worker, method, queue, busy, sums)
             while busy:
                 for ready in wait(list(busy)):
                     job = busy.pop(ready)  # type: ignore[arg-type]
@@ -202,9 +279,11 @@ class LocalEngine:
                         done.callback(job.clear)
                         answer = job.worker.answer(job)
                         if answer is None:
-                            queue.put_back(job.given)
-                        yield from self._give(job.worker, method, queue, busy)
-                        if answer is not None:
+                            queue.put_back(job.given._replace(again=True))
+                        if sums is not None:
+                            self._reckon(job, answer, queue, sums)
+                        yield from self._give(job.worker, method, queue, busy, sums)
+                        if answer is not None and not job.given.is_told:
                             yield answer
         finally:
             # The caller gave up in the middle: an answer to an old task must not meet the next round.
@@ -214,25 +293,38 @@ class LocalEngine:
                 if job.worker in self._workers:  # the engine may have been left before its iterator was closed
                     self._workers.remove(job.worker)
 
-    def _give(self, worker: _Worker, method: Method, queue: _Queue, busy: dict[int, _Job]) -> Iterator[ClientLoss]:
+    def _reckon(self, job: _Job, answer: ClientUpdate | ClientLoss | None, queue: _Queue, sums: _Sums) -> None:
+        """Note what a worker has added; what was lost with one that died is to be done again."""
+        if isinstance(answer, ClientUpdate) and answer.is_added:
+            assert job.adding is not None
+            sums.note(job, answer.num_examples if job.adding.weight is None else job.adding.weight)
+        for task, params in sums.lost(job.worker):
+            queue.put_back(_Given(task, params, self._data.examples(task.client_id), is_told=True))
+
+    def _give(
+        self, worker: _Worker, method: Method, queue: _Queue, busy: dict[int, _Job], sums: _Sums | None
+    ) -> Iterator[ClientLoss]:
         """Give a worker the next order; yield clients on the way whose data could not be had."""
         for given in queue:
             if isinstance(given, ClientLoss):
                 yield given
                 continue
             cap_bytes = self._clients[given.task.client_id].memory_bytes if self._cap == "hard" else None
-            job = _Job(worker, given, self._desk(given))
+            job = self._job(worker, given, sums)
             worker.send(method, self._data.problem, cap_bytes, job)
             busy[worker.channel.fileno()] = job
             return
 
-    def _desk(self, given: _Given) -> Desk | None:
+    def _job(self, worker: _Worker, given: _Given, sums: _Sums | None) -> _Job:
         if self._board is None:
-            return None
+            return _Job(worker, given, None, None)
+        adding = sums.adding(given.task.client_id) if sums is not None else None
         try:
-            return Desk(self._board, given.params, given.task.moving, given.examples)
+            ledger = sums.ledger(worker) if sums is not None and adding is not None else None
+            desk = Desk(self._board, given.params, given.task.moving, given.examples, ledger)
         except OSError:  # no memory left to share: its tensors are sent
-            return None
+            return _Job(worker, given, None, None)
+        return _Job(worker, given, desk, adding)
 
     def _started(self) -> list[_Worker]:
         while len(self._workers) < self._num_workers:
@@ -274,9 +366,10 @@ class _Worker:
     def send(self, method: Method, problem: Problem, cap_bytes: int | None, job: _Job) -> None:
         """Give it a task; if it does not live to take it, `answer` tells."""
         self._cap_bytes = cap_bytes
-        task, params, examples, _ = job.given
+        task, params, examples, *_ = job.given
         brief = job.desk.brief if job.desk else None
-        order, tensors = Order(method, problem, task, cap_bytes, brief), [] if brief else [examples, params]
+        order = Order(method, problem, task, cap_bytes, brief, job.adding)
+        tensors = [] if brief else [examples, params]
         try:
             self.wait()
             self.channel.send(order, *tensors)
@@ -310,8 +403,10 @@ class _Worker:
             incoming.receive(params)
         except (EOFError, OSError):
             return self._died(job.given)
-        client_id, num_examples, metrics, receipt = incoming.header
+        client_id, num_examples, metrics, receipt, is_added = incoming.header
         assert isinstance(receipt, Receipt)
+        if is_added:
+            return ClientUpdate(client_id, {}, num_examples, metrics, receipt, is_added=True)
         return ClientUpdate(client_id, job.desk.results() if job.desk else params, num_examples, metrics, receipt)
 
     def stop(self) -> None:

@@ -12,7 +12,7 @@ import mmap
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,11 +48,22 @@ Sheets = dict[str, Sheet]
 
 
 class Brief(NamedTuple):
-    """What a task works on: a client's examples, what the server sends, and room for what training changes of it."""
+    """What a task works on.
+
+    Attributes:
+        examples: the client's.
+        params: what the server sends.
+        own: room for what training changes of it.
+        sums: where that is added up, if it may be, and by what names it is the first there.
+        is_adding: where 1 says that sums are being changed.
+    """
 
     examples: Sheets
     params: Sheets
     own: Sheets
+    sums: Sheets
+    first: frozenset[str]
+    is_adding: Sheet | None
 
 
 def can_share() -> bool:
@@ -93,9 +104,10 @@ class Arena:
         self.tensor(sheet).copy_(tensor)
         return sheet
 
-    def room_for(self, tensor: Tensor) -> Sheet:
-        """Memory for a tensor of the same shape; what is in it is of no use."""
-        return Sheet(self.lend(tensor.nbytes), tuple(tensor.shape), tensor.dtype)
+    def room_for(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Sheet:
+        """Memory for a tensor of the same shape, and of the same dtype by default; what is in it is of no use."""
+        dtype = dtype or tensor.dtype
+        return Sheet(self.lend(tensor.numel() * dtype.itemsize), tuple(tensor.shape), dtype)
 
     def tensor(self, sheet: Sheet) -> Tensor:
         """The tensor on a sheet, not copied."""
@@ -158,10 +170,66 @@ class Board:
         self.arena.take_back(self._known.pop(key).sheet.place)
 
 
+class Ledger:
+    """What one worker has added up in a round, in shared memory.
+
+    Args:
+        arena: where it lies.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._sums: dict[str, Sheet] = {}
+        self._weights: dict[str, int] = {}
+        self.is_adding = arena.put(torch.zeros((), dtype=torch.int64))
+
+    def sheets(self, params: Params) -> Sheets:
+        """Where tensors of these shapes are added up.
+
+        Raises:
+            OSError: the system has no memory left.
+        """
+        for name, tensor in params.items():
+            if name not in self._sums:
+                self._sums[name] = self._arena.room_for(tensor, torch.float64)
+        return {name: self._sums[name] for name in params}
+
+    @property
+    def begun(self) -> frozenset[str]:
+        """What has been added to."""
+        return frozenset(self._weights)
+
+    def note(self, names: Iterable[str], weight: int) -> None:
+        """Something of that weight has been added."""
+        for name in names:
+            self._weights[name] = self._weights.get(name, 0) + weight
+
+    def spoilt(self) -> bool:
+        """Whether whoever adds has been stopped in the middle of it; then what was added is forgotten."""
+        is_adding = self._arena.tensor(self.is_adding)
+        if not is_adding:
+            return False
+        is_adding.zero_()
+        self._weights.clear()
+        return True
+
+    def sums(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Each tensor's sum, not copied, and its weight."""
+        for name, weight in self._weights.items():
+            yield name, self._arena.tensor(self._sums[name]), weight
+
+    def close(self) -> None:
+        """Nobody adds, or looks at the sums, any more."""
+        for sheet in (*self._sums.values(), self.is_adding):
+            self._arena.take_back(sheet.place)
+
+
 class Desk:
     """What one task works on in shared memory, until it is closed."""
 
-    def __init__(self, board: Board, params: Params, moving: Iterable[str], examples: Batch) -> None:
+    def __init__(
+        self, board: Board, params: Params, moving: Iterable[str], examples: Batch, ledger: Ledger | None = None
+    ) -> None:
         """Lay it out.
 
         Args:
@@ -169,13 +237,19 @@ class Desk:
             params: what is sent; the caller keeps the tensors for as long as the task may run.
             moving: what of it training changes.
             examples: the client's.
+            ledger: where whoever works here may add up what comes of it.
 
         Raises:
             OSError: the system has no memory left.
         """
         self._arena = arena = board.arena
-        self.brief = Brief({}, {}, {})
+        self.brief = Brief({}, {}, {}, {}, frozenset(), None)
         try:
+            if ledger is not None:
+                sums = ledger.sheets({name: params[name] for name in moving})
+                self.brief = self.brief._replace(
+                    sums=sums, first=frozenset(sums) - ledger.begun, is_adding=ledger.is_adding
+                )
             for name, column in examples.items():
                 self.brief.examples[name] = arena.put(column)
             for name in sorted(moving):

@@ -14,19 +14,21 @@ from typing import cast
 
 import torch
 
+from scalefl.aggregate import FINE_LIMIT, add_fine, check
 from scalefl.client import Residents, run_task
 from scalefl.engines.gauge import Gauge, NoGauge, cap_refusal, device_of, gauge_of
 from scalefl.engines.order import Cap, Order
 from scalefl.engines.shared import Brief, Reader
 from scalefl.engines.spool import MappedExamples, TaskParams
 from scalefl.engines.wire import Channel, Incoming
+from scalefl.errors import BadUpdate
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import CPU, Params, moved
 from scalefl.parts import Part
 from scalefl.problem import Batch, Classification, Column, Problem
-from scalefl.types import ClientLoss, ClientTask, ClientUpdate, LocalWork, Method, Objective, Receipt, Step
+from scalefl.types import Adding, ClientLoss, ClientTask, ClientUpdate, LocalWork, Method, Objective, Receipt, Step
 from scalefl.units import mib
 
 _log = logging.getLogger("scalefl")
@@ -103,14 +105,36 @@ def _answer_in_place(order: Order, brief: Brief, residents: Residents, reader: R
     for name, tensor in answer.params.items():
         if tensor is not own[name]:  # it has been on another device
             own[name].copy_(tensor)
-    return replace(answer, params={})
+    if order.adding is None:
+        return replace(answer, params={})
+    return _added(replace(answer, params=own), order, order.adding, brief, params, reader)
+
+
+def _added(
+    update: ClientUpdate, order: Order, adding: Adding, brief: Brief, sent: Params, reader: Reader
+) -> ClientUpdate | ClientLoss:
+    """The update without its tensors: they have been added up, or are large, and left to the server to add."""
+    assert brief.is_adding is not None
+    try:
+        sizes = check(order.task, update, sent, adding.num_examples)
+    except BadUpdate as error:
+        return logged(ClientLoss(update.client_id, order.task.round, f"{error.name}: {error.why}", update.receipt))
+    if max(sizes.values()) > FINE_LIMIT:
+        return replace(update, params={})
+    weight = update.num_examples if adding.weight is None else adding.weight
+    sums, is_adding = reader.read(brief.sums), reader.read({"": brief.is_adding})[""]
+    is_adding.fill_(1)
+    for name, total in sums.items():
+        add_fine(total, update.params[name], weight, adding.scale, is_first=name in brief.first)
+    is_adding.fill_(0)
+    return replace(update, params={}, is_added=True)
 
 
 def _answer(
     incoming: Incoming, residents: Residents, gauge: Gauge, files: contextlib.ExitStack
 ) -> ClientUpdate | ClientLoss:
     """What comes of a task; what it uploads lies in `files` as long as they are open."""
-    method, problem, task, cap_bytes, _ = incoming.header
+    method, problem, task, cap_bytes, *_ = incoming.header
     try:
         try:
             # Examples and the code of the model are what a client has anyway: the task is what comes on top.
@@ -139,7 +163,8 @@ def _answer(
 
 def _send(channel: Channel, answer: ClientUpdate | ClientLoss) -> None:
     if isinstance(answer, ClientUpdate):
-        channel.send((answer.client_id, answer.num_examples, answer.metrics, answer.receipt), answer.params)
+        about = (answer.client_id, answer.num_examples, answer.metrics, answer.receipt, answer.is_added)
+        channel.send(about, answer.params)
     else:
         channel.send(answer)
 
