@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms bench-privacy bench-precision bench-engine bench-memory bench-flower bench-speed
+.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-target bench-tuning bench-tenth bench-norms bench-privacy bench-precision bench-engine bench-memory bench-flower bench-speed bench-target
 
 help:
 	@echo "make demo       run the main job: three methods on 50 simulated clients, under 3 minutes"
 	@echo "make test       the tests (make test-full adds the slow ones, test-hosts only those on network namespaces)"
 	@echo "make check      lint, types, import contracts"
 	@echo "make format     format the code"
-	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -accuracy, -tuning, -tenth, -norms, -privacy, -precision, -engine, -memory, -flower, -speed"
+	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -target, -accuracy, -tuning, -tenth, -norms, -privacy, -precision, -engine, -memory, -flower, -speed"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ScaleFL needs Python 3.11 or newer")'
@@ -51,7 +51,7 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Experiments: minutes to hours; small results are committed in docs/benchmarks. SCALEFL_DATA names the data folder.
-bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-tuning bench-tenth bench-norms bench-privacy bench-precision: bench-%: $(STAMP)
+bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-target bench-tuning bench-tenth bench-norms bench-privacy bench-precision: bench-%: $(STAMP)
 	$(BIN)/scalefl compare benchmarks/$*.toml --out docs/benchmarks/$*
 
 bench-memory: $(STAMP)

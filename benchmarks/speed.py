@@ -273,8 +273,9 @@ def _prose(options: argparse.Namespace) -> list[str]:
         "at every 0.2 s; in PSS what is shared counts once.",
         "",
         "*Bare loops*: `torch.optim.SGD` in two processes, every other user of a cohort each, weights in one vector, "
-        "one all-reduce a round, examples as bytes mapped from a file: no framework does less. *Freed memory kept*: "
-        "with glibc told to keep what is freed, as ScaleFL tells its workers. *pfl-research*: `FederatedAveraging` in "
+        "one all-reduce a round, examples as bytes mapped from a file: no framework does less. *Tuned*: with glibc told "
+        "to keep what is freed and to ask for huge pages, as ScaleFL tells its workers. *Channels last*: behind the first "
+        'convolution; ScaleFL by `work.memory_format = "channels_last"`. *pfl-research*: `FederatedAveraging` in '
         "a `SimulatedBackend`, users as float32 tensors in memory as in its own benchmarks, weighted by examples and "
         "balanced between processes by them; it does not shuffle, and in its first round it also evaluates each user "
         "before and after. Its processes: torchrun's, two that train, and with each of these one that draws cohorts.",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,10 +32,13 @@ class ConvUnit(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=not norm)
         self.norm = nn.GroupNorm(outputs // 4, outputs) if norm else nn.Identity()
         self.relu, self.pool = relu, pool
+        # torch's own first convolution of few channels corrupts memory where its input lies so.
+        self.turns = inputs < 8 and bool(os.environ.get("CHANNELS_LAST"))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C', H', W']."""
-        x = self.norm(self.conv(x))
+        x = self.conv(x)
+        x = self.norm(x.contiguous(memory_format=torch.channels_last) if self.turns else x)
         x = F.relu(x, inplace=True) if self.relu else x
         return F.max_pool2d(x, 2) if self.pool else x
 

@@ -19,8 +19,14 @@ from speed_peers.family import Family
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""Has glibc keep freed memory, as ScaleFL does in its workers."""
+TUNED = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+"""Has glibc keep freed memory and ask for huge pages, as ScaleFL does in its workers."""
+LAST = {"CHANNELS_LAST": "1"}
+"""Has programs lay images out with the channels last, behind the first convolution."""
 
 QUIET = {
     "OMP_NUM_THREADS": "1",
@@ -64,8 +70,18 @@ PROGRAMS = {
     for program in (
         Program("scalefl", "ScaleFL, 2 workers", ("{bin}/python", "{here}/with_scalefl.py")),
         Program("bare", "bare loops", ("{bin}/python", "{here}/bare.py")),
+        Program("bare-tuned", "bare loops, tuned", ("{bin}/python", "{here}/bare.py"), more=(*TUNED.items(),)),
         Program(
-            "bare-kept", "bare loops, freed memory kept", ("{bin}/python", "{here}/bare.py"), more=(*KEPT.items(),)
+            "scalefl-last",
+            "ScaleFL, 2 workers, channels last",
+            ("{bin}/python", "{here}/with_scalefl.py"),
+            more=(*LAST.items(),),
+        ),
+        Program(
+            "bare-last",
+            "bare loops, tuned, channels last",
+            ("{bin}/python", "{here}/bare.py"),
+            more=(*TUNED.items(), *LAST.items()),
         ),
         Program(
             "pfl",

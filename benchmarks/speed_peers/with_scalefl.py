@@ -5,6 +5,7 @@ python with_scalefl.py FOLDER
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -51,7 +52,9 @@ class Run:
         )
         clients = SimulatedPopulation(data, Devices(classes=(everything,)), 2**40, seed=0)
         names = ("batch_size", "epochs", "lr", "momentum")
-        self._method = FedAvg(work=LocalWork(weight_decay=0, **{name: settings[name] for name in names}))
+        lies = "channels_last" if os.environ.get("CHANNELS_LAST") else "contiguous"
+        work = LocalWork(weight_decay=0, memory_format=lies, **{name: settings[name] for name in names})
+        self._method = FedAvg(work=work)
         state = self._method.init(model, data.problem, seed=0, smallest_memory_bytes=2**40)
         self._task, self._data, self._clients = task, data, clients
         self._state = replace(state, params=task.start())

@@ -65,7 +65,7 @@ def uneven(users: int, smallest: int, ratio: int, batch_size: int) -> tuple[int,
 
 CNN = ("cnn", "scalefl.models.cnn:cnn", ())
 RESNET = ("resnet10", "scalefl.models.resnet:resnet10", (("width", 0.25), ("norm", "group")))
-RESIDENT = ("bare", "bare-kept", "pfl", "scalefl")
+RESIDENT = ("bare", "bare-tuned", "bare-last", "pfl", "scalefl", "scalefl-last")
 
 WORKS = (
     Work(

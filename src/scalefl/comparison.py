@@ -37,7 +37,7 @@ class Compare:
 
     Args:
         seeds: each variant runs once with each.
-        target_accuracy: on validation data, up to which simulated seconds are counted; None: the highest that every
+        target_accuracy: on validation data, up to which seconds are counted; None: the highest that every
             variant of a scenario reaches.
         validation_only: leave test figures out of tables, for choices that must not depend on them.
     """

@@ -85,7 +85,7 @@ def figures(run: Run, target: float | None, equal_flops: float) -> dict[str, flo
 
     Args:
         run: of a comparison.
-        target: the validation accuracy up to which simulated seconds are counted.
+        target: the validation accuracy up to which seconds are counted.
         equal_flops: of all clients, at which validation accuracy is read.
     """
     summary = run.summary or {}
@@ -107,7 +107,8 @@ def figures(run: Run, target: float | None, equal_flops: float) -> dict[str, flo
         "bytes_up": summary.get("bytes_up"),
         "seconds": summary.get("seconds"),
         "simulated_seconds": summary.get("simulated_seconds"),
-        "seconds_to_target": _seconds_to(run, target),
+        "seconds_to_target": _spent_until(run, target, "simulated_seconds"),
+        "here_to_target": _spent_until(run, target, "seconds"),
     }
 
 
@@ -123,14 +124,18 @@ UNITS = {"rounds": 1.0, "flops": 1e12, "bytes": float(MIB), "seconds": 1.0}
 
 def curve(run: Run, axis: str) -> list[tuple[float, float]]:
     """Validation accuracy over one of `AXES`, at each round that was evaluated."""
-    added = AXES[axis][1]
+    return _over(run, AXES[axis][1])
+
+
+def _over(run: Run, added: Callable[[Mapping[str, Any]], float]) -> list[tuple[float, float]]:
     spent = accumulate(added(line) if line["round"] else 0.0 for line in run.journal)
     found = [measured(line.get("validation"), "accuracy") for line in run.journal]
     return [(x, accuracy) for x, accuracy in zip(spent, found, strict=True) if accuracy is not None]
 
 
-def _seconds_to(run: Run, target: float | None) -> float | None:
-    reached = next((x for x, y in curve(run, "seconds") if target is not None and y >= target), None)
+def _spent_until(run: Run, target: float | None, what: str) -> float | None:
+    points = _over(run, lambda line: float(line.get(what, math.nan)))
+    reached = next((x for x, y in points if target is not None and y >= target), None)
     return None if reached is None else _known(reached)
 
 
@@ -182,7 +187,8 @@ COLUMNS: Mapping[str, tuple[str, float]] = {
     "bytes_up": ("up\nMiB", MIB),
     "seconds": ("here\ns", 1.0),
     "simulated_seconds": ("devices\ns", 1.0),
-    "seconds_to_target": ("to target\ns", 1.0),
+    "seconds_to_target": ("to target,\ndevices s", 1.0),
+    "here_to_target": ("to target,\nhere s", 1.0),
 }
 """The heading of each figure, and its unit."""
 SPREAD = ("test", "low_memory", "p10", "validation", "at_equal_flops")
