@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-target bench-tuning bench-tenth bench-norms bench-privacy bench-precision bench-engine bench-memory bench-flower bench-speed bench-target
+.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-target bench-tuning bench-tenth bench-norms bench-privacy bench-precision bench-engine bench-memory bench-flower bench-speed
 
 help:
 	@echo "make demo       run the main job: three methods on 50 simulated clients, under 3 minutes"
@@ -66,4 +66,4 @@ bench-flower: $(STAMP) bench-precision
 
 # Makes an environment for each peer on first use (2.5 GB), in ~/.cache/scalefl-speed; needs a quiet machine.
 bench-speed: $(STAMP)
-	for what in peers stages formats scaling; do $(BIN)/python benchmarks/speed.py $$what --out docs/benchmarks || exit 1; done
+	for what in peers stages formats tried scaling; do $(BIN)/python benchmarks/speed.py $$what --out docs/benchmarks || exit 1; done

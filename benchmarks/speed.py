@@ -1,6 +1,6 @@
 """How fast the local engine is: beside other simulators and bare loops, on the same work.
 
-    python benchmarks/speed.py peers|stages|formats|scaling --out docs/benchmarks
+    python benchmarks/speed.py peers|stages|formats|tried|scaling --out docs/benchmarks
 
 Each command writes its section and CSV files to OUT/speed/, and puts the sections together as OUT/speed.md. This
 process imports neither torch nor scalefl: what is measured shares no memory with it.
@@ -31,7 +31,7 @@ from speed_peers.programs import HERE, PROGRAMS, QUIET, Environments, Resident
 from speed_peers.works import CHECK, WORKS, Work
 
 MIB = 2**20
-ORDER = ("peers", "stages", "formats", "scaling")
+ORDER = ("peers", "stages", "formats", "tried", "scaling")
 
 # Beside other simulators.
 
@@ -273,9 +273,10 @@ def _prose(options: argparse.Namespace) -> list[str]:
         "at every 0.2 s; in PSS what is shared counts once.",
         "",
         "*Bare loops*: `torch.optim.SGD` in two processes, every other user of a cohort each, weights in one vector, "
-        "one all-reduce a round, examples as bytes mapped from a file: no framework does less. *Tuned*: with glibc told "
-        "to keep what is freed and to ask for huge pages, as ScaleFL tells its workers. *Channels last*: behind the first "
-        'convolution; ScaleFL by `work.memory_format = "channels_last"`. *pfl-research*: `FederatedAveraging` in '
+        "one all-reduce a round, examples as bytes mapped from a file: no framework does less. *Tuned*: with glibc "
+        "told to keep what is freed and to ask for huge pages, as ScaleFL tells its workers. *Channels last*: behind "
+        'the first convolution; ScaleFL by `work.memory_format = "channels_last"`. *pfl-research*: '
+        "`FederatedAveraging` in "
         "a `SimulatedBackend`, users as float32 tensors in memory as in its own benchmarks, weighted by examples and "
         "balanced between processes by them; it does not shuffle, and in its first round it also evaluates each user "
         "before and after. Its processes: torchrun's, two that train, and with each of these one that draws cohorts.",
@@ -397,6 +398,27 @@ def formats(folder: Path, options: argparse.Namespace) -> None:
         share = f"{last['time']:.2f} ({last['time_low']:.2f}-{last['time_high']:.2f})"
         lines.append(f"| {first['model']} | {first['milliseconds_a_batch']:.1f} | {share} |")
     _write_section(folder, "formats", "\n".join([*lines, "", _machine_and_versions()]))
+
+
+def tried(folder: Path, options: argparse.Namespace) -> None:
+    rows = _rows_of("speed_tried.py", "--repeats", str(options.repeats))
+    _write_rows(folder / "tried.csv", rows)
+    lines = [
+        "## What else was tried",
+        "",
+        "Other ways to take the same SGD steps, in plain PyTorch, of the CPU time of plain ones (`torch.optim.SGD` "
+        "with momentum, client after client): the models of A and B, one thread, freed memory kept; median of "
+        f"{options.repeats} turns with the quartiles. The first four clients with `torch.compile`: CPU seconds, "
+        "compilation included.",
+        "",
+        "| model | way | time, of plain steps | first clients, CPU s |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        share = f"{row['time']:.2f} ({row['time_low']:.2f}-{row['time_high']:.2f})"
+        first = f"{row['first_seconds']:.0f}" if row["first_seconds"] else ""
+        lines.append(f"| {row['model']} | {row['way']} | {share} | {first} |")
+    _write_section(folder, "tried", "\n".join([*lines, "", _machine_and_versions()]))
 
 
 def _shares(values: Sequence[float]) -> str:
@@ -523,6 +545,7 @@ COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "peers": peers,
     "stages": stages,
     "formats": formats,
+    "tried": tried,
     "scaling": scaling,
 }
 

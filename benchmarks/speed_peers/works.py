@@ -102,7 +102,7 @@ WORKS = (
         lr=0.1,
         momentum=0.0,
         turn=1,
-        programs=RESIDENT,
+        programs=("bare", "bare-tuned", "pfl", "scalefl"),
     ),
 )
 

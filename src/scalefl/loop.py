@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-import torch
-
-from scalefl.aggregate import Total, check
+from scalefl.aggregate import Total, check, largest
 from scalefl.coords import extract, take, within
 from scalefl.data.population import PopulationView
 from scalefl.errors import BadUpdate, EmptyCohort, RoundFailed
@@ -165,7 +164,7 @@ def _tightened(state: ServerState, plan: RoundPlan, tally: Tally) -> Mapping[int
 def _check_finite(before: ServerState, after: ServerState) -> None:
     """Refuse a state that a server optimizer has driven out of range: updates themselves are checked one by one."""
     for name, tensor in after.params.items():
-        if tensor is not before.params.get(name) and not bool(torch.isfinite(tensor).all()):
+        if tensor is not before.params.get(name) and not math.isfinite(largest(tensor)):
             raise RoundFailed(
                 f"round {after.round}: {name} is no longer finite after the server's step: lower server.lr"
             )

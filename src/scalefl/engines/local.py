@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import wait
 from types import TracebackType
@@ -78,21 +78,49 @@ class _Job(NamedTuple):
 
 
 class _Queue:
-    """What is to be done: orders as they are drawn, and first those that are to be done again."""
+    """What is to be done: one task is laid out before a worker falls free, so that it need not wait for that.
 
-    def __init__(self, orders: Iterator[_Given | ClientLoss]) -> None:
-        self._orders = orders
+    Args:
+        orders: drawn when needed; after those that are to be done again.
+        lay_out: puts what a task works on into shared memory, if there is any.
+    """
+
+    def __init__(self, orders: Iterator[_Given | ClientLoss], lay_out: Callable[[_Given], Desk | None]) -> None:
+        self._orders, self._lay_out = orders, lay_out
         self._again: list[_Given] = []
+        self._next: tuple[_Given, Desk | None] | None = None
+        self._losses: list[ClientLoss] = []
 
-    def __iter__(self) -> Iterator[_Given | ClientLoss]:
-        return self
+    def prepare(self) -> None:
+        """Have the next task ready, if there is one."""
+        while self._next is None:
+            order = self._again.pop() if self._again else next(self._orders, None)
+            if order is None:
+                return
+            if isinstance(order, ClientLoss):
+                self._losses.append(order)
+            else:
+                self._next = order, self._lay_out(order)
 
-    def __next__(self) -> _Given | ClientLoss:
-        return self._again.pop() if self._again else next(self._orders)
+    def take(self) -> tuple[_Given, Desk | None] | None:
+        """The next task; None where all are done, or under way."""
+        self.prepare()
+        taken, self._next = self._next, None
+        return taken
+
+    def losses(self) -> list[ClientLoss]:
+        """Clients whose data could not be had, each told once."""
+        told, self._losses = self._losses, []
+        return told
 
     def put_back(self, given: _Given) -> None:
         """It is to be done again."""
         self._again.append(given)
+
+    def close(self) -> None:
+        """No more is asked for."""
+        if self._next is not None and (desk := self._next[1]) is not None:
+            desk.close()
 
 
 class _Sums:
@@ -267,12 +295,14 @@ class LocalEngine:
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]], sums: _Sums | None
     ) -> Iterator[ClientUpdate | ClientLoss]:
         workers = self._started()
-        queue = _Queue(self._prepared(orders))
+        queue = _Queue(self._prepared(orders), self._desk)
         busy: dict[int, _Job] = {}
         try:
             for worker in workers:
-                yield from self._give(worker, method, queue, busy, sums)
+                self._give(worker, method, queue, busy, sums)
             while busy:
+                queue.prepare()
+                yield from queue.losses()
                 for ready in wait(list(busy)):
                     job = busy.pop(ready)  # type: ignore[arg-type]
                     with contextlib.ExitStack() as done:
@@ -282,10 +312,12 @@ class LocalEngine:
                             queue.put_back(job.given._replace(again=True))
                         if sums is not None:
                             self._reckon(job, answer, queue, sums)
-                        yield from self._give(job.worker, method, queue, busy, sums)
+                        self._give(job.worker, method, queue, busy, sums)
                         if answer is not None and not job.given.is_told:
                             yield answer
+            yield from queue.losses()
         finally:
+            queue.close()
             # The caller gave up in the middle: an answer to an old task must not meet the next round.
             for job in busy.values():
                 job.worker.stop()
@@ -301,30 +333,30 @@ class LocalEngine:
         for task, params in sums.lost(job.worker):
             queue.put_back(_Given(task, params, self._data.examples(task.client_id), is_told=True))
 
-    def _give(
-        self, worker: _Worker, method: Method, queue: _Queue, busy: dict[int, _Job], sums: _Sums | None
-    ) -> Iterator[ClientLoss]:
-        """Give a worker the next order; yield clients on the way whose data could not be had."""
-        for given in queue:
-            if isinstance(given, ClientLoss):
-                yield given
-                continue
-            cap_bytes = self._clients[given.task.client_id].memory_bytes if self._cap == "hard" else None
-            job = self._job(worker, given, sums)
-            worker.send(method, self._data.problem, cap_bytes, job)
-            busy[worker.channel.fileno()] = job
+    def _give(self, worker: _Worker, method: Method, queue: _Queue, busy: dict[int, _Job], sums: _Sums | None) -> None:
+        """Give a worker the next task, if there is one."""
+        taken = queue.take()
+        if taken is None:
             return
+        given, desk = taken
+        adding = sums.adding(given.task.client_id) if sums is not None and desk is not None else None
+        if sums is not None and desk is not None and adding is not None:
+            try:
+                desk.add_to(sums.ledger(worker), given.params, given.task.moving)
+            except OSError:  # no memory left to share: the server adds
+                adding = None
+        cap_bytes = self._clients[given.task.client_id].memory_bytes if self._cap == "hard" else None
+        job = _Job(worker, given, desk, adding)
+        worker.send(method, self._data.problem, cap_bytes, job)
+        busy[worker.channel.fileno()] = job
 
-    def _job(self, worker: _Worker, given: _Given, sums: _Sums | None) -> _Job:
+    def _desk(self, given: _Given) -> Desk | None:
         if self._board is None:
-            return _Job(worker, given, None, None)
-        adding = sums.adding(given.task.client_id) if sums is not None else None
+            return None
         try:
-            ledger = sums.ledger(worker) if sums is not None and adding is not None else None
-            desk = Desk(self._board, given.params, given.task.moving, given.examples, ledger)
+            return Desk(self._board, given.params, given.task.moving, given.examples)
         except OSError:  # no memory left to share: its tensors are sent
-            return _Job(worker, given, None, None)
-        return _Job(worker, given, desk, adding)
+            return None
 
     def _started(self) -> list[_Worker]:
         while len(self._workers) < self._num_workers:

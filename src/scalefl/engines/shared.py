@@ -227,9 +227,7 @@ class Ledger:
 class Desk:
     """What one task works on in shared memory, until it is closed."""
 
-    def __init__(
-        self, board: Board, params: Params, moving: Iterable[str], examples: Batch, ledger: Ledger | None = None
-    ) -> None:
+    def __init__(self, board: Board, params: Params, moving: Iterable[str], examples: Batch) -> None:
         """Lay it out.
 
         Args:
@@ -237,7 +235,6 @@ class Desk:
             params: what is sent; the caller keeps the tensors for as long as the task may run.
             moving: what of it training changes.
             examples: the client's.
-            ledger: where whoever works here may add up what comes of it.
 
         Raises:
             OSError: the system has no memory left.
@@ -245,11 +242,6 @@ class Desk:
         self._arena = arena = board.arena
         self.brief = Brief({}, {}, {}, {}, frozenset(), None)
         try:
-            if ledger is not None:
-                sums = ledger.sheets({name: params[name] for name in moving})
-                self.brief = self.brief._replace(
-                    sums=sums, first=frozenset(sums) - ledger.begun, is_adding=ledger.is_adding
-                )
             for name, column in examples.items():
                 self.brief.examples[name] = arena.put(column)
             for name in sorted(moving):
@@ -258,6 +250,15 @@ class Desk:
         except BaseException:
             self.close()
             raise
+
+    def add_to(self, ledger: Ledger, params: Params, moving: Iterable[str]) -> None:
+        """Have what comes of it added up by whoever works here.
+
+        Raises:
+            OSError: the system has no memory left.
+        """
+        sums = ledger.sheets({name: params[name] for name in moving})
+        self.brief = self.brief._replace(sums=sums, first=frozenset(sums) - ledger.begun, is_adding=ledger.is_adding)
 
     def results(self) -> dict[str, Tensor]:
         """What training has made of the moving tensors, not copied."""
