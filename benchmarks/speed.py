@@ -1,6 +1,6 @@
 """How fast the local engine is: beside other simulators and bare loops, on the same work.
 
-    python benchmarks/speed.py peers|stages|formats|tried|scaling --out docs/benchmarks
+    python benchmarks/speed.py peers|stages|formats|tried|profile|scaling --out docs/benchmarks
 
 Each command writes its section and CSV files to OUT/speed/, and puts the sections together as OUT/speed.md. This
 process imports neither torch nor scalefl: what is measured shares no memory with it.
@@ -31,7 +31,7 @@ from speed_peers.programs import HERE, PROGRAMS, QUIET, Environments, Resident
 from speed_peers.works import CHECK, WORKS, Work
 
 MIB = 2**20
-ORDER = ("peers", "stages", "formats", "tried", "scaling")
+ORDER = ("peers", "stages", "formats", "tried", "profile", "scaling")
 
 # Beside other simulators.
 
@@ -421,6 +421,27 @@ def tried(folder: Path, options: argparse.Namespace) -> None:
     _write_section(folder, "tried", "\n".join([*lines, "", _machine_and_versions()]))
 
 
+def profile(folder: Path, options: argparse.Namespace) -> None:
+    rows = _rows_of("speed_profile.py")
+    _write_rows(folder / "profile.csv", rows)
+    jobs = list(dict.fromkeys(row["job"] for row in rows))
+    shares = {(row["job"], row["kind"]): f"{100 * row['share']:.1f}" for row in rows}
+    lines = [
+        "## Where the time goes",
+        "",
+        "Rounds in one process, on one thread, by torch's profiler: shares of the process's CPU time, per cent, each "
+        "operation's own. *The demo*: `examples/demo.toml`, ScaleFL with its mentor, without evaluations. *Small "
+        "clients*: the model and the clients of A. What is called Python has the profiler's own work in it, which "
+        "makes it larger than it is.",
+        "",
+        f"| what | {' | '.join(jobs)} |",
+        f"|---|{'---|' * len(jobs)}",
+    ]
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    lines += [f"| {kind} | {' | '.join(shares.get((job, kind), '') for job in jobs)} |" for kind in kinds]
+    _write_section(folder, "profile", "\n".join([*lines, "", _machine_and_versions()]))
+
+
 def _shares(values: Sequence[float]) -> str:
     return " ".join(f"{value:.2f}" for value in values)
 
@@ -546,6 +567,7 @@ COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "stages": stages,
     "formats": formats,
     "tried": tried,
+    "profile": profile,
     "scaling": scaling,
 }
 

@@ -65,7 +65,8 @@ def uneven(users: int, smallest: int, ratio: int, batch_size: int) -> tuple[int,
 
 CNN = ("cnn", "scalefl.models.cnn:cnn", ())
 RESNET = ("resnet10", "scalefl.models.resnet:resnet10", (("width", 0.25), ("norm", "group")))
-RESIDENT = ("bare", "bare-tuned", "bare-last", "pfl", "scalefl", "scalefl-last")
+PLAIN = ("bare", "bare-tuned", "pfl", "scalefl")
+RESIDENT = (*PLAIN, "bare-last", "scalefl-last")
 
 WORKS = (
     Work(
@@ -90,7 +91,7 @@ WORKS = (
         lr=0.05,
         momentum=0.9,
         turn=1,
-        programs=RESIDENT,
+        programs=PLAIN,
     ),
     Work(
         "C",
@@ -102,7 +103,7 @@ WORKS = (
         lr=0.1,
         momentum=0.0,
         turn=1,
-        programs=("bare", "bare-tuned", "pfl", "scalefl"),
+        programs=PLAIN,
     ),
 )
 

@@ -126,23 +126,18 @@ class Total:
         return _cast(value / (total.weight / unit), base.dtype)
 
 
-def add_fine(total: Tensor, tensor: Tensor, weight: int, scale: float, *, is_first: bool = False) -> None:
+def add_fine(total: Tensor, tensor: Tensor, weight: int, scale: float) -> None:
     """Add x·w/W, rounded to the fine grid, in pieces that stay in the processor's cache.
 
     Args:
         total: the sum, float64, in whole steps of the grid.
         tensor: x, of the same shape, finite and at most `FINE_LIMIT` in size.
         weight, scale: w and W.
-        is_first: whether what is in `total` does not count.
     """
     factor = weight / scale / FINE
     sums, pieces = (torch.split(t.reshape(-1), PIECE) for t in (total, tensor.detach()))
     for sum_, piece in zip(sums, pieces, strict=True):
-        rounded = piece.to(torch.float64, copy=True).mul_(factor).round_()
-        if is_first:
-            sum_.copy_(rounded)
-        else:
-            sum_.add_(rounded)
+        sum_.add_(piece.to(torch.float64, copy=True).mul_(factor).round_())
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from typing import Self
 
 from scalefl.aggregate import Total, check, largest
 from scalefl.coords import extract, take, within
@@ -182,11 +183,7 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan,
     """Add updates up as they come: the server holds no client's tensors for longer than that takes."""
     tally = Tally()
     tasks = {task.client_id: task for task in plan.tasks}
-    orders = (
-        (task, {**extract(state.params, plan.coords[task.client_id]), **plan.own.get(task.client_id, {})})
-        for task in plan.longest_first()
-    )
-    for answer in _answers(method, engine, orders, plan, total):
+    for answer in _answers(method, engine, _Orders(state, plan), plan, total):
         if isinstance(answer, ClientLoss):
             tally.lose(_explained(answer, plan))
             continue
@@ -213,13 +210,36 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan,
 def _answers(
     method: Method,
     engine: Engine,
-    orders: Iterator[tuple[ClientTask, Params]],
+    orders: _Orders,
     plan: RoundPlan,
     total: Total | NoisyTotal,
 ) -> Iterator[ClientUpdate | ClientLoss]:
     if isinstance(engine, Reduces) and isinstance(total, Total):
         return engine.fit_into(method, orders, _Reduction(plan, total))
     return engine.fit(method, orders)
+
+
+class _Orders:
+    """A round's tasks, longest first, each with its tensors, which are taken from the state when it is drawn."""
+
+    def __init__(self, state: ServerState, plan: RoundPlan) -> None:
+        self._params, self._plan = state.params, plan
+        self._left = plan.longest_first()[::-1]
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[ClientTask, Params]:
+        if not self._left:
+            raise StopIteration
+        task = self._left.pop()
+        return task, {
+            **extract(self._params, self._plan.coords[task.client_id]),
+            **self._plan.own.get(task.client_id, {}),
+        }
+
+    def __length_hint__(self) -> int:
+        return len(self._left)
 
 
 class _Reduction:

@@ -589,7 +589,7 @@ class Engine(Protocol):
         ...
 
     def fit(self, method: Method, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[ClientUpdate | ClientLoss]:
-        """Run the tasks, in any order; orders are drawn as workers fall free, results yielded as they come.
+        """Run the tasks, in any order; orders are drawn when workers need them, results yielded as they come.
 
         The tensors of an update are the caller's only until it asks for the next.
         """

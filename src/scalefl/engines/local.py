@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import wait
+from operator import length_hint
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -296,34 +298,52 @@ class LocalEngine:
     ) -> Iterator[ClientUpdate | ClientLoss]:
         workers = self._started()
         queue = _Queue(self._prepared(orders), self._desk)
-        busy: dict[int, _Job] = {}
+        busy: dict[int, deque[_Job]] = defaultdict(deque)
         try:
             for worker in workers:
                 self._give(worker, method, queue, busy, sums)
             while busy:
+                for jobs in list(busy.values()):
+                    # Not the last ones: they go to whoever is free first.
+                    if len(jobs) == 1 and jobs[0].desk is not None and length_hint(orders) >= len(workers):
+                        self._give(jobs[0].worker, method, queue, busy, sums)
                 queue.prepare()
                 yield from queue.losses()
                 for ready in wait(list(busy)):
-                    job = busy.pop(ready)  # type: ignore[arg-type]
+                    jobs = busy[ready]  # type: ignore[index]
+                    job = jobs.popleft()
+                    starts = job.worker.starts
                     with contextlib.ExitStack() as done:
                         done.callback(job.clear)
                         answer = job.worker.answer(job)
                         if answer is None:
                             queue.put_back(job.given._replace(again=True))
+                        if job.worker.starts != starts:
+                            self._take_back(jobs, queue)
+                        if not jobs:
+                            del busy[ready]  # type: ignore[arg-type]
                         if sums is not None:
                             self._reckon(job, answer, queue, sums)
-                        self._give(job.worker, method, queue, busy, sums)
+                        if not jobs:
+                            self._give(job.worker, method, queue, busy, sums)
                         if answer is not None and not job.given.is_told:
                             yield answer
             yield from queue.losses()
         finally:
             queue.close()
             # The caller gave up in the middle: an answer to an old task must not meet the next round.
-            for job in busy.values():
+            for job in itertools.chain.from_iterable(busy.values()):
                 job.worker.stop()
                 job.clear()
                 if job.worker in self._workers:  # the engine may have been left before its iterator was closed
                     self._workers.remove(job.worker)
+
+    def _take_back(self, jobs: deque[_Job], queue: _Queue) -> None:
+        """What a worker had been given beside the task over which it died is for others."""
+        for job in jobs:
+            queue.put_back(job.given)
+            job.clear()
+        jobs.clear()
 
     def _reckon(self, job: _Job, answer: ClientUpdate | ClientLoss | None, queue: _Queue, sums: _Sums) -> None:
         """Note what a worker has added; what was lost with one that died is to be done again."""
@@ -333,8 +353,10 @@ class LocalEngine:
         for task, params in sums.lost(job.worker):
             queue.put_back(_Given(task, params, self._data.examples(task.client_id), is_told=True))
 
-    def _give(self, worker: _Worker, method: Method, queue: _Queue, busy: dict[int, _Job], sums: _Sums | None) -> None:
-        """Give a worker the next task, if there is one."""
+    def _give(
+        self, worker: _Worker, method: Method, queue: _Queue, busy: dict[int, deque[_Job]], sums: _Sums | None
+    ) -> None:
+        """Give a worker the next task, if there is one; it may be at another still."""
         taken = queue.take()
         if taken is None:
             return
@@ -346,9 +368,9 @@ class LocalEngine:
             except OSError:  # no memory left to share: the server adds
                 adding = None
         cap_bytes = self._clients[given.task.client_id].memory_bytes if self._cap == "hard" else None
-        job = _Job(worker, given, desk, adding)
-        worker.send(method, self._data.problem, cap_bytes, job)
-        busy[worker.channel.fileno()] = job
+        job, jobs = _Job(worker, given, desk, adding), busy.get(worker.channel.fileno())
+        worker.send(method, self._data.problem, cap_bytes, job, is_ahead=bool(jobs))
+        busy[worker.channel.fileno()].append(job)
 
     def _desk(self, given: _Given) -> Desk | None:
         if self._board is None:
@@ -393,10 +415,11 @@ class _Worker:
         self._arguments = [str(threads), cap, str(device)]
         self._cap = cap
         self._is_warm = False
+        self.starts = 0
         self._start()
 
-    def send(self, method: Method, problem: Problem, cap_bytes: int | None, job: _Job) -> None:
-        """Give it a task; if it does not live to take it, `answer` tells."""
+    def send(self, method: Method, problem: Problem, cap_bytes: int | None, job: _Job, *, is_ahead: bool) -> None:
+        """Give it a task, which may be ahead of one that it is at; if it does not live to take it, `answer` tells."""
         self._cap_bytes = cap_bytes
         task, params, examples, *_ = job.given
         brief = job.desk.brief if job.desk else None
@@ -405,8 +428,10 @@ class _Worker:
         try:
             self.wait()
             self.channel.send(order, *tensors)
-        except OSError:  # it died idle: its successor gets the task
-            self._restart()
+        except OSError:
+            if is_ahead:  # it died over the other one: `answer` finds that
+                return
+            self._restart()  # it died idle: its successor gets the task
             with contextlib.suppress(OSError):  # it died too: the other end is closed, and `answer` finds that
                 self.wait()
                 self.channel.send(order, *tensors)
@@ -461,6 +486,7 @@ class _Worker:
             env=worker_environment(measured=self._cap != "none", capped=self._cap == "hard"),
         )
         theirs.close()
+        self.starts += 1
         self.channel = Channel(ours)
         self._is_warm = False
 

@@ -54,7 +54,7 @@ class Brief(NamedTuple):
         examples: the client's.
         params: what the server sends.
         own: room for what training changes of it.
-        sums: where that is added up, if it may be, and by what names it is the first there.
+        sums: where that is added up, if it may be.
         is_adding: where 1 says that sums are being changed.
     """
 
@@ -62,7 +62,6 @@ class Brief(NamedTuple):
     params: Sheets
     own: Sheets
     sums: Sheets
-    first: frozenset[str]
     is_adding: Sheet | None
 
 
@@ -192,12 +191,8 @@ class Ledger:
         for name, tensor in params.items():
             if name not in self._sums:
                 self._sums[name] = self._arena.room_for(tensor, torch.float64)
+                self._arena.tensor(self._sums[name]).zero_()
         return {name: self._sums[name] for name in params}
-
-    @property
-    def begun(self) -> frozenset[str]:
-        """What has been added to."""
-        return frozenset(self._weights)
 
     def note(self, names: Iterable[str], weight: int) -> None:
         """Something of that weight has been added."""
@@ -210,6 +205,8 @@ class Ledger:
         if not is_adding:
             return False
         is_adding.zero_()
+        for sheet in self._sums.values():
+            self._arena.tensor(sheet).zero_()
         self._weights.clear()
         return True
 
@@ -240,7 +237,7 @@ class Desk:
             OSError: the system has no memory left.
         """
         self._arena = arena = board.arena
-        self.brief = Brief({}, {}, {}, {}, frozenset(), None)
+        self.brief = Brief({}, {}, {}, {}, None)
         try:
             for name, column in examples.items():
                 self.brief.examples[name] = arena.put(column)
@@ -258,7 +255,7 @@ class Desk:
             OSError: the system has no memory left.
         """
         sums = ledger.sheets({name: params[name] for name in moving})
-        self.brief = self.brief._replace(sums=sums, first=frozenset(sums) - ledger.begun, is_adding=ledger.is_adding)
+        self.brief = self.brief._replace(sums=sums, is_adding=ledger.is_adding)
 
     def results(self) -> dict[str, Tensor]:
         """What training has made of the moving tensors, not copied."""

@@ -125,7 +125,7 @@ def _added(
     sums, is_adding = reader.read(brief.sums), reader.read({"": brief.is_adding})[""]
     is_adding.fill_(1)
     for name, total in sums.items():
-        add_fine(total, update.params[name], weight, adding.scale, is_first=name in brief.first)
+        add_fine(total, update.params[name], weight, adding.scale)
     is_adding.fill_(0)
     return replace(update, params={}, is_added=True)
 
