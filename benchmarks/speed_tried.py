@@ -47,7 +47,7 @@ class Work:
 
 def one_by_one(work: Work, model: nn.Module | None = None, **sgd: Any) -> None:
     """Client after client, as a bare loop trains them."""
-    runs = model or work.model
+    runs = work.model if model is None else model
     for xs, ys in zip(work.x, work.y, strict=True):
         with torch.no_grad():
             for name, p in work.model.named_parameters():

@@ -256,6 +256,7 @@ class DiesAdding(FedAvg):
     """A method that ends the worker it comes to in the middle of an addition, once."""
 
     mark: str = ""
+    when: str = "in the middle"
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -268,19 +269,24 @@ class DiesAdding(FedAvg):
             if not bool(total.abs().max() > 1e12) or after.exists():  # what was there before is lost, too
                 return
             after.touch()
+            if self.when == "before it tells":
+                worker._send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                return
             total.fill_(1e9)
             os.kill(os.getpid(), signal.SIGKILL)
 
         worker.add_fine = dies
 
 
-def test_what_a_worker_had_added_when_it_died_adding_is_done_again(adding, tmp_path):
+@pytest.mark.parametrize("when", ["in the middle", "before it tells"])
+def test_what_a_worker_had_added_when_it_died_adding_is_done_again(adding, tmp_path, when):
     data = MadeData([9, 12, 10, 8, 11, 7])
     clients = Clients(data, (10 * full_bytes(),))
     with LocalEngine(data, clients) as here:
         wanted, wanted_records = play(make_method("fedavg"), here, 2, cohort=6)
     usual = make_method("fedavg")
-    method = DiesAdding(**{f.name: getattr(usual, f.name) for f in fields(usual)}, mark=str(tmp_path / "died"))
+    settings = {f.name: getattr(usual, f.name) for f in fields(usual)}
+    method = DiesAdding(**settings, mark=str(tmp_path / "died"), when=when)
     with LocalEngine(data, clients, workers=2) as beside:
         states, records = play(method, beside, 2, cohort=6)
     assert (tmp_path / "died").exists()
@@ -301,3 +307,52 @@ def test_sums_are_given_back_when_the_caller_gives_up(adding):
         assert total.mean(states[0].params) == {}, "half a round is none"
         again, _ = play(method, beside, 2)
     assert identical(again[1].params, states[1].params)
+
+
+@pytest.fixture
+def given(monkeypatch) -> list[tuple[int, int, bool]]:
+    """Which worker was given which client's task, and whether ahead of another."""
+    found, send = [], scalefl.engines.local._Worker.send
+
+    def noting(self, method, problem, cap_bytes, job, *, is_ahead):
+        found.append((id(self), job.given.task.client_id, is_ahead))
+        send(self, method, problem, cap_bytes, job, is_ahead=is_ahead)
+
+    monkeypatch.setattr(scalefl.engines.local._Worker, "send", noting)
+    return found
+
+
+def test_a_worker_that_dies_costs_nobody_whose_task_was_sent_ahead(given, monkeypatch):
+    data = MadeData([10] * 14)
+    clients = Clients(data, (10 * full_bytes(),))
+    with LocalEngine(data, clients) as here:
+        wanted, _ = play(make_method("fedavg"), here, 1, cohort=14)
+    before = set(children())
+    with LocalEngine(data, clients, workers=2) as beside:
+        engine_fit, seen = beside.fit_into, []
+
+        def fit(*arguments):
+            for answer in engine_fit(*arguments):
+                seen.append(answer)
+                if len(seen) == 6:
+                    assert any(is_ahead for _, _, is_ahead in given)
+                    for pid in set(children()) - before:
+                        os.kill(pid, signal.SIGKILL)
+                yield answer
+
+        monkeypatch.setattr(beside, "fit_into", fit)
+        states, (record,) = play(make_method("fedavg"), beside, 1, cohort=14)
+    assert record.lost == [] and sorted(answer.client_id for answer in seen) == list(range(14))
+    assert identical(states[-1].params, wanted[-1].params)
+
+
+def test_nothing_waits_behind_a_first_task(given):
+    """It is the longest, and may take as long as all others together."""
+    sizes = [2000, *([4] * 11)]
+    data = MadeData(sizes)
+    clients = Clients(data, (10 * full_bytes(),))
+    with LocalEngine(data, clients, workers=2) as beside:
+        play(make_method("fedavg"), beside, 1, cohort=12)
+    (first, client, _), *_ = given
+    assert client == 0 and any(is_ahead for _, _, is_ahead in given)
+    assert [is_ahead for worker, _, is_ahead in given if worker == first][1:2] in ([], [False])

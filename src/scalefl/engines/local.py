@@ -149,13 +149,15 @@ class _Sums:
             self._ledgers[worker] = Ledger(self._arena)
         return self._ledgers[worker]
 
-    def note(self, job: _Job, weight: int) -> None:
+    def note(self, job: _Job, update: ClientUpdate) -> None:
         """A worker has added its update."""
+        assert job.adding is not None
+        weight = update.num_examples if job.adding.weight is None else job.adding.weight
         self._ledgers[job.worker].note(job.given.task.moving, weight)
         self._tasks[job.worker].append((job.given.task, job.given.params))
 
     def lost(self, worker: _Worker) -> list[tuple[ClientTask, Params]]:
-        """The tasks whose updates went with a worker that died: none, unless it was just adding one."""
+        """The tasks whose updates went with a worker that died: none, unless it was adding one, or about to tell."""
         ledger = self._ledgers.get(worker)
         return self._tasks.pop(worker, []) if ledger is not None and ledger.spoilt() else []
 
@@ -299,14 +301,16 @@ class LocalEngine:
         workers = self._started()
         queue = _Queue(self._prepared(orders), self._desk)
         busy: dict[int, deque[_Job]] = defaultdict(deque)
+        proven: set[_Worker] = set()
         try:
             for worker in workers:
                 self._give(worker, method, queue, busy, sums)
             while busy:
-                for jobs in list(busy.values()):
-                    # Not the last ones: they go to whoever is free first.
-                    if len(jobs) == 1 and jobs[0].desk is not None and length_hint(orders) >= len(workers):
-                        self._give(jobs[0].worker, method, queue, busy, sums)
+                # So that no worker waits. But no task waits behind a worker's first one, which may take as long as all
+                # others together; and the last ones go to whoever is free.
+                for job in [jobs[0] for jobs in busy.values() if len(jobs) == 1]:
+                    if job.worker in proven and job.desk is not None and length_hint(orders) >= len(workers):
+                        self._give(job.worker, method, queue, busy, sums)
                 queue.prepare()
                 yield from queue.losses()
                 for ready in wait(list(busy)):
@@ -316,14 +320,15 @@ class LocalEngine:
                     with contextlib.ExitStack() as done:
                         done.callback(job.clear)
                         answer = job.worker.answer(job)
+                        proven.add(job.worker)
                         if answer is None:
                             queue.put_back(job.given._replace(again=True))
                         if job.worker.starts != starts:
-                            self._take_back(jobs, queue)
+                            self._take_back(job.worker, jobs, queue, sums)
                         if not jobs:
                             del busy[ready]  # type: ignore[arg-type]
-                        if sums is not None:
-                            self._reckon(job, answer, queue, sums)
+                        if sums is not None and isinstance(answer, ClientUpdate) and answer.is_added:
+                            sums.note(job, answer)
                         if not jobs:
                             self._give(job.worker, method, queue, busy, sums)
                         if answer is not None and not job.given.is_told:
@@ -338,19 +343,14 @@ class LocalEngine:
                 if job.worker in self._workers:  # the engine may have been left before its iterator was closed
                     self._workers.remove(job.worker)
 
-    def _take_back(self, jobs: deque[_Job], queue: _Queue) -> None:
-        """What a worker had been given beside the task over which it died is for others."""
+    def _take_back(self, worker: _Worker, jobs: deque[_Job], queue: _Queue, sums: _Sums | None) -> None:
+        """What a worker that died had been given beside, and what went with its sum, is to be done by others."""
         for job in jobs:
             queue.put_back(job.given)
             job.clear()
         jobs.clear()
-
-    def _reckon(self, job: _Job, answer: ClientUpdate | ClientLoss | None, queue: _Queue, sums: _Sums) -> None:
-        """Note what a worker has added; what was lost with one that died is to be done again."""
-        if isinstance(answer, ClientUpdate) and answer.is_added:
-            assert job.adding is not None
-            sums.note(job, answer.num_examples if job.adding.weight is None else job.adding.weight)
-        for task, params in sums.lost(job.worker):
+        # Only now: one that lives may be adding at this moment.
+        for task, params in sums.lost(worker) if sums is not None else ():
             queue.put_back(_Given(task, params, self._data.examples(task.client_id), is_told=True))
 
     def _give(

@@ -55,14 +55,14 @@ class Brief(NamedTuple):
         params: what the server sends.
         own: room for what training changes of it.
         sums: where that is added up, if it may be.
-        is_adding: where 1 says that sums are being changed.
+        steps: where the beginnings and ends of additions to sums are counted.
     """
 
     examples: Sheets
     params: Sheets
     own: Sheets
     sums: Sheets
-    is_adding: Sheet | None
+    steps: Sheet | None
 
 
 def can_share() -> bool:
@@ -180,7 +180,8 @@ class Ledger:
         self._arena = arena
         self._sums: dict[str, Sheet] = {}
         self._weights: dict[str, int] = {}
-        self.is_adding = arena.put(torch.zeros((), dtype=torch.int64))
+        self._noted = 0
+        self.steps = arena.put(torch.zeros((), dtype=torch.int64))
 
     def sheets(self, params: Params) -> Sheets:
         """Where tensors of these shapes are added up.
@@ -195,16 +196,18 @@ class Ledger:
         return {name: self._sums[name] for name in params}
 
     def note(self, names: Iterable[str], weight: int) -> None:
-        """Something of that weight has been added."""
+        """Something of that weight has been added, and its worker has said so."""
+        self._noted += 1
         for name in names:
             self._weights[name] = self._weights.get(name, 0) + weight
 
     def spoilt(self) -> bool:
-        """Whether whoever adds has been stopped in the middle of it; then what was added is forgotten."""
-        is_adding = self._arena.tensor(self.is_adding)
-        if not is_adding:
+        """Whether a worker that died had begun more additions than it has told of; then all of them are forgotten."""
+        steps = self._arena.tensor(self.steps)
+        if steps == 2 * self._noted:
             return False
-        is_adding.zero_()
+        steps.zero_()
+        self._noted = 0
         for sheet in self._sums.values():
             self._arena.tensor(sheet).zero_()
         self._weights.clear()
@@ -217,7 +220,7 @@ class Ledger:
 
     def close(self) -> None:
         """Nobody adds, or looks at the sums, any more."""
-        for sheet in (*self._sums.values(), self.is_adding):
+        for sheet in (*self._sums.values(), self.steps):
             self._arena.take_back(sheet.place)
 
 
@@ -255,7 +258,7 @@ class Desk:
             OSError: the system has no memory left.
         """
         sums = ledger.sheets({name: params[name] for name in moving})
-        self.brief = self.brief._replace(sums=sums, is_adding=ledger.is_adding)
+        self.brief = self.brief._replace(sums=sums, steps=ledger.steps)
 
     def results(self) -> dict[str, Tensor]:
         """What training has made of the moving tensors, not copied."""

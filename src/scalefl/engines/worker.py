@@ -114,7 +114,7 @@ def _added(
     update: ClientUpdate, order: Order, adding: Adding, brief: Brief, sent: Params, reader: Reader
 ) -> ClientUpdate | ClientLoss:
     """The update without its tensors: they have been added up, or are large, and left to the server to add."""
-    assert brief.is_adding is not None
+    assert brief.steps is not None
     try:
         sizes = check(order.task, update, sent, adding.num_examples)
     except BadUpdate as error:
@@ -122,11 +122,11 @@ def _added(
     if max(sizes.values()) > FINE_LIMIT:
         return replace(update, params={})
     weight = update.num_examples if adding.weight is None else adding.weight
-    sums, is_adding = reader.read(brief.sums), reader.read({"": brief.is_adding})[""]
-    is_adding.fill_(1)
+    sums, steps = reader.read(brief.sums), reader.read({"": brief.steps})[""]
+    steps.add_(1)
     for name, total in sums.items():
         add_fine(total, update.params[name], weight, adding.scale)
-    is_adding.fill_(0)
+    steps.add_(1)
     return replace(update, params={}, is_added=True)
 
 
