@@ -408,8 +408,8 @@ def tried(folder: Path, options: argparse.Namespace) -> None:
         "",
         "Other ways to take the same SGD steps, in plain PyTorch, of the CPU time of plain ones (`torch.optim.SGD` "
         "with momentum, client after client): the models of A and B, one thread, freed memory kept; median of "
-        f"{options.repeats} turns with the quartiles. The first four clients with `torch.compile`: CPU seconds, "
-        "compilation included.",
+        f"{options.repeats} turns with the quartiles. The first four clients with `torch.compile`: CPU seconds "
+        "of their process, beside which compilers run.",
         "",
         "| model | way | time, of plain steps | first clients, CPU s |",
         "|---|---|---|---|",
