@@ -54,7 +54,7 @@ class Total:
 
     def __init__(self, reference: Params, largest_weight: int) -> None:
         self._reference = reference
-        self._scale = 2.0 ** math.ceil(math.log2(max(largest_weight, 1)))
+        self.scale = 2.0 ** math.ceil(math.log2(max(largest_weight, 1)))
         self._sums: dict[str, _Sum] = {}
         self.own: dict[int, Params] = {}
 
@@ -67,14 +67,11 @@ class Total:
         for name, tensor in params.items():
             self._add(name, tensor, weight, coords[name], largest[name])
 
-    @property
-    def scale(self) -> float:
-        """What weights are divided by, so that sums stay in range."""
-        return self._scale
-
     def merge(self, name: str, fine: Tensor, weight: int) -> None:
         """Add a sum that `add_fine` has made elsewhere of whole tensors, and their weight."""
-        total = self._sums.setdefault(name, self._zero(name, windowed=False))
+        total = self._sums.get(name)
+        if total is None:
+            total = self._sums[name] = self._zero(name, windowed=False)
         total.fine += fine
         total.weight += weight
 
@@ -94,10 +91,10 @@ class Total:
         elif window is not None and not isinstance(total.weight, Tensor):
             total.weight = torch.full(total.fine.shape, total.weight, dtype=torch.int64)
         if window is None and largest <= FINE_LIMIT:
-            add_fine(total.fine, tensor, weight, self._scale)
+            add_fine(total.fine, tensor, weight, self.scale)
             total.weight += weight
             return
-        value = tensor.to(torch.float64, copy=True).mul_(weight / self._scale)
+        value = tensor.to(torch.float64, copy=True).mul_(weight / self.scale)
         if largest > FINE_LIMIT:
             coarse = (value / COARSE).round_()
             if total.coarse is None:
@@ -117,7 +114,7 @@ class Total:
 
     def _mean(self, base: Tensor, total: _Sum) -> Tensor:
         # Powers of 2 go to the divisor, where they change no bit and cost no pass over the tensor.
-        unit, value = FINE * self._scale, total.fine
+        unit, value = FINE * self.scale, total.fine
         if total.coarse is not None:
             value = total.fine + total.coarse * (COARSE / FINE)
         if isinstance(total.weight, Tensor):
