@@ -105,7 +105,8 @@ class Tally:
         self.updates[update.client_id] = _Done(update.num_examples, update.metrics, update.receipt)
 
     def lose(self, loss: ClientLoss) -> None:
-        """Note a lost client."""
+        """Note a lost client; its update, if there was one, went with whoever had added it."""
+        self.updates.pop(loss.client_id, None)
         self.losses[loss.client_id] = loss
 
     def causes(self) -> str:

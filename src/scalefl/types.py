@@ -629,5 +629,8 @@ class Reduces(Engine, Protocol):
     def fit_into(
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]], reduction: Reduction
     ) -> Iterator[ClientUpdate | ClientLoss]:
-        """As `fit`, but some updates are checked and added up already, and merged when the iterator ends."""
+        """As `fit`, but some updates are checked and added up already, and merged when the iterator ends.
+
+        A loss may follow the update of the same client: the sum that had it was spoilt, and it could not be done again.
+        """
         ...

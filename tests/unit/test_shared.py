@@ -251,6 +251,10 @@ def test_a_client_that_diverged_is_not_added(adding):
     assert str(found.value) == str(wanted.value)
 
 
+FIRST = (1, 2)
+"""Those with most examples, done first: what a worker has added when it dies adding another."""
+
+
 @dataclass(frozen=True)
 class DiesAdding(FedAvg):
     """A method that ends the worker it comes to in the middle of an addition, once."""
@@ -264,9 +268,10 @@ class DiesAdding(FedAvg):
         add = worker.add_fine
 
         def dies(total, *more):
+            is_first = not total.any()
             add(total, *more)
             after = Path(self.mark)
-            if not bool(total.abs().max() > 1e12) or after.exists():  # what was there before is lost, too
+            if is_first or after.exists():  # what was there before shall be lost, too
                 return
             after.touch()
             if self.when == "before it tells":
@@ -276,6 +281,14 @@ class DiesAdding(FedAvg):
             os.kill(os.getpid(), signal.SIGKILL)
 
         worker.add_fine = dies
+        run = worker.run_safely
+
+        def dies_again(method, problem, residents, task, *more):
+            if self.when == "and so does who does it again" and Path(self.mark).exists() and task.client_id in FIRST:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return run(method, problem, residents, task, *more)
+
+        worker.run_safely = dies_again
 
 
 @pytest.mark.parametrize("when", ["in the middle", "before it tells"])
@@ -292,6 +305,31 @@ def test_what_a_worker_had_added_when_it_died_adding_is_done_again(adding, tmp_p
     assert (tmp_path / "died").exists()
     assert identical(states[-1].params, wanted[-1].params)
     assert [comparable(record) for record in records] == [comparable(record) for record in wanted_records]
+
+
+def test_who_was_added_and_is_lost_when_done_again_is_told_as_lost(adding, tmp_path):
+    """And counts no more: the round is one without that client."""
+    data = MadeData([9, 12, 11, 8, 10, 7])
+    clients = Clients(data, (10 * full_bytes(),))
+    usual = make_method("fedavg")
+    settings = {f.name: getattr(usual, f.name) for f in fields(usual)}
+    method = DiesAdding(**settings, mark=str(tmp_path / "died"), when="and so does who does it again")
+    with LocalEngine(data, clients, workers=2) as beside:
+        states, (record,) = play(method, beside, 1, cohort=6)
+    lost = [loss["client"] for loss in record.lost]
+    assert lost and set(lost) <= set(FIRST) and "SIGKILL" in record.lost[0]["cause"]
+    assert sorted([*lost, *(i for ids in record.rungs.values() for i in ids)]) == list(range(6)), "each once"
+    total = sum(size for client, size in enumerate(data.sizes) if client not in lost)
+    assert record.num_examples == total
+    plan = usual.plan(states[0], [clients[i] for i in range(6)])
+    mean = Total(states[0].params, sum(data.sizes))
+    with LocalEngine(data, clients) as here:
+        for update in here.fit(usual, [(t, dict(states[0].params)) for t in plan.tasks if t.client_id not in lost]):
+            mean.add(
+                update.params, update.num_examples, plan.coords[update.client_id], dict.fromkeys(update.params, 1.0)
+            )
+    wanted = mean.mean(states[0].params)
+    assert identical({name: states[-1].params[name] for name in wanted}, wanted)
 
 
 def test_sums_are_given_back_when_the_caller_gives_up(adding):

@@ -89,7 +89,7 @@ class _Queue:
 
     def __init__(self, orders: Iterator[_Given | ClientLoss], lay_out: Callable[[_Given], Desk | None]) -> None:
         self._orders, self._lay_out = orders, lay_out
-        self._again: list[_Given] = []
+        self._again: list[_Given | ClientLoss] = []
         self._next: tuple[_Given, Desk | None] | None = None
         self._losses: list[ClientLoss] = []
 
@@ -115,9 +115,9 @@ class _Queue:
         told, self._losses = self._losses, []
         return told
 
-    def put_back(self, given: _Given) -> None:
-        """It is to be done again."""
-        self._again.append(given)
+    def put_back(self, order: _Given | ClientLoss) -> None:
+        """It is to be done again, or told to be lost, if that can't be."""
+        self._again.append(order)
 
     def close(self) -> None:
         """No more is asked for."""
@@ -331,7 +331,7 @@ class LocalEngine:
                             sums.note(job, answer)
                         if not jobs:
                             self._give(job.worker, method, queue, busy, sums)
-                        if answer is not None and not job.given.is_told:
+                        if answer is not None and not (job.given.is_told and isinstance(answer, ClientUpdate)):
                             yield answer
             yield from queue.losses()
         finally:
@@ -350,8 +350,8 @@ class LocalEngine:
             job.clear()
         jobs.clear()
         # Only now: one that lives may be adding at this moment.
-        for task, params in sums.lost(worker) if sums is not None else ():
-            queue.put_back(_Given(task, params, self._data.examples(task.client_id), is_told=True))
+        for order in self._prepared(sums.lost(worker) if sums is not None else ()):
+            queue.put_back(order if isinstance(order, ClientLoss) else order._replace(is_told=True))
 
     def _give(
         self, worker: _Worker, method: Method, queue: _Queue, busy: dict[int, deque[_Job]], sums: _Sums | None
