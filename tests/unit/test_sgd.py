@@ -116,3 +116,21 @@ def test_scale_grad_and_zero_grad():
     assert p["a"].grad.tolist() == [0.5, 1.0] and p["b"].grad is None
     optimizer.zero_grad()
     assert p["a"].grad is None
+
+
+def test_large_parameters_move_in_backward_and_the_others_in_step():
+    """The numbers are those of one step for all."""
+    found, wanted = parameters(), parameters()
+    sizes = sorted(p.nbytes for p in found.values())
+    work = LocalWork(lr=0.1, momentum=0.9, weight_decay=0.01)
+    optimizer, usual = SGD(found, work, in_backward=sizes[-1]), SGD(wanted, work)
+    for _ in range(2):
+        before = {name: p.detach().clone() for name, p in found.items()}
+        for each in (found, wanted):
+            sum((p.square() * p).sum() for p in each.values()).backward()
+        for name, p in found.items():
+            is_large = p.nbytes == sizes[-1]
+            assert (p.grad is None) == is_large and torch.equal(p, before[name]) != is_large, name
+        optimizer.step(), usual.step()
+        optimizer.zero_grad(), usual.zero_grad()
+    assert all(torch.equal(p, wanted[name]) for name, p in found.items())
