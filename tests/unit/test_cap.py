@@ -24,7 +24,7 @@ from test_spool import Data as BigData
 from test_spool import answered, done, step_of
 from torch import Tensor, nn
 
-import scalefl.engines.local
+import scalefl.engines.process
 import scalefl.measure
 from scalefl.checkpoint import load_state, save_state
 from scalefl.config import EngineConfig
@@ -226,7 +226,7 @@ def test_a_system_that_cannot_cap_is_refused_before_anything_is_trained(monkeypa
         header = "it says no"
 
     before = set(children())
-    monkeypatch.setattr(scalefl.engines.local.Channel, "receive", lambda _channel: Refusal)
+    monkeypatch.setattr(scalefl.engines.process.Channel, "receive", lambda _channel: Refusal)
     with pytest.raises(ConfigError, match=r"cannot cap a worker's memory \(it says no\)"):
         LocalEngine(DATA, CLIENTS, workers=2, cap="hard").__enter__()
     waited(lambda: set(children()) <= before)

@@ -350,13 +350,13 @@ def test_sums_are_given_back_when_the_caller_gives_up(adding):
 @pytest.fixture
 def given(monkeypatch) -> list[tuple[int, int, bool]]:
     """Which worker was given which client's task, and whether ahead of another."""
-    found, send = [], scalefl.engines.local._Worker.send
+    found, send = [], scalefl.engines.local.Worker.send
 
     def noting(self, method, problem, cap_bytes, job, *, is_ahead):
         found.append((id(self), job.given.task.client_id, is_ahead))
         send(self, method, problem, cap_bytes, job, is_ahead=is_ahead)
 
-    monkeypatch.setattr(scalefl.engines.local._Worker, "send", noting)
+    monkeypatch.setattr(scalefl.engines.local.Worker, "send", noting)
     return found
 
 

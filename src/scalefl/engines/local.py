@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import wait
 from operator import length_hint
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,27 +19,22 @@ from scalefl.client import Residents
 from scalefl.data import FederatedData
 from scalefl.data.population import PopulationView
 from scalefl.engines.gauge import device_of
-from scalefl.engines.order import Cap, Order
+from scalefl.engines.order import Cap
+from scalefl.engines.process import Given, Job, Worker
 from scalefl.engines.shared import Arena, Board, Desk, Ledger, can_share
-from scalefl.engines.wire import Channel, InMemory
-from scalefl.engines.worker import cap_hit, logged, lost, run_safely, says_out_of_memory
+from scalefl.engines.worker import lost, run_safely
 from scalefl.errors import ConfigError
-from scalefl.measure import keep_freed_memory, usable_bytes, worker_environment
+from scalefl.measure import keep_freed_memory, usable_bytes
 from scalefl.params import Params
-from scalefl.problem import Batch, Problem
 from scalefl.types import (
-    Adding,
     ClientInfo,
     ClientLoss,
     ClientTask,
     ClientUpdate,
     Method,
     Population,
-    Receipt,
     Reduction,
 )
-
-_log = logging.getLogger("scalefl")
 
 ADDING_WORKERS = 4
 """From so many workers on, each adds its clients up itself.
@@ -53,30 +42,6 @@ ADDING_WORKERS = 4
 To add a client with a layer of two million weights takes this process 2 to 3 ms, and a worker 60 to train it with 50
 examples. For two workers it is no matter who adds; twenty would wait for this process.
 """
-
-
-class _Given(NamedTuple):
-    """A task with all that it needs; `again` if a worker has died over it, `is_told` if its update has been yielded."""
-
-    task: ClientTask
-    params: Params
-    examples: Batch
-    again: bool = False
-    is_told: bool = False
-
-
-class _Job(NamedTuple):
-    """A worker, what it does, where, if it shares memory, and how it adds up what comes of it, if it does."""
-
-    worker: _Worker
-    given: _Given
-    desk: Desk | None
-    adding: Adding | None
-
-    def clear(self) -> None:
-        """Nobody works on it or looks at what came of it any more."""
-        if self.desk is not None:
-            self.desk.close()
 
 
 class _Queue:
@@ -87,10 +52,10 @@ class _Queue:
         lay_out: puts what a task works on into shared memory, if there is any.
     """
 
-    def __init__(self, orders: Iterator[_Given | ClientLoss], lay_out: Callable[[_Given], Desk | None]) -> None:
+    def __init__(self, orders: Iterator[Given | ClientLoss], lay_out: Callable[[Given], Desk | None]) -> None:
         self._orders, self._lay_out = orders, lay_out
-        self._again: list[_Given | ClientLoss] = []
-        self._next: tuple[_Given, Desk | None] | None = None
+        self._again: list[Given | ClientLoss] = []
+        self._next: tuple[Given, Desk | None] | None = None
         self._losses: list[ClientLoss] = []
 
     def prepare(self) -> None:
@@ -104,7 +69,7 @@ class _Queue:
             else:
                 self._next = order, self._lay_out(order)
 
-    def take(self) -> tuple[_Given, Desk | None] | None:
+    def take(self) -> tuple[Given, Desk | None] | None:
         """The next task; None where all are done, or under way."""
         self.prepare()
         taken, self._next = self._next, None
@@ -115,7 +80,7 @@ class _Queue:
         told, self._losses = self._losses, []
         return told
 
-    def put_back(self, order: _Given | ClientLoss) -> None:
+    def put_back(self, order: Given | ClientLoss) -> None:
         """It is to be done again, or told to be lost, if that can't be."""
         self._again.append(order)
 
@@ -136,10 +101,10 @@ class _Sums:
     def __init__(self, arena: Arena, reduction: Reduction) -> None:
         self.adding = reduction.adding
         self._arena, self._merge = arena, reduction.merge
-        self._ledgers: dict[_Worker, Ledger] = {}
-        self._tasks: dict[_Worker, list[tuple[ClientTask, Params]]] = defaultdict(list)
+        self._ledgers: dict[Worker, Ledger] = {}
+        self._tasks: dict[Worker, list[tuple[ClientTask, Params]]] = defaultdict(list)
 
-    def ledger(self, worker: _Worker) -> Ledger:
+    def ledger(self, worker: Worker) -> Ledger:
         """Of a worker, which may have been restarted.
 
         Raises:
@@ -149,14 +114,14 @@ class _Sums:
             self._ledgers[worker] = Ledger(self._arena)
         return self._ledgers[worker]
 
-    def note(self, job: _Job, update: ClientUpdate) -> None:
+    def note(self, job: Job, update: ClientUpdate) -> None:
         """A worker has added its update."""
         assert job.adding is not None
         weight = update.num_examples if job.adding.weight is None else job.adding.weight
         self._ledgers[job.worker].note(job.given.task.moving, weight)
         self._tasks[job.worker].append((job.given.task, job.given.params))
 
-    def lost(self, worker: _Worker) -> list[tuple[ClientTask, Params]]:
+    def lost(self, worker: Worker) -> list[tuple[ClientTask, Params]]:
         """The tasks whose updates went with a worker that died: none, unless it was adding one, or about to tell."""
         ledger = self._ledgers.get(worker)
         return self._tasks.pop(worker, []) if ledger is not None and ledger.spoilt() else []
@@ -235,7 +200,7 @@ class LocalEngine:
         self._device = device_of(device)
         self._residents = Residents(self._device, measured=False)
         self._held: dict[str, Tensor] = {}
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._num_workers = workers
         self._board = self._new_board()
         self._threads_before = torch.get_num_threads()
@@ -300,8 +265,8 @@ class LocalEngine:
     ) -> Iterator[ClientUpdate | ClientLoss]:
         workers = self._started()
         queue = _Queue(self._prepared(orders), self._desk)
-        busy: dict[int, deque[_Job]] = defaultdict(deque)
-        proven: set[_Worker] = set()
+        busy: dict[int, deque[Job]] = defaultdict(deque)
+        proven: set[Worker] = set()
         try:
             for worker in workers:
                 self._give(worker, method, queue, busy, sums)
@@ -343,7 +308,7 @@ class LocalEngine:
                 if job.worker in self._workers:  # the engine may have been left before its iterator was closed
                     self._workers.remove(job.worker)
 
-    def _take_back(self, worker: _Worker, jobs: deque[_Job], queue: _Queue, sums: _Sums | None) -> None:
+    def _take_back(self, worker: Worker, jobs: deque[Job], queue: _Queue, sums: _Sums | None) -> None:
         """What a worker that died had been given beside, and what went with its sum, is to be done by others."""
         for job in jobs:
             queue.put_back(job.given)
@@ -354,7 +319,7 @@ class LocalEngine:
             queue.put_back(order if isinstance(order, ClientLoss) else order._replace(is_told=True))
 
     def _give(
-        self, worker: _Worker, method: Method, queue: _Queue, busy: dict[int, deque[_Job]], sums: _Sums | None
+        self, worker: Worker, method: Method, queue: _Queue, busy: dict[int, deque[Job]], sums: _Sums | None
     ) -> None:
         """Give a worker the next task, if there is one; it may be at another still."""
         taken = queue.take()
@@ -368,11 +333,11 @@ class LocalEngine:
             except OSError:  # no memory left to share: the server adds
                 adding = None
         cap_bytes = self._clients[given.task.client_id].memory_bytes if self._cap == "hard" else None
-        job, jobs = _Job(worker, given, desk, adding), busy.get(worker.channel.fileno())
+        job, jobs = Job(worker, given, desk, adding), busy.get(worker.channel.fileno())
         worker.send(method, self._data.problem, cap_bytes, job, is_ahead=bool(jobs))
         busy[worker.channel.fileno()].append(job)
 
-    def _desk(self, given: _Given) -> Desk | None:
+    def _desk(self, given: Given) -> Desk | None:
         if self._board is None:
             return None
         try:
@@ -380,9 +345,9 @@ class LocalEngine:
         except OSError:  # no memory left to share: its tensors are sent
             return None
 
-    def _started(self) -> list[_Worker]:
+    def _started(self) -> list[Worker]:
         while len(self._workers) < self._num_workers:
-            self._workers.append(_Worker(self._threads, self._cap, self._device))
+            self._workers.append(Worker(self._threads, self._cap, self._device))
         return list(self._workers)
 
     def _stop(self) -> None:
@@ -397,7 +362,7 @@ class LocalEngine:
     def _new_board(self) -> Board | None:
         return Board(Arena()) if self._num_workers and self._cap == "none" and can_share() else None
 
-    def _prepared(self, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[_Given | ClientLoss]:
+    def _prepared(self, orders: Iterable[tuple[ClientTask, Params]]) -> Iterator[Given | ClientLoss]:
         """Orders with the client's examples; a client whose data fails is lost, not the run."""
         for task, params in orders:
             try:
@@ -405,110 +370,4 @@ class LocalEngine:
             except Exception as error:
                 yield lost(task, error)
             else:
-                yield _Given(task, params, examples)
-
-
-class _Worker:
-    """One process that trains, and the socket to it; starts again by itself when it has died."""
-
-    def __init__(self, threads: int, cap: Cap, device: torch.device) -> None:
-        self._arguments = [str(threads), cap, str(device)]
-        self._cap = cap
-        self._is_warm = False
-        self.starts = 0
-        self._start()
-
-    def send(self, method: Method, problem: Problem, cap_bytes: int | None, job: _Job, *, is_ahead: bool) -> None:
-        """Give it a task, which may be ahead of one that it is at; if it does not live to take it, `answer` tells."""
-        self._cap_bytes = cap_bytes
-        task, params, examples, *_ = job.given
-        brief = job.desk.brief if job.desk else None
-        order = Order(method, problem, task, cap_bytes, brief, job.adding)
-        tensors = [] if brief else [examples, params]
-        try:
-            self.wait()
-            self.channel.send(order, *tensors)
-        except OSError:
-            if is_ahead:  # it died over the other one: `answer` finds that
-                return
-            self._restart()  # it died idle: its successor gets the task
-            with contextlib.suppress(OSError):  # it died too: the other end is closed, and `answer` finds that
-                self.wait()
-                self.channel.send(order, *tensors)
-
-    def wait(self) -> None:
-        """Wait until it has warmed up.
-
-        Raises:
-            ConfigError: it says that the system can't cap memory.
-        """
-        if self._is_warm:
-            return
-        self._is_warm = True
-        with contextlib.suppress(EOFError, OSError):  # it died: `answer` finds that
-            refusal = self.channel.receive().header
-            if refusal is not None:
-                raise ConfigError(f"engine.cap = 'hard': this system cannot cap a worker's memory ({refusal})")
-
-    def answer(self, job: _Job) -> ClientUpdate | ClientLoss | None:
-        """Its answer to what it was sent last; if it died over the task, None the first time, then a loss."""
-        params = InMemory()
-        try:
-            incoming = self.channel.receive()
-            if isinstance(incoming.header, ClientLoss):
-                return logged(incoming.header)
-            incoming.receive(params)
-        except (EOFError, OSError):
-            return self._died(job.given)
-        client_id, num_examples, metrics, receipt, is_added = incoming.header
-        assert isinstance(receipt, Receipt)
-        if is_added:
-            return ClientUpdate(client_id, {}, num_examples, metrics, receipt, is_added=True)
-        return ClientUpdate(client_id, job.desk.results() if job.desk else params, num_examples, metrics, receipt)
-
-    def stop(self) -> None:
-        """End it, whatever it is doing."""
-        self.channel.close()
-        self._process.kill()
-        self._process.wait()
-        self._stderr.close()
-
-    def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        # The worker is a fresh interpreter, not a fork: forking a process that has run OpenMP threads is
-        # unsafe, and a fresh one does not import the caller's main script again.
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "scalefl.engines.worker", str(theirs.fileno()), *self._arguments],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stderr=self._stderr,
-            env=worker_environment(measured=self._cap != "none", capped=self._cap == "hard"),
-        )
-        theirs.close()
-        self.starts += 1
-        self.channel = Channel(ours)
-        self._is_warm = False
-
-    def _restart(self) -> None:
-        self.stop()
-        self._start()
-
-    def _died(self, given: _Given) -> ClientLoss | None:
-        cause, said = self._obituary()
-        self._restart()
-        if self._cap_bytes is not None and says_out_of_memory(said):
-            return cap_hit(given.task, self._cap_bytes, Receipt(), said)
-        if self._cap != "hard" and not given.again:  # under a cap, whatever killed it would have killed a real client
-            _log.warning("client %d of round %d is asked again: %s", given.task.client_id, given.task.round + 1, cause)
-            return None
-        return logged(ClientLoss(given.task.client_id, given.task.round, cause, traceback=said))
-
-    def _obituary(self) -> tuple[str, str]:
-        """Why it died, in a line, and all that it said on the way."""
-        code = self._process.wait()
-        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
-        self._stderr.seek(0)
-        said = self._stderr.read().decode(errors="replace").strip()
-        last = said.splitlines()[-1:]
-        return ": ".join(["its worker died", how, *last]), said
+                yield Given(task, params, examples)

@@ -1,0 +1,156 @@
+"""Worker processes as the engine sees them: each with the task that it is at, started again when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+import torch
+
+from scalefl.engines.order import Cap, Order
+from scalefl.engines.shared import Desk
+from scalefl.engines.wire import Channel, InMemory
+from scalefl.engines.worker import cap_hit, logged, says_out_of_memory
+from scalefl.errors import ConfigError
+from scalefl.measure import worker_environment
+from scalefl.params import Params
+from scalefl.problem import Batch, Problem
+from scalefl.types import Adding, ClientLoss, ClientTask, ClientUpdate, Method, Receipt
+
+_log = logging.getLogger("scalefl")
+
+
+class Given(NamedTuple):
+    """A task with all that it needs; `again` if a worker has died over it, `is_told` if its update has been yielded."""
+
+    task: ClientTask
+    params: Params
+    examples: Batch
+    again: bool = False
+    is_told: bool = False
+
+
+class Job(NamedTuple):
+    """A worker, what it does, where, if it shares memory, and how it adds up what comes of it, if it does."""
+
+    worker: Worker
+    given: Given
+    desk: Desk | None
+    adding: Adding | None
+
+    def clear(self) -> None:
+        """Nobody works on it or looks at what came of it any more."""
+        if self.desk is not None:
+            self.desk.close()
+
+
+class Worker:
+    """One process that trains, and the socket to it; starts again by itself when it has died."""
+
+    def __init__(self, threads: int, cap: Cap, device: torch.device) -> None:
+        self._arguments = [str(threads), cap, str(device)]
+        self._cap = cap
+        self._is_warm = False
+        self.starts = 0
+        self._start()
+
+    def send(self, method: Method, problem: Problem, cap_bytes: int | None, job: Job, *, is_ahead: bool) -> None:
+        """Give it a task, which may be ahead of one that it is at; if it does not live to take it, `answer` tells."""
+        self._cap_bytes = cap_bytes
+        task, params, examples, *_ = job.given
+        brief = job.desk.brief if job.desk else None
+        order = Order(method, problem, task, cap_bytes, brief, job.adding)
+        tensors = [] if brief else [examples, params]
+        try:
+            self.wait()
+            self.channel.send(order, *tensors)
+        except OSError:
+            if is_ahead:  # it died over the other one: `answer` finds that
+                return
+            self._restart()  # it died idle: its successor gets the task
+            with contextlib.suppress(OSError):  # it died too: the other end is closed, and `answer` finds that
+                self.wait()
+                self.channel.send(order, *tensors)
+
+    def wait(self) -> None:
+        """Wait until it has warmed up.
+
+        Raises:
+            ConfigError: it says that the system can't cap memory.
+        """
+        if self._is_warm:
+            return
+        self._is_warm = True
+        with contextlib.suppress(EOFError, OSError):  # it died: `answer` finds that
+            refusal = self.channel.receive().header
+            if refusal is not None:
+                raise ConfigError(f"engine.cap = 'hard': this system cannot cap a worker's memory ({refusal})")
+
+    def answer(self, job: Job) -> ClientUpdate | ClientLoss | None:
+        """Its answer to what it was sent last; if it died over the task, None the first time, then a loss."""
+        params = InMemory()
+        try:
+            incoming = self.channel.receive()
+            if isinstance(incoming.header, ClientLoss):
+                return logged(incoming.header)
+            incoming.receive(params)
+        except (EOFError, OSError):
+            return self._died(job.given)
+        client_id, num_examples, metrics, receipt, is_added = incoming.header
+        assert isinstance(receipt, Receipt)
+        if is_added:
+            return ClientUpdate(client_id, {}, num_examples, metrics, receipt, is_added=True)
+        return ClientUpdate(client_id, job.desk.results() if job.desk else params, num_examples, metrics, receipt)
+
+    def stop(self) -> None:
+        """End it, whatever it is doing."""
+        self.channel.close()
+        self._process.kill()
+        self._process.wait()
+        self._stderr.close()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        # The worker is a fresh interpreter, not a fork: forking a process that has run OpenMP threads is
+        # unsafe, and a fresh one does not import the caller's main script again.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "scalefl.engines.worker", str(theirs.fileno()), *self._arguments],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stderr=self._stderr,
+            env=worker_environment(measured=self._cap != "none", capped=self._cap == "hard"),
+        )
+        theirs.close()
+        self.starts += 1
+        self.channel = Channel(ours)
+        self._is_warm = False
+
+    def _restart(self) -> None:
+        self.stop()
+        self._start()
+
+    def _died(self, given: Given) -> ClientLoss | None:
+        cause, said = self._obituary()
+        self._restart()
+        if self._cap_bytes is not None and says_out_of_memory(said):
+            return cap_hit(given.task, self._cap_bytes, Receipt(), said)
+        if self._cap != "hard" and not given.again:  # under a cap, whatever killed it would have killed a real client
+            _log.warning("client %d of round %d is asked again: %s", given.task.client_id, given.task.round + 1, cause)
+            return None
+        return logged(ClientLoss(given.task.client_id, given.task.round, cause, traceback=said))
+
+    def _obituary(self) -> tuple[str, str]:
+        """Why it died, in a line, and all that it said on the way."""
+        code = self._process.wait()
+        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
+        self._stderr.seek(0)
+        said = self._stderr.read().decode(errors="replace").strip()
+        last = said.splitlines()[-1:]
+        return ": ".join(["its worker died", how, *last]), said
