@@ -66,7 +66,7 @@ def run_task(
     """
     start = time.perf_counter()
     received = num_bytes(params)
-    metrics: dict[str, tuple[float, float]] = {}
+    sums: Sums = {}
     with seeded(task.seed):
         # In private runs those without data are asked too, as nobody knows them; they move nothing.
         for number, step in enumerate(task.steps if num_rows(examples) else ()):
@@ -75,17 +75,31 @@ def run_task(
                 if step.collects:
                     _collect(residents, step, params, examples, problem, seed)
                     continue
-                metrics = _train(residents, step, params, examples, problem, method.objective(step), seed)
+                sums = _train(residents, step, params, examples, problem, method.objective(step), seed)
     upload: Params
     if isinstance(params, LazyParams):  # read tensor by tensor when it is sent
         params.keep(task.moving)
         upload = params
     else:
         upload = moved(select(params, sorted(task.moving)), CPU)
+    return told_of(task, received, upload, num_rows(examples), sums, time.perf_counter() - start)
+
+
+def told_of(
+    task: ClientTask, received: int, upload: Params, num_examples: int, sums: Sums, seconds: float
+) -> ClientUpdate:
+    """What a client tells of a task that it has done.
+
+    Args:
+        task: private ones tell nothing but what has moved.
+        received: bytes that it was sent.
+        upload: what has moved.
+        num_examples, sums, seconds: how many it has, their metrics, and how long it took.
+    """
     if task.is_private:
         return ClientUpdate(task.client_id, upload, 1, {}, Receipt(received, num_bytes(upload)))
-    receipt = Receipt(received, num_bytes(upload), time.perf_counter() - start)
-    return ClientUpdate(task.client_id, upload, num_rows(examples), metrics, receipt)
+    metrics = {name: (float(value), float(weight)) for name, (value, weight) in sums.items()}
+    return ClientUpdate(task.client_id, upload, num_examples, metrics, Receipt(received, num_bytes(upload), seconds))
 
 
 def _in_memory(params: Params, step: Step) -> contextlib.AbstractContextManager[None]:
@@ -103,8 +117,8 @@ def _train(
     problem: Problem,
     objective: Objective,
     seed: int,
-) -> dict[str, tuple[float, float]]:
-    """Train through all epochs; return the last epoch's loss and accuracy as (sum, weight)."""
+) -> Sums:
+    """Train through all epochs; return the last epoch's metrics."""
     sums: Sums = {}
     with contextlib.ExitStack() as stack:
         runner, trained = stack.enter_context(holding(residents[step.part.model], step, params))
@@ -112,12 +126,12 @@ def _train(
         optimizer = make_optimizer(trained, step, params, early=not residents.measured)
         for epoch in range(step.work.epochs):
             told = epoch == step.work.epochs - 1
-            for batch, rows in _batches(examples, step.work.batch_size, derive(seed, "epoch", epoch), problem):
+            for batch, rows in batches_of(examples, step.work.batch_size, derive(seed, "epoch", epoch), problem):
                 batch = moved(batch, residents.device)
                 found = train_batch(runner, optimizer, batch, problem, objective, step.means, prefix, rows, told=told)
                 _accumulate(sums, found)
         optimizer.settle()
-    return {name: (float(value), float(weight)) for name, (value, weight) in sums.items()}
+    return sums
 
 
 def _collect(residents: Residents, step: Step, params: Params, examples: Batch, problem: Problem, seed: int) -> None:
@@ -302,7 +316,7 @@ def _accumulate(sums: Sums, more: Mapping[str, Weighted]) -> None:
         sums[name] = (before[0] + value, before[1] + weight) if before else (value, weight)
 
 
-def _batches(examples: Batch, size: int, seed: int, problem: Problem) -> Iterator[tuple[Batch, Tensor]]:
+def batches_of(examples: Batch, size: int, seed: int, problem: Problem) -> Iterator[tuple[Batch, Tensor]]:
     """Shuffled, augmented batches of one epoch and their rows; a single leftover is left out (see `LocalWork`)."""
     order = torch.randperm(num_rows(examples), generator=generator(seed, "order"))
     augmentation = generator(seed, "augmentation")

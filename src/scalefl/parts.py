@@ -197,6 +197,21 @@ class Resident:
                 undo.callback(first.register_forward_hook(_turn).remove)
             yield PartRunner(self._module, self._skeleton, part, outputs, params, moving, passing), trained
 
+    def changeable(self, part: Part) -> frozenset[str]:
+        """The model's buffers that a run of `part` may write into: those of modules in train mode."""
+        active = {*part.active, *part.straddling}
+        buffers = {name for name, _ in self._module.named_buffers()}
+        return frozenset(name for name in buffers.intersection(part.held) if name.rpartition(".")[0] in active)
+
+    def exchange(self, part: Part, values: Params) -> None:
+        """Put values in the place of tensors that are laid, as they are: those of many clients in a vectorised run."""
+        outputs = set[str]()
+        for spec in part.outputs:
+            outputs.update(spec.names())
+            _, skeleton = self._output(spec)
+            skeleton.exchange({n.removeprefix(spec.prefix): values[n] for n in spec.names() if n in values})
+        self._skeleton.exchange({name: t for name, t in values.items() if name not in outputs})
+
     @contextlib.contextmanager
     def marking(self, cuts: Sequence[Cut], mark: Callable[[tuple[str, int]], None]) -> Iterator[None]:
         """Inside the block, call `mark` where a run passes each cut, and where its gradient comes back to it."""

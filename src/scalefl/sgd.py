@@ -56,6 +56,11 @@ class SGD:
         ]
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains, by name."""
+        return dict(zip(self._names, self._parameters, strict=True))
+
+    @property
     def momentum(self) -> dict[str, Tensor]:
         """The momentum buffers, by parameter."""
         return dict(zip(self._names, self._momentum or (), strict=False))
@@ -64,6 +69,19 @@ class SGD:
     def copies(self) -> dict[str, Tensor]:
         """What the parameters were at the start, where something pulls towards it."""
         return dict(zip(self._names, self._start or (), strict=False))
+
+    def of_rows(self, start: int, stop: int) -> SGD:
+        """The optimizer of some rows of every parameter, where rows are of different clients; momentum is shared."""
+        rows = slice(start, stop)
+        found = _RowsSGD(
+            {name: nn.Parameter(p.detach()[rows]) for name, p in self.parameters.items()},
+            self._work,
+            feddyn=self._feddyn,
+        )
+        for kept in ("_momentum", "_start", "_drift"):
+            whole: list[Tensor] | None = getattr(self, kept)
+            setattr(found, kept, None if whole is None else [t[rows] for t in whole])
+        return found
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -85,7 +103,7 @@ class SGD:
         self._pull_to_start(moving)
         if self._work.clip_norm:
             # Paper: FedProx, eq. 2: the pull is part of the gradient, so it is there before the norm is taken.
-            nn.utils.clip_grad_norm_(self._parameters, self._work.clip_norm)
+            self._clip()
         self._move(moving)
 
     @torch.no_grad()
@@ -99,6 +117,9 @@ class SGD:
         if self._drift is not None and self._start is not None:
             for drift, p, start in zip(self._drift, self._parameters, self._start, strict=True):
                 drift.sub_(p - start, alpha=self._feddyn)
+
+    def _clip(self) -> None:
+        nn.utils.clip_grad_norm_(self._parameters, self._work.clip_norm)
 
     def _applying(self, i: int) -> Callable[[Tensor], None]:
         @torch.no_grad()
@@ -129,6 +150,18 @@ class SGD:
             torch._foreach_add_(momentum, steps)
             steps = momentum
         torch._foreach_add_(parameters, steps, alpha=-work.lr)
+
+
+class _RowsSGD(SGD):
+    """SGD over parameters of which each row is another client's."""
+
+    def _clip(self) -> None:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        squares = [g.flatten(1).square().sum(1) for g in gradients]
+        norms = sum(squares[1:], squares[0]).sqrt()
+        factors = (self._work.clip_norm / (norms + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ does it
+        for g in gradients:
+            g.mul_(factors.view(-1, *[1] * (g.dim() - 1)))
 
 
 def _gradient(p: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+from torch._C import _functorch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -21,6 +22,7 @@ __all__ = [
     "TorchDispatchMode",
     "on_meta",
     "quiet_fakes",
+    "without_vmap_loops",
 ]
 
 
@@ -33,3 +35,14 @@ def quiet_fakes() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextlib.contextmanager
+def without_vmap_loops() -> Iterator[None]:
+    """Have vmap raise a RuntimeError where it would call an operation for each row in turn."""
+    before = _functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
+    _functorch._set_vmap_fallback_enabled(False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        _functorch._set_vmap_fallback_enabled(before)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import scalefl.engines.local
 from scalefl.checkpoint import load_deployed, load_state, save_state
 from scalefl.coords import extract
 from scalefl.engines.flower.grid import in_process
@@ -251,6 +252,35 @@ def test_the_result_does_not_depend_on_workers(case, engines):
             assert identical(a.params, b.params) and identical(a.aux.tensors, b.aux.tensors)
             assert a.aux.values == b.aux.values
         assert [comparable(r) for r in runs[0].records] == [comparable(r) for r in other.records]
+
+
+@each_case
+def test_clients_at_once_get_what_each_gets_alone(case, monkeypatch):
+    """In one vectorised run, up to rounding; all have the memory that they like, or they would train in pieces."""
+    bundles, run = [], scalefl.engines.local.at_once
+
+    def noting(method, problem, residents, tasks, *rest):
+        updates = run(method, problem, residents, tasks, *rest)
+        bundles.append(0 if updates is None else len(tasks))
+        return updates
+
+    monkeypatch.setattr(scalefl.engines.local, "at_once", noting)
+    rich = Clients(DATA, (10 * full_bytes(),))
+    method = method_of(case)
+    with LocalEngine(DATA, rich) as alone, LocalEngine(DATA, rich, clients_at_once=3) as together:
+        wanted, records = play(method, alone, ROUNDS, cohort=8)
+        assert bundles == []
+        found, others = play(method, together, ROUNDS, cohort=8)
+    assert bundles and 0 not in bundles
+    start = wanted[0].params
+    names = sorted(name for name, t in wanted[-1].params.items() if name in start and start[name].shape == t.shape)
+    moved, other = (
+        torch.cat([(s[-1].params[n] - start[n]).double().flatten() for n in names]) for s in (wanted, found)
+    )
+    assert (other - moved).norm() <= 0.001 * moved.norm()
+    for one, two in zip(records, others, strict=True):
+        assert one.train == pytest.approx(two.train, rel=1e-3)
+        assert replace(comparable(one), train={}) == replace(comparable(two), train={})
 
 
 @each_case

@@ -353,7 +353,7 @@ def given(monkeypatch) -> list[tuple[int, int, bool]]:
     found, send = [], scalefl.engines.local.Worker.send
 
     def noting(self, method, problem, cap_bytes, job, *, is_ahead):
-        found.append((id(self), job.given.task.client_id, is_ahead))
+        found.append((id(self), job.members[0].given.task.client_id, is_ahead))
         send(self, method, problem, cap_bytes, job, is_ahead=is_ahead)
 
     monkeypatch.setattr(scalefl.engines.local.Worker, "send", noting)

@@ -20,13 +20,15 @@ from scalefl.data import FederatedData
 from scalefl.data.population import PopulationView
 from scalefl.engines.gauge import device_of
 from scalefl.engines.order import Cap
-from scalefl.engines.process import Given, Job, Worker
+from scalefl.engines.process import Bundle, Given, Job, Member, Worker
 from scalefl.engines.shared import Arena, Board, Desk, Ledger, can_share
-from scalefl.engines.worker import lost, run_safely
-from scalefl.errors import ConfigError
+from scalefl.engines.worker import at_once, lost, run_safely
+from scalefl.errors import ConfigError, check_range
 from scalefl.measure import keep_freed_memory, usable_bytes
 from scalefl.params import Params
+from scalefl.problem import num_rows
 from scalefl.types import (
+    Adding,
     ClientInfo,
     ClientLoss,
     ClientTask,
@@ -34,7 +36,9 @@ from scalefl.types import (
     Method,
     Population,
     Reduction,
+    Step,
 )
+from scalefl.vectorized import can_vectorize
 
 ADDING_WORKERS = 4
 """From so many workers on, each adds its clients up itself.
@@ -52,27 +56,32 @@ class _Queue:
         lay_out: puts what a task works on into shared memory, if there is any.
     """
 
-    def __init__(self, orders: Iterator[Given | ClientLoss], lay_out: Callable[[Given], Desk | None]) -> None:
+    def __init__(self, orders: Iterator[Bundle | ClientLoss], lay_out: Callable[[Given], Desk | None]) -> None:
         self._orders, self._lay_out = orders, lay_out
-        self._again: list[Given | ClientLoss] = []
-        self._next: tuple[Given, Desk | None] | None = None
+        self._again: list[Bundle | ClientLoss] = []
+        self._next: list[tuple[Given, Desk | None]] = []
         self._losses: list[ClientLoss] = []
 
     def prepare(self) -> None:
-        """Have the next task ready, if there is one."""
-        while self._next is None:
+        """Have the next task ready, or the next ones that are done at once."""
+        while not self._next:
             order = self._again.pop() if self._again else next(self._orders, None)
             if order is None:
                 return
             if isinstance(order, ClientLoss):
                 self._losses.append(order)
             else:
-                self._next = order, self._lay_out(order)
+                self._next = [(given, self._lay_out(given)) for given in order]
+                if len(order) > 1 and not all(
+                    desk for _, desk in self._next
+                ):  # what can't be shared is sent one by one
+                    self.close()
+                    self._again += [(given,) for given in order]
 
-    def take(self) -> tuple[Given, Desk | None] | None:
-        """The next task; None where all are done, or under way."""
+    def take(self) -> list[tuple[Given, Desk | None]]:
+        """The next task, or the next ones that are done at once; none where all are done, or under way."""
         self.prepare()
-        taken, self._next = self._next, None
+        taken, self._next = self._next, []
         return taken
 
     def losses(self) -> list[ClientLoss]:
@@ -82,12 +91,14 @@ class _Queue:
 
     def put_back(self, order: Given | ClientLoss) -> None:
         """It is to be done again, or told to be lost, if that can't be."""
-        self._again.append(order)
+        self._again.append(order if isinstance(order, ClientLoss) else (order,))
 
     def close(self) -> None:
-        """No more is asked for."""
-        if self._next is not None and (desk := self._next[1]) is not None:
-            desk.close()
+        """What is laid out is not asked for."""
+        for _, desk in self._next:
+            if desk is not None:
+                desk.close()
+        self._next = []
 
 
 class _Sums:
@@ -114,12 +125,12 @@ class _Sums:
             self._ledgers[worker] = Ledger(self._arena)
         return self._ledgers[worker]
 
-    def note(self, job: Job, update: ClientUpdate) -> None:
-        """A worker has added its update."""
-        assert job.adding is not None
-        weight = update.num_examples if job.adding.weight is None else job.adding.weight
-        self._ledgers[job.worker].note(job.given.task.moving, weight)
-        self._tasks[job.worker].append((job.given.task, job.given.params))
+    def note(self, worker: Worker, member: Member, update: ClientUpdate) -> None:
+        """A worker has added a client's update."""
+        assert member.adding is not None
+        weight = update.num_examples if member.adding.weight is None else member.adding.weight
+        self._ledgers[worker].note(member.given.task.moving, weight)
+        self._tasks[worker].append((member.given.task, member.given.params))
 
     def lost(self, worker: Worker) -> list[tuple[ClientTask, Params]]:
         """The tasks whose updates went with a worker that died: none, unless it was adding one, or about to tell."""
@@ -138,12 +149,17 @@ class _Sums:
             ledger.close()
 
 
-def check_cap(cap: Cap, workers: int) -> None:
-    """Refuse a cap without workers.
+def check_cap(cap: Cap, workers: int, clients_at_once: int = 1) -> None:
+    """Refuse a cap without workers, and one on clients that share a run.
 
     Raises:
         ConfigError: says what to do.
     """
+    check_range("engine.clients_at_once", clients_at_once, 1)
+    if cap != "none" and clients_at_once > 1:
+        raise ConfigError(
+            f"engine.cap = {cap!r} needs clients_at_once = 1: what each takes can't be told of a shared run"
+        )
     if cap != "none" and workers < 1:
         raise ConfigError(f"engine.cap = {cap!r} needs workers >= 1: in this process there is the server too")
 
@@ -163,10 +179,10 @@ def offered(clients: Population, cap: Cap) -> Population:
 class LocalEngine:
     """Runs clients in this process (`workers = 0`) or in `workers` processes.
 
-    The numbers do not depend on `workers`, only on `threads`, since kernels choose their order of summation by
-    it. A worker that dies costs its client, not the run, and without a hard cap only if it dies again over the same
-    task. A context manager: it stops its workers at the end. On Linux, workers without a cap share this process's
-    tensors.
+    The numbers do not depend on `workers`, only on `threads` and `clients_at_once`, since kernels choose their order
+    of summation by them. A worker that dies costs its client, not the run, and without a hard cap only if it dies again
+    over the same task. A context manager: it stops its workers at the end. On Linux, workers without a cap share this
+    process's tensors.
 
     Args:
         data: every client's examples.
@@ -176,6 +192,7 @@ class LocalEngine:
         cap: "measured": workers give freed memory back, and tell what each client took; "hard": so too, and a client
             that asks its worker for more than its budget is refused, and lost.
         device: on which clients train, "cpu" or "cuda"; budgets are of its memory.
+        clients_at_once: how many with equal tasks train in one vectorised run, where their model can; last bits differ.
 
     Raises:
         ConfigError: a value is out of range; a cap without workers; no such device; or, from the first use on, the
@@ -191,12 +208,13 @@ class LocalEngine:
         threads: int = 1,
         cap: Cap = "none",
         device: str = "cpu",
+        clients_at_once: int = 1,
     ) -> None:
         if workers < 0 or threads < 1:
             raise ConfigError(f"workers ({workers}) must be at least 0 and threads ({threads}) at least 1")
-        check_cap(cap, workers)
+        check_cap(cap, workers, clients_at_once)
         self._data, self._clients = data, clients
-        self._threads, self._cap = threads, cap
+        self._threads, self._cap, self._at_once = threads, cap, clients_at_once
         self._device = device_of(device)
         self._residents = Residents(self._device, measured=False)
         self._held: dict[str, Tensor] = {}
@@ -245,14 +263,34 @@ class LocalEngine:
     def _fit_here(
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]]
     ) -> Iterator[ClientUpdate | ClientLoss]:
-        for order in self._prepared(orders):
+        problem, residents = self._data.problem, self._residents
+        for order in self._bundled(self._prepared(orders)):
             if isinstance(order, ClientLoss):
                 yield order
                 continue
-            task, params, examples, *_ = order
-            # Frozen tensors stay the server's; what training changes is copied, into memory that clients share in turn.
-            own = {n: self._own_copy(n, t) if n in task.moving else t.to(self._device) for n, t in params.items()}
-            yield run_safely(method, self._data.problem, self._residents, task, own, examples)
+            tasks, sent, data, *_ = zip(*order, strict=True)
+            if len(order) > 1 and (done := at_once(method, problem, residents, tasks, sent, data)) is not None:
+                yield from done
+                continue
+            for task, params, examples, *_ in order:
+                # Frozen tensors stay the server's; what training changes is copied, where clients share memory in turn.
+                own = {n: self._own_copy(n, t) if n in task.moving else t.to(self._device) for n, t in params.items()}
+                yield run_safely(method, problem, residents, task, own, examples)
+
+    def _bundled(self, prepared: Iterable[Given | ClientLoss]) -> Iterator[Bundle | ClientLoss]:
+        """What can be done at once together, and the rest one by one; it does not depend on who does it."""
+        waiting: dict[tuple[Step, ...], list[Given]] = defaultdict(list)
+        for given in prepared:
+            if isinstance(given, ClientLoss):
+                yield given
+            elif self._at_once == 1 or not can_vectorize(given.task) or not num_rows(given.examples):
+                yield (given,)
+            else:
+                bundle = waiting[given.task.steps]
+                bundle.append(given)
+                if len(bundle) == self._at_once:
+                    yield tuple(waiting.pop(given.task.steps))
+        yield from map(tuple, waiting.values())
 
     def _own_copy(self, name: str, tensor: Tensor) -> Tensor:
         held = self._held.get(name)
@@ -264,7 +302,7 @@ class LocalEngine:
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]], sums: _Sums | None
     ) -> Iterator[ClientUpdate | ClientLoss]:
         workers = self._started()
-        queue = _Queue(self._prepared(orders), self._desk)
+        queue = _Queue(self._bundled(self._prepared(orders)), self._desk)
         busy: dict[int, deque[Job]] = defaultdict(deque)
         proven: set[Worker] = set()
         try:
@@ -273,8 +311,9 @@ class LocalEngine:
             while busy:
                 # So that no worker waits. But no task waits behind a worker's first one, which may take as long as all
                 # others together; and the last ones go to whoever is free.
+                ample = length_hint(orders) >= len(workers) * self._at_once
                 for job in [jobs[0] for jobs in busy.values() if len(jobs) == 1]:
-                    if job.worker in proven and job.desk is not None and length_hint(orders) >= len(workers):
+                    if job.worker in proven and job.is_shared and ample:
                         self._give(job.worker, method, queue, busy, sums)
                 queue.prepare()
                 yield from queue.losses()
@@ -284,20 +323,23 @@ class LocalEngine:
                     starts = job.worker.starts
                     with contextlib.ExitStack() as done:
                         done.callback(job.clear)
-                        answer = job.worker.answer(job)
+                        answers = job.worker.answer(job)
                         proven.add(job.worker)
-                        if answer is None:
-                            queue.put_back(job.given._replace(again=True))
+                        for member, answer in zip(job.members, answers, strict=True):
+                            if answer is None:
+                                queue.put_back(member.given._replace(again=True))
                         if job.worker.starts != starts:
                             self._take_back(job.worker, jobs, queue, sums)
                         if not jobs:
                             del busy[ready]  # type: ignore[arg-type]
-                        if sums is not None and isinstance(answer, ClientUpdate) and answer.is_added:
-                            sums.note(job, answer)
+                        for member, answer in zip(job.members, answers, strict=True):
+                            if sums is not None and isinstance(answer, ClientUpdate) and answer.is_added:
+                                sums.note(job.worker, member, answer)
                         if not jobs:
                             self._give(job.worker, method, queue, busy, sums)
-                        if answer is not None and not (job.given.is_told and isinstance(answer, ClientUpdate)):
-                            yield answer
+                        for member, answer in zip(job.members, answers, strict=True):
+                            if answer is not None and not (member.given.is_told and isinstance(answer, ClientUpdate)):
+                                yield answer
             yield from queue.losses()
         finally:
             queue.close()
@@ -311,7 +353,8 @@ class LocalEngine:
     def _take_back(self, worker: Worker, jobs: deque[Job], queue: _Queue, sums: _Sums | None) -> None:
         """What a worker that died had been given beside, and what went with its sum, is to be done by others."""
         for job in jobs:
-            queue.put_back(job.given)
+            for member in job.members:
+                queue.put_back(member.given)
             job.clear()
         jobs.clear()
         # Only now: one that lives may be adding at this moment.
@@ -323,19 +366,26 @@ class LocalEngine:
     ) -> None:
         """Give a worker the next task, if there is one; it may be at another still."""
         taken = queue.take()
-        if taken is None:
+        if not taken:
             return
-        given, desk = taken
-        adding = sums.adding(given.task.client_id) if sums is not None and desk is not None else None
-        if sums is not None and desk is not None and adding is not None:
-            try:
-                desk.add_to(sums.ledger(worker), given.params, given.task.moving)
-            except OSError:  # no memory left to share: the server adds
-                adding = None
-        cap_bytes = self._clients[given.task.client_id].memory_bytes if self._cap == "hard" else None
-        job, jobs = Job(worker, given, desk, adding), busy.get(worker.channel.fileno())
+        members = tuple(Member(given, desk, self._adding(worker, given, desk, sums)) for given, desk in taken)
+        # Where there is a cap, no memory is shared, and tasks are done one by one.
+        cap_bytes = self._clients[taken[0][0].task.client_id].memory_bytes if self._cap == "hard" else None
+        job, jobs = Job(worker, members), busy.get(worker.channel.fileno())
         worker.send(method, self._data.problem, cap_bytes, job, is_ahead=bool(jobs))
         busy[worker.channel.fileno()].append(job)
+
+    def _adding(self, worker: Worker, given: Given, desk: Desk | None, sums: _Sums | None) -> Adding | None:
+        """How a worker is to add up what comes of a task; None where the server does."""
+        if sums is None or desk is None:
+            return None
+        adding = sums.adding(given.task.client_id)
+        if adding is not None:
+            try:
+                desk.add_to(sums.ledger(worker), given.params, given.task.moving)
+            except OSError:  # no memory left to share
+                return None
+        return adding
 
     def _desk(self, given: Given) -> Desk | None:
         if self._board is None:

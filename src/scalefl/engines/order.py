@@ -12,16 +12,24 @@ Cap = Literal["none", "measured", "hard"]
 """Whether a worker tells what its client took, and whether that may be more than the client's budget."""
 
 
-class Order(NamedTuple):
-    """A task, and what it takes to do it. Its tensors follow, group by group, or lie where the brief says.
+class Assignment(NamedTuple):
+    """One client's part of an order.
 
     Attributes:
+        task: what it does.
+        brief: where its tensors lie; None: they follow the order, group by group.
         adding: how what comes of it is to be added to the brief's sums; None: not at all.
     """
 
-    method: Method
-    problem: Problem
     task: ClientTask
-    cap_bytes: int | None
     brief: Brief | None
     adding: Adding | None
+
+
+class Order(NamedTuple):
+    """A task, or several equal ones to be done at once where all have briefs, and what it takes to do them."""
+
+    method: Method
+    problem: Problem
+    cap_bytes: int | None
+    assignments: tuple[Assignment, ...]

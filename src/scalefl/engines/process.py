@@ -9,11 +9,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from scalefl.engines.order import Cap, Order
+from scalefl.engines.order import Assignment, Cap, Order
 from scalefl.engines.shared import Desk
 from scalefl.engines.wire import Channel, InMemory
 from scalefl.engines.worker import cap_hit, logged, says_out_of_memory
@@ -36,18 +36,34 @@ class Given(NamedTuple):
     is_told: bool = False
 
 
-class Job(NamedTuple):
-    """A worker, what it does, where, if it shares memory, and how it adds up what comes of it, if it does."""
+Bundle = tuple[Given, ...]
+"""Tasks that are done at once: equal ones, or one alone."""
 
-    worker: Worker
+
+class Member(NamedTuple):
+    """One client of a job: where it works, if memory is shared, and how what comes of it is added up, if it is."""
+
     given: Given
     desk: Desk | None
     adding: Adding | None
 
+
+class Job(NamedTuple):
+    """A worker, and whose tasks it does at once."""
+
+    worker: Worker
+    members: tuple[Member, ...]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it works in memory that is shared."""
+        return self.members[0].desk is not None
+
     def clear(self) -> None:
         """Nobody works on it or looks at what came of it any more."""
-        if self.desk is not None:
-            self.desk.close()
+        for member in self.members:
+            if member.desk is not None:
+                member.desk.close()
 
 
 class Worker:
@@ -63,10 +79,9 @@ class Worker:
     def send(self, method: Method, problem: Problem, cap_bytes: int | None, job: Job, *, is_ahead: bool) -> None:
         """Give it a task, which may be ahead of one that it is at; if it does not live to take it, `answer` tells."""
         self._cap_bytes = cap_bytes
-        task, params, examples, *_ = job.given
-        brief = job.desk.brief if job.desk else None
-        order = Order(method, problem, task, cap_bytes, brief, job.adding)
-        tensors = [] if brief else [examples, params]
+        assignments = tuple(Assignment(m.given.task, m.desk.brief if m.desk else None, m.adding) for m in job.members)
+        order = Order(method, problem, cap_bytes, assignments)
+        tensors = [] if job.is_shared else [job.members[0].given.examples, job.members[0].given.params]
         try:
             self.wait()
             self.channel.send(order, *tensors)
@@ -92,21 +107,16 @@ class Worker:
             if refusal is not None:
                 raise ConfigError(f"engine.cap = 'hard': this system cannot cap a worker's memory ({refusal})")
 
-    def answer(self, job: Job) -> ClientUpdate | ClientLoss | None:
-        """Its answer to what it was sent last; if it died over the task, None the first time, then a loss."""
+    def answer(self, job: Job) -> list[ClientUpdate | ClientLoss | None]:
+        """Its answers to what it was sent last; if it died over it, None the first time for a task, then a loss."""
         params = InMemory()
         try:
             incoming = self.channel.receive()
-            if isinstance(incoming.header, ClientLoss):
-                return logged(incoming.header)
-            incoming.receive(params)
+            if not job.is_shared and not isinstance(incoming.header[0], ClientLoss):
+                incoming.receive(params)
         except (EOFError, OSError):
-            return self._died(job.given)
-        client_id, num_examples, metrics, receipt, is_added = incoming.header
-        assert isinstance(receipt, Receipt)
-        if is_added:
-            return ClientUpdate(client_id, {}, num_examples, metrics, receipt, is_added=True)
-        return ClientUpdate(client_id, job.desk.results() if job.desk else params, num_examples, metrics, receipt)
+            return self._died(job)
+        return [_answer(told, m, params) for told, m in zip(incoming.header, job.members, strict=True)]
 
     def stop(self) -> None:
         """End it, whatever it is doing."""
@@ -136,9 +146,12 @@ class Worker:
         self.stop()
         self._start()
 
-    def _died(self, given: Given) -> ClientLoss | None:
+    def _died(self, job: Job) -> list[ClientUpdate | ClientLoss | None]:
         cause, said = self._obituary()
         self._restart()
+        return [self._lost(member.given, cause, said) for member in job.members]
+
+    def _lost(self, given: Given, cause: str, said: str) -> ClientLoss | None:
         if self._cap_bytes is not None and says_out_of_memory(said):
             return cap_hit(given.task, self._cap_bytes, Receipt(), said)
         if self._cap != "hard" and not given.again:  # under a cap, whatever killed it would have killed a real client
@@ -154,3 +167,16 @@ class Worker:
         said = self._stderr.read().decode(errors="replace").strip()
         last = said.splitlines()[-1:]
         return ": ".join(["its worker died", how, *last]), said
+
+
+def _answer(told: Any, member: Member, params: Params) -> ClientUpdate | ClientLoss:
+    """What a worker has told of a task; `params` are what it has sent beside."""
+    if isinstance(told, ClientLoss):
+        return logged(told)
+    client_id, num_examples, metrics, receipt, is_added = told
+    assert isinstance(receipt, Receipt)
+    if is_added:
+        params = {}
+    elif member.desk is not None:
+        params = member.desk.results()
+    return ClientUpdate(client_id, params, num_examples, metrics, receipt, is_added=is_added)

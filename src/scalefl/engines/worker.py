@@ -9,16 +9,17 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from scalefl.aggregate import FINE_LIMIT, add_fine, check
 from scalefl.client import Residents, run_task
 from scalefl.engines.gauge import Gauge, NoGauge, cap_refusal, device_of, gauge_of
-from scalefl.engines.order import Cap, Order
-from scalefl.engines.shared import Brief, Reader
+from scalefl.engines.order import Assignment, Cap, Order
+from scalefl.engines.shared import Reader
 from scalefl.engines.spool import MappedExamples, TaskParams
 from scalefl.engines.wire import Channel, Incoming
 from scalefl.errors import BadUpdate
@@ -30,6 +31,7 @@ from scalefl.parts import Part
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.types import Adding, ClientLoss, ClientTask, ClientUpdate, LocalWork, Method, Objective, Receipt, Step
 from scalefl.units import mib
+from scalefl.vectorized import run_vectorized
 
 _log = logging.getLogger("scalefl")
 
@@ -48,12 +50,12 @@ def serve(channel: Channel, threads: int, device: torch.device, cap: Cap) -> Non
             incoming = channel.receive()
         except EOFError:
             return
-        brief = incoming.header.brief
-        if brief is not None:
-            _send(channel, _answer_in_place(incoming.header, brief, residents, reader))
+        if incoming.header.assignments[0].brief is not None:
+            channel.send([_told(answer) for answer in _answers_in_place(incoming.header, residents, reader)])
             continue
         with contextlib.ExitStack() as files:
-            _send(channel, _answer(incoming, residents, gauge, files))
+            answer = _answer(incoming, residents, gauge, files)
+            channel.send([_told(answer)], *([answer.params] if isinstance(answer, ClientUpdate) else []))
 
 
 _LINEAR = (
@@ -91,38 +93,59 @@ class _Rehearsal:
         return TaskLoss()
 
 
-def _answer_in_place(order: Order, brief: Brief, residents: Residents, reader: Reader) -> ClientUpdate | ClientLoss:
-    """What comes of a task whose tensors lie in shared memory; so does what it uploads."""
-    own = reader.read(brief.own)
-    params = reader.read(brief.params)
-    for name, tensor in own.items():
-        tensor.copy_(params[name])
-    laid = moved({**params, **own}, residents.device)
-    examples = reader.read(brief.examples)
-    answer = run_safely(order.method, order.problem, residents, order.task, laid, examples)
+def _answers_in_place(order: Order, residents: Residents, reader: Reader) -> list[ClientUpdate | ClientLoss]:
+    """What comes of tasks whose tensors lie in shared memory; so does what they upload."""
+    tables = [_Table(assignment, reader) for assignment in order.assignments]
+    tasks = [assignment.task for assignment in order.assignments]
+    answers: Sequence[ClientUpdate | ClientLoss] | None = None
+    if len(tables) > 1:
+        sent, examples = [table.params for table in tables], [table.examples for table in tables]
+        answers = at_once(order.method, order.problem, residents, tasks, sent, examples)
+    if answers is None:
+        answers = [_in_place(order, table, residents) for table in tables]
+    return [_done(answer, table, reader) for answer, table in zip(answers, tables, strict=True)]
+
+
+class _Table:
+    """What one task works on in shared memory."""
+
+    def __init__(self, assignment: Assignment, reader: Reader) -> None:
+        assert assignment.brief is not None
+        self.task, self.brief, self.adding = assignment
+        self.params, self.own = reader.read(assignment.brief.params), reader.read(assignment.brief.own)
+        self.examples = reader.read(assignment.brief.examples)
+
+
+def _in_place(order: Order, table: _Table, residents: Residents) -> ClientUpdate | ClientLoss:
+    for name, tensor in table.own.items():
+        tensor.copy_(table.params[name])
+    laid = moved({**table.params, **table.own}, residents.device)
+    return run_safely(order.method, order.problem, residents, table.task, laid, table.examples)
+
+
+def _done(answer: ClientUpdate | ClientLoss, table: _Table, reader: Reader) -> ClientUpdate | ClientLoss:
+    """The answer, whose tensors have been added up, or lie where the server reads them."""
     if isinstance(answer, ClientLoss):
         return answer
     for name, tensor in answer.params.items():
-        if tensor is not own[name]:  # it has been on another device
-            own[name].copy_(tensor)
-    if order.adding is None:
+        if tensor is not table.own[name]:  # it has been on another device, or trained with others'
+            table.own[name].copy_(tensor)
+    if table.adding is None:
         return replace(answer, params={})
-    return _added(replace(answer, params=own), order, order.adding, brief, params, reader)
+    return _added(replace(answer, params=table.own), table, table.adding, reader)
 
 
-def _added(
-    update: ClientUpdate, order: Order, adding: Adding, brief: Brief, sent: Params, reader: Reader
-) -> ClientUpdate | ClientLoss:
+def _added(update: ClientUpdate, table: _Table, adding: Adding, reader: Reader) -> ClientUpdate | ClientLoss:
     """The update without its tensors: they have been added up, or are large, and left to the server to add."""
-    assert brief.steps is not None
+    assert table.brief is not None and table.brief.steps is not None
     try:
-        sizes = check(order.task, update, sent, adding.num_examples)
+        sizes = check(table.task, update, table.params, adding.num_examples)
     except BadUpdate as error:
-        return logged(ClientLoss(update.client_id, order.task.round, f"{error.name}: {error.why}", update.receipt))
+        return logged(ClientLoss(update.client_id, table.task.round, f"{error.name}: {error.why}", update.receipt))
     if max(sizes.values()) > FINE_LIMIT:
         return replace(update, params={})
     weight = update.num_examples if adding.weight is None else adding.weight
-    sums, steps = reader.read(brief.sums), reader.read({"": brief.steps})[""]
+    sums, steps = reader.read(table.brief.sums), reader.read({"": table.brief.steps})[""]
     steps.add_(1)
     for name, total in sums.items():
         add_fine(total, update.params[name], weight, adding.scale)
@@ -134,7 +157,7 @@ def _answer(
     incoming: Incoming, residents: Residents, gauge: Gauge, files: contextlib.ExitStack
 ) -> ClientUpdate | ClientLoss:
     """What comes of a task; what it uploads lies in `files` as long as they are open."""
-    method, problem, task, cap_bytes, *_ = incoming.header
+    method, problem, cap_bytes, ((task, *_),) = incoming.header
     try:
         try:
             # Examples and the code of the model are what a client has anyway: the task is what comes on top.
@@ -161,12 +184,27 @@ def _answer(
     return replace(update, receipt=receipt)
 
 
-def _send(channel: Channel, answer: ClientUpdate | ClientLoss) -> None:
-    if isinstance(answer, ClientUpdate):
-        about = (answer.client_id, answer.num_examples, answer.metrics, answer.receipt, answer.is_added)
-        channel.send(about, answer.params)
-    else:
-        channel.send(answer)
+def _told(answer: ClientUpdate | ClientLoss) -> Any:
+    """What is told of a task beside its tensors."""
+    if isinstance(answer, ClientLoss):
+        return answer
+    return answer.client_id, answer.num_examples, answer.metrics, answer.receipt, answer.is_added
+
+
+def at_once(
+    method: Method,
+    problem: Problem,
+    residents: Residents,
+    tasks: Sequence[ClientTask],
+    params: Sequence[Params],
+    examples: Sequence[Batch],
+) -> list[ClientUpdate] | None:
+    """`run_vectorized`; None where that fails, and the clients have to be trained one by one."""
+    try:
+        return run_vectorized(method, problem, residents, tasks, params, examples)
+    except Exception as error:
+        _log.debug("%d clients can't be trained at once: %s", len(tasks), error)
+        return None
 
 
 def run_safely(

@@ -61,6 +61,12 @@ class Skeleton:
                 self._put(alias, value)
         return trained
 
+    def exchange(self, values: Params) -> None:
+        """Put values in the place of tensors that are laid, as they are."""
+        for name, value in values.items():
+            for alias in self._names[name]:
+                self._put(alias, value)
+
     def clear(self, names: Iterable[str] | None = None) -> None:
         """Take tensors off, all by default; their memory is free unless the caller holds them."""
         if names is None:

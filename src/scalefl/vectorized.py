@@ -1,0 +1,218 @@
+"""Clients with equal tasks, trained at once: one run over the weights of all of them, by torch.func.vmap.
+
+Where a model is small, starting an operation takes longer than doing it; for many clients at once it is started once.
+The mathematics is that of `client.run_task` for each; last bits differ, since other kernels do it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, zip_longest
+
+import torch
+from torch import Tensor, nn
+
+from scalefl.client import Residents, batches_of, holding, told_of, without_prefix
+from scalefl.params import CPU, Params, moved, num_bytes
+from scalefl.parts import PartRunner, Resident
+from scalefl.prefix import Prefix, prefix_of
+from scalefl.problem import Batch, Problem, num_rows
+from scalefl.rng import derive
+from scalefl.sgd import SGD
+from scalefl.torch_private import without_vmap_loops
+from scalefl.types import OWN, ClientTask, ClientUpdate, Method, Objective, Step
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+"""Summed over each client's examples, with the weights to divide them by: [K] each."""
+
+
+def can_vectorize(task: ClientTask) -> bool:
+    """Whether a task's means let clients share a run; whether its model does, only a try can tell."""
+    return all(map(_is_plain, task.steps))
+
+
+def _is_plain(step: Step) -> bool:
+    means = step.means
+    in_pieces = step.splits or means.recompute or without_prefix(step) or means.prefix == "chunked"
+    return not (in_pieces or means.bfloat16 or step.collects)
+
+
+def run_vectorized(
+    method: Method,
+    problem: Problem,
+    residents: Residents,
+    tasks: Sequence[ClientTask],
+    params: Sequence[Params],
+    examples: Sequence[Batch],
+) -> list[ClientUpdate]:
+    """Do what K clients are asked to do, which has to be the same for all.
+
+    Args:
+        method, problem, residents: as for `client.run_task`.
+        tasks: equal in their steps; each one `can_vectorize`.
+        params: the tensors that each needs; none of them is changed.
+        examples: each client's, one at least.
+
+    Raises:
+        RuntimeError: something in the model or the problem can't be vectorised: dropout, numbers taken out of tensors,
+            operations that torch knows for one client at a time only.
+    """
+    start = time.perf_counter()
+    # Those with more examples take more steps: who is still at it then comes before who is not.
+    places = sorted(range(len(tasks)), key=lambda i: -num_rows(examples[i]))
+    sent, data = [params[i] for i in places], [examples[i] for i in places]
+    own = {name: _stacked([each[name] for each in sent], residents.device) for name in sorted(tasks[0].moving)}
+    metrics: Metrics = {}
+    for number, step in enumerate(tasks[0].steps):
+        seeds = [derive(tasks[i].seed, "step", number) for i in places]
+        metrics = _Group(residents, step, sent, own).train(method.objective(step), problem, data, seeds)
+    uploads, updates = moved(own, CPU), {}
+    seconds = (time.perf_counter() - start) / len(tasks)
+    for row, i in enumerate(places):
+        upload = {name: t[row] for name, t in uploads.items()}
+        sums = {name: (values[row], int(weights[row])) for name, (values, weights) in metrics.items()}
+        updates[i] = told_of(tasks[i], num_bytes(params[i]), upload, num_rows(examples[i]), sums, seconds)
+    return [updates[i] for i in range(len(tasks))]
+
+
+class _Group:
+    """K clients at a step. What they do not share lies in tensors [K, …], a row for each.
+
+    Args:
+        residents, step: where they train, and what.
+        params: what each was sent.
+        own: what moves, [K, …]; changed in place.
+    """
+
+    def __init__(self, residents: Residents, step: Step, params: Sequence[Params], own: Params) -> None:
+        self._resident, self._device, self._step = residents[step.part.model], residents.device, step
+        trained = {name: nn.Parameter(own[name]) for name in sorted(step.trainable)}
+        drift = {name: own[OWN + name] for name in trained} if step.feddyn else None
+        self._optimizer = SGD(trained, step.work, feddyn=step.feddyn, drift=drift)
+        self._rest = {name: own[name] for name in sorted(step.statistics)}
+        self._shared: dict[str, Tensor] = {}
+        changeable = self._resident.changeable(step.part)
+        for name in (name for name in step.part.names() if name not in step.moving):
+            each = [p[name] for p in params]
+            if _is_one(each) and name not in changeable:
+                self._shared[name] = each[0].to(self._device)
+            else:
+                self._rest[name] = _stacked(each, self._device)
+
+    def train(self, objective: Objective, problem: Problem, examples: Sequence[Batch], seeds: Sequence[int]) -> Metrics:
+        """Train through all epochs; return the metrics of the last one."""
+        step, metrics = self._step, Metrics()
+        first = {name: t[0] for name, t in {**self._rest, **self._optimizer.parameters}.items()}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_vmap_loops())
+            runner, _ = stack.enter_context(holding(self._resident, step, {**self._shared, **first}))
+            prefix = stack.enter_context(prefix_of(step, runner, examples[0], problem, self._device))
+            run = _Run(self._resident, step, runner, prefix, objective, problem)
+            rows: dict[tuple[int, int], _Rows] = {}
+            for epoch in range(step.work.epochs):
+                run.tells = epoch == step.work.epochs - 1
+                of_epoch = [derive(seed, "epoch", epoch) for seed in seeds]
+                for span, batch in _ticks(examples, step.work.batch_size, of_epoch, problem):
+                    if span not in rows:
+                        rest = {name: t[slice(*span)] for name, t in self._rest.items()}
+                        rows[span] = _Rows(self._optimizer.of_rows(*span), rest)
+                    for name, found in rows[span].train(run, moved(batch, self._device)).items():
+                        if name not in metrics:
+                            metrics[name] = found.new_zeros(len(examples)), torch.zeros(len(examples))
+                        values, weights = metrics[name]
+                        values[slice(*span)] += found
+                        weights[slice(*span)] += run.weights[name]
+            self._optimizer.settle()
+        return metrics
+
+
+@dataclass
+class _Run:
+    """One client's run with a batch, as vmap sees it.
+
+    Attributes:
+        tells: whether anybody asks for metrics.
+        weights: of the metrics, which are those of any client: they all have as many examples in their batch.
+    """
+
+    resident: Resident
+    step: Step
+    runner: PartRunner
+    prefix: Prefix
+    objective: Objective
+    problem: Problem
+    tells: bool = False
+    weights: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, values: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and summed metrics."""
+        self.resident.exchange(self.step.part, values)
+        taps = self.runner(batch, self.problem, self.prefix(batch, _NO_ROWS))
+        loss, weight = self.objective.sample_terms(taps, batch, self.problem)
+        loss = loss / max(weight, 1)
+        coupled = self.objective.batch_terms(taps, batch, self.problem) if weight else None
+        if coupled is not None:
+            loss = loss + coupled
+        metrics = self.problem.metrics(taps.logits.detach(), batch) if self.tells else {}
+        self.weights = {name: weight for name, (_, weight) in metrics.items()}
+        return loss, {name: value for name, (value, _) in metrics.items()}
+
+
+_NO_ROWS = torch.arange(0)
+"""Only a cached prefix asks which rows of the client's a batch is made of, and such clients train one by one."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some clients of a group: what moves them, and what else they do not share."""
+
+    optimizer: SGD
+    rest: Params
+
+    def train(self, run: _Run, batch: Batch) -> dict[str, Tensor]:
+        """An optimizer step of each on its batch of columns [clients, B, …]; summed metrics of each."""
+        losses, metrics = torch.func.vmap(run)({**self.rest, **self.optimizer.parameters}, batch)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return metrics
+
+
+def _ticks(
+    examples: Sequence[Batch], size: int, seeds: Sequence[int], problem: Problem
+) -> Iterator[tuple[tuple[int, int], Batch]]:
+    """The next batch of each client, tick by tick; at once for neighbours whose batches are equally long.
+
+    Yields:
+        The first of such clients and the one after the last; and columns [clients, B, …].
+    """
+    batches = [batches_of(each, size, seed, problem) for each, seed in zip(examples, seeds, strict=True)]
+    for tick in zip_longest(*batches):
+        start = 0
+        for length, neighbours in groupby(tick, key=lambda found: num_rows(found[0]) if found else 0):
+            together = [found[0] if found else {} for found in neighbours]
+            stop = start + len(together)
+            if length:
+                yield (start, stop), {name: torch.stack([b[name] for b in together]) for name in together[0]}
+            start = stop
+
+
+def _stacked(each: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The tensors of K clients as rows of a new one, [K, …]."""
+    if _is_one(each):
+        one = each[0].to(device)
+        return one.expand(len(each), *one.shape).clone(memory_format=torch.contiguous_format)
+    return torch.stack(list(each)).to(device)
+
+
+def _is_one(each: Sequence[Tensor]) -> bool:
+    """Whether all clients were sent the same tensor."""
+    first = _lies(each[0])
+    return all(t is each[0] or _lies(t) == first for t in each)
+
+
+def _lies(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
