@@ -189,7 +189,13 @@ class Federation:
 
     def rounds(self, cohort: int, crew: Crew) -> Generator[Params]:
         """The weights after each round of so many clients, without end."""
-        with LocalEngine(self.data, self.clients, workers=crew.workers, threads=crew.threads) as engine:
+        with LocalEngine(
+            self.data,
+            self.clients,
+            workers=crew.workers,
+            threads=crew.threads,
+            clients_at_once=crew.clients_at_once,
+        ) as engine:
             for state, _ in federate(self.workload.method, engine, UniformSampler(cohort), self.state):
                 yield state.params
 
@@ -438,7 +444,7 @@ def preview(config: Config, seconds: float) -> Preview:
     state = first_state(experiment)
     settled = experiment.settle_engine()
     settings, rounds = experiment.config.engine, experiment.config.rounds
-    assert settings.workers != "auto" and settings.threads != "auto"
+    assert settings.workers != "auto" and settings.threads != "auto" and settings.clients_at_once != "auto"
     with engine_of(experiment) as engine:
         watched = _Watched(engine)
         next(rounds_after(state, experiment, watched, experiment.privacy))  # workers start, kernels are compiled
@@ -458,7 +464,7 @@ def preview(config: Config, seconds: float) -> Preview:
     )
     return Preview(
         config=experiment.config,
-        crew=settled or Crew(settings.workers, settings.threads),
+        crew=settled or Crew(settings.workers, settings.threads, clients_at_once=settings.clients_at_once),
         seconds=Spread.of(taken),
         samples_per_second=num_samples / sum(taken) if told else None,
         idle_share=1 - watched.training_seconds / at_once / sum(taken) if told else None,

@@ -196,7 +196,8 @@ def _beside_others(config: Config) -> Config:
     engine = config.engine
     workers = engine.workers if engine.workers != "auto" else 0 if engine.cap == "none" else 1
     threads = engine.threads if engine.threads != "auto" else 1
-    return replace(config, engine=replace(engine, workers=workers, threads=threads))
+    at_once = engine.clients_at_once if engine.clients_at_once != "auto" else 1
+    return replace(config, engine=replace(engine, workers=workers, threads=threads, clients_at_once=at_once))
 
 
 def _taken_once(

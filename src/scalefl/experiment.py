@@ -14,6 +14,7 @@ from scalefl.config import Config
 from scalefl.costs import step_cost
 from scalefl.data import Dataset, FederatedData, Iid, Natural, PartitionedData, Partitioner, load
 from scalefl.data.population import DeclaredPopulation, SimulatedPopulation
+from scalefl.engines.gauge import device_of
 from scalefl.engines.local import offered
 from scalefl.engines.remote import RemoteEngine
 from scalefl.engines.trial import Crew, by_trial, most_workers
@@ -100,17 +101,24 @@ class Experiment:
             Who trains, where that is not simply what the config says.
         """
         settings = self.config.engine
-        if self.remote is not None or (settings.threads != "auto" and settings.workers in (0, 1)):
+        if self.remote is not None:
+            return None
+        if settings.clients_at_once == "auto" and (settings.threads != "auto" or settings.name != "local"):
+            settings = replace(settings, clients_at_once=1)  # who settles threads wants the same bits everywhere
+            self.config = replace(self.config, engine=settings)
+        if settings.threads != "auto" and settings.workers in (0, 1):
             return None
         plan = self.planned(self.initial_state())
         most = most_workers(max(cost.peak_bytes for cost in plan.costs.values()) if plan else 0)
         found = self._found(plan, most)
         workers = found.workers if settings.workers == "auto" else settings.workers
         threads = found.threads if settings.threads == "auto" else settings.threads
-        crew = Crew(workers, threads, found.why)
+        at_once = found.clients_at_once if settings.clients_at_once == "auto" else settings.clients_at_once
+        crew = Crew(workers, threads, found.why, at_once)
         if workers > most:
-            crew = Crew(most, threads, f"{workers} workers were asked for, and there is room for {most}")
-        engine = replace(settings, workers=crew.workers, threads=crew.threads)
+            why = f"{workers} workers were asked for, and there is room for {most}"
+            crew = crew._replace(workers=most, why=why)
+        engine = replace(settings, workers=crew.workers, threads=crew.threads, clients_at_once=at_once)
         if engine == settings:
             return None
         self.config = replace(self.config, engine=engine)
@@ -120,8 +128,12 @@ class Experiment:
         settings, most = self.config.engine, min(most, self.config.clients_per_round)
         if settings.cap != "none":
             return Crew(most, 1)
-        if plan is None or settings.name != "local" or settings.device != "cpu":
+        if plan is None or settings.name != "local":
             return Crew(0, 1)
+        if "auto" not in (settings.workers, settings.threads, settings.clients_at_once):
+            return Crew(0, 1)
+        device = device_of(settings.device)
+        on_cpu = device.type == "cpu"
         state = self.initial_state()
         try:
             examples = self.data.examples(plan.longest_first()[0].client_id)
@@ -132,8 +144,10 @@ class Experiment:
                 examples,
                 rounds=self.config.rounds,
                 most=most,
-                workers=settings.workers,
-                threads=settings.threads,
+                workers=settings.workers if on_cpu or settings.workers != "auto" else 0,
+                threads=settings.threads if on_cpu or settings.threads != "auto" else 1,
+                clients_at_once=settings.clients_at_once,
+                device=device,
             )
         except Exception as error:  # the run meets it too, and records or tells it
             return Crew(0, 1, f"the trial failed with {type(error).__name__}")

@@ -114,7 +114,7 @@ def engine_of(experiment: Experiment) -> AbstractContextManager[Engine]:
     if experiment.remote is not None:
         return nullcontext(experiment.remote)
     settings = experiment.config.engine
-    assert settings.workers != "auto" and settings.threads != "auto"
+    assert settings.workers != "auto" and settings.threads != "auto" and settings.clients_at_once != "auto"
     local = LocalEngine(
         experiment.data,
         experiment.population,
@@ -122,6 +122,7 @@ def engine_of(experiment: Experiment) -> AbstractContextManager[Engine]:
         threads=settings.threads,
         cap=settings.cap,
         device=settings.device,
+        clients_at_once=settings.clients_at_once,
     )
     if settings.name == "local":
         return local
@@ -162,8 +163,9 @@ def check_same(config: Config, files: RunFolder) -> None:
     saved, asked = to_plain(read_config(files.path)), to_plain(config)
     for content in (saved, asked):  # what the result does not depend on
         del content["save_every"], content["tracking"], content["engine"]["workers"], content["engine"]["patience"]
-    if asked["engine"]["threads"] == "auto":  # whatever it was found to be
-        asked["engine"]["threads"] = saved["engine"]["threads"]
+    for key in ("threads", "clients_at_once"):
+        if asked["engine"][key] == "auto":  # whatever it was found to be
+            asked["engine"][key] = saved["engine"][key]
     differing = [key for key in asked if asked[key] != saved[key]]
     if differing:
         raise ConfigError(f"{files.path} holds a run whose {', '.join(differing)} differ: resume with its own config")
@@ -237,7 +239,9 @@ def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
     saved, engine = read_config(files.path).engine, experiment.config.engine
     threads = saved.threads if engine.threads == "auto" else engine.threads
     workers = saved.workers if engine.workers == "auto" else engine.workers
-    experiment.config = replace(experiment.config, engine=replace(engine, workers=workers, threads=threads))
+    at_once = saved.clients_at_once if engine.clients_at_once == "auto" else engine.clients_at_once
+    engine = replace(engine, workers=workers, threads=threads, clients_at_once=at_once)
+    experiment.config = replace(experiment.config, engine=engine)
     if not files.state.exists():  # it was killed before its first save
         files.journal.unlink(missing_ok=True)
         return experiment.initial_state(_smallest_at_start(files))

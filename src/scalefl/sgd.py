@@ -70,9 +70,11 @@ class SGD:
         """What the parameters were at the start, where something pulls towards it."""
         return dict(zip(self._names, self._start or (), strict=False))
 
-    def of_rows(self, start: int, stop: int) -> SGD:
-        """The optimizer of some rows of every parameter, where rows are of different clients; momentum is shared."""
-        rows = slice(start, stop)
+    def of_rows(self, rows: slice | Tensor) -> SGD:
+        """The optimizer of some rows of every parameter, where rows are of different clients.
+
+        A slice shares its memory with this one; numbers of rows give copies, which `put_back` returns.
+        """
         found = _RowsSGD(
             {name: nn.Parameter(p.detach()[rows]) for name, p in self.parameters.items()},
             self._work,
@@ -82,6 +84,14 @@ class SGD:
             whole: list[Tensor] | None = getattr(self, kept)
             setattr(found, kept, None if whole is None else [t[rows] for t in whole])
         return found
+
+    @torch.no_grad()
+    def put_back(self, rows: Tensor, found: SGD) -> None:
+        """Take what `of_rows` gave as copies, and has since moved."""
+        for whole, some in zip(
+            [*self._parameters, *(self._momentum or ())], [*found._parameters, *(found._momentum or ())], strict=True
+        ):
+            whole.data[rows] = some
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, zip_longest
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ def run_vectorized(
             operations that torch knows for one client at a time only.
     """
     start = time.perf_counter()
-    # Those with more examples take more steps: who is still at it then comes before who is not.
+    # Those with more whole batches come first: whoever has one more lies before all that have not, without a gap.
     places = sorted(range(len(tasks)), key=lambda i: -num_rows(examples[i]))
     sent, data = [params[i] for i in places], [examples[i] for i in places]
     own = {name: _stacked([each[name] for each in sent], residents.device) for name in sorted(tasks[0].moving)}
@@ -92,6 +93,7 @@ class _Group:
         trained = {name: nn.Parameter(own[name]) for name in sorted(step.trainable)}
         drift = {name: own[OWN + name] for name in trained} if step.feddyn else None
         self._optimizer = SGD(trained, step.work, feddyn=step.feddyn, drift=drift)
+        self._of_first: dict[int, SGD] = {}
         self._rest = {name: own[name] for name in sorted(step.statistics)}
         self._shared: dict[str, Tensor] = {}
         changeable = self._resident.changeable(step.part)
@@ -111,21 +113,39 @@ class _Group:
             runner, _ = stack.enter_context(holding(self._resident, step, {**self._shared, **first}))
             prefix = stack.enter_context(prefix_of(step, runner, examples[0], problem, self._device))
             run = _Run(self._resident, step, runner, prefix, objective, problem)
-            rows: dict[tuple[int, int], _Rows] = {}
             for epoch in range(step.work.epochs):
                 run.tells = epoch == step.work.epochs - 1
                 of_epoch = [derive(seed, "epoch", epoch) for seed in seeds]
-                for span, batch in _ticks(examples, step.work.batch_size, of_epoch, problem):
-                    if span not in rows:
-                        rest = {name: t[slice(*span)] for name, t in self._rest.items()}
-                        rows[span] = _Rows(self._optimizer.of_rows(*span), rest)
-                    for name, found in rows[span].train(run, moved(batch, self._device)).items():
+                for rows, batch in _runs(examples, step.work.batch_size, of_epoch, problem):
+                    for name, found in self._train(run, rows, moved(batch, self._device)).items():
                         if name not in metrics:
                             metrics[name] = found.new_zeros(len(examples)), torch.zeros(len(examples))
                         values, weights = metrics[name]
-                        values[slice(*span)] += found
-                        weights[slice(*span)] += run.weights[name]
+                        values[rows] += found
+                        weights[rows] += run.weights[name]
             self._optimizer.settle()
+        return metrics
+
+    def _train(self, run: _Run, rows: list[int], batch: Batch) -> dict[str, Tensor]:
+        """An optimizer step of some clients, each on its batch of columns [clients, B, …]; summed metrics of each."""
+        # The first ones are used where they lie; others are copied, and put back.
+        first = rows == list(range(len(rows)))
+        where = slice(len(rows)) if first else torch.tensor(rows, device=self._device)
+        if not first:
+            optimizer = self._optimizer.of_rows(where)
+        elif len(rows) in self._of_first:
+            optimizer = self._of_first[len(rows)]
+        else:
+            optimizer = self._of_first[len(rows)] = self._optimizer.of_rows(where)
+        rest = {name: t[where] for name, t in self._rest.items()}
+        losses, metrics = torch.func.vmap(run)({**rest, **optimizer.parameters}, batch)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        if isinstance(where, Tensor):
+            self._optimizer.put_back(where, optimizer)
+            for name, t in rest.items():
+                self._rest[name][where] = t
         return metrics
 
 
@@ -165,39 +185,31 @@ _NO_ROWS = torch.arange(0)
 """Only a cached prefix asks which rows of the client's a batch is made of, and such clients train one by one."""
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Some clients of a group: what moves them, and what else they do not share."""
-
-    optimizer: SGD
-    rest: Params
-
-    def train(self, run: _Run, batch: Batch) -> dict[str, Tensor]:
-        """An optimizer step of each on its batch of columns [clients, B, …]; summed metrics of each."""
-        losses, metrics = torch.func.vmap(run)({**self.rest, **self.optimizer.parameters}, batch)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return metrics
-
-
-def _ticks(
+def _runs(
     examples: Sequence[Batch], size: int, seeds: Sequence[int], problem: Problem
-) -> Iterator[tuple[tuple[int, int], Batch]]:
-    """The next batch of each client, tick by tick; at once for neighbours whose batches are equally long.
+) -> Iterator[tuple[list[int], Batch]]:
+    """An epoch: the whole batches of all clients, as far as each has some; at its end what is left of each, by length.
 
     Yields:
-        The first of such clients and the one after the last; and columns [clients, B, …].
+        Rows of the clients whose batches are run at once, and columns [clients, B, …].
     """
     batches = [batches_of(each, size, seed, problem) for each, seed in zip(examples, seeds, strict=True)]
+    left: dict[int, dict[int, Batch]] = defaultdict(dict)
     for tick in zip_longest(*batches):
-        start = 0
-        for length, neighbours in groupby(tick, key=lambda found: num_rows(found[0]) if found else 0):
-            together = [found[0] if found else {} for found in neighbours]
-            stop = start + len(together)
-            if length:
-                yield (start, stop), {name: torch.stack([b[name] for b in together]) for name in together[0]}
-            start = stop
+        whole: dict[int, Batch] = {}
+        for row, found in enumerate(tick):
+            if found is not None:
+                batch, _ = found
+                (whole if num_rows(batch) == size else left[num_rows(batch)])[row] = batch
+        if whole:
+            yield _joined(whole)
+    yield from map(_joined, left.values())
+
+
+def _joined(batches: Mapping[int, Batch]) -> tuple[list[int], Batch]:
+    """Batches of equal length, by row, as one."""
+    first, *_ = batches.values()
+    return list(batches), {name: torch.stack([batch[name] for batch in batches.values()]) for name in first}
 
 
 def _stacked(each: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -176,6 +176,7 @@ def test_the_resolved_config_spells_out_every_default(tmp_path):
         "threads": 1,
         "cap": "none",
         "device": "cpu",
+        "clients_at_once": 1,
         "patience": to_builtins(asdict(Patience())),
         "precision": "exact",
     }

@@ -11,7 +11,7 @@ import scalefl.engines.trial
 from scalefl.comparison import load_comparison
 from scalefl.config import make_config, to_plain
 from scalefl.engines.local import LocalEngine
-from scalefl.engines.trial import Crew, by_trial, described, makespan, most_workers
+from scalefl.engines.trial import Crew, _Trial, by_trial, described, makespan, most_workers
 from scalefl.errors import ConfigError
 from scalefl.experiment import Experiment
 from scalefl.loop import federate
@@ -52,15 +52,18 @@ def test_the_longest_first(seconds, workers, wanted):
     assert makespan(seconds, workers) == wanted
 
 
-def trial(monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8, **settled) -> Crew:
-    """Who is chosen if the longest task takes so long, by threads."""
-    data = MadeData([12] * 8)
+def trial(
+    monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8, further=None, sizes=None, **settled
+) -> Crew:
+    """Who is chosen if the longest task takes so long, by threads, and each further client at once such a part."""
+    data = MadeData(sizes or [12] * max(cohort, 8))
     method = FedAvg(work=LocalWork(batch_size=4))
     clients = Clients(data, (10 * full_bytes(),))
     state = method.init(spec(), PROBLEM, seed=0, smallest_memory_bytes=0)
     plan = method.plan(state, UniformSampler(cohort)(clients, 0, state))
     monkeypatch.setattr(scalefl.engines.trial, "num_cores", lambda: cores)
-    monkeypatch.setattr(scalefl.engines.trial, "_seconds", lambda *a: milliseconds[a[-1]] / 1000)
+    monkeypatch.setattr(_Trial, "seconds", lambda *a: milliseconds[a[-1]] / 1000)
+    monkeypatch.setattr(_Trial, "further_client", lambda *a: further)
     return by_trial(method, state, plan, data.examples(0), rounds=rounds, most=most, **settled)
 
 
@@ -90,6 +93,62 @@ def trial(monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8, *
 )
 def test_what_is_done_first_is_chosen(monkeypatch, milliseconds, changes, wanted):
     assert trial(monkeypatch, milliseconds, **changes)[:2] == wanted
+
+
+@pytest.mark.parametrize(
+    ("further", "changes", "wanted"),
+    [
+        # Two of eight for each of four workers, or all of them here: whoever is done first.
+        (0.1, {}, (4, 1, 2)),
+        (0.0, {"rounds": 10}, (0, 1, 8)),
+        (0.1, {"most": 1}, (0, 1, 8)),
+        # A tenth less, and two seconds of the whole run: else bits stay what they are.
+        (0.85, {"cohort": 2, "most": 1, "cores": 1}, (0, 1, 1)),
+        (0.7, {"cohort": 2, "most": 1, "cores": 1}, (0, 1, 2)),
+        (0.1, {"rounds": 2}, (0, 1, 1)),
+        (None, {}, (4, 1, 1)),
+        (1.3, {}, (4, 1, 1)),
+        # What is settled stays.
+        (0.1, {"clients_at_once": 1}, (4, 1, 1)),
+        (1.0, {"clients_at_once": 5}, (4, 1, 5)),
+        (0.0, {"clients_at_once": 8, "rounds": 20}, (0, 1, 8)),
+        (0.1, {"workers": 1}, (1, 1, 8)),
+        # 40 are not done by 32 and 8, but by 20 and 20.
+        (0.1, {"cohort": 40, "most": 1}, (0, 1, 20)),
+    ],
+)
+def test_clients_at_once_where_that_is_faster(monkeypatch, further, changes, wanted):
+    changes = {"cohort": 8, **changes}
+    found = trial(monkeypatch, {1: 100, 2: 90, 4: 85}, further=further, **changes)
+    assert (found.workers, found.threads, found.clients_at_once) == wanted
+
+
+def test_uneven_clients_are_done_in_more_runs(monkeypatch):
+    """Sixteen equal ones in a run for each of two workers; if some are much longer, not all of these in one run."""
+    settled = {"further": 0.5, "workers": 2, "threads": 1, "cohort": 16}
+    assert trial(monkeypatch, {1: 100}, **settled).clients_at_once == 8
+    assert trial(monkeypatch, {1: 100}, sizes=[*[400] * 4, *[12] * 12], **settled).clients_at_once == 2
+
+
+def test_as_many_at_once_as_there_is_memory_for(monkeypatch):
+    peak = full_bytes(work=LocalWork(batch_size=4))
+    monkeypatch.setattr("scalefl.engines.trial.spare_bytes", lambda: int(3.5 * peak))
+    assert trial(monkeypatch, {1: 100}, further=0.1, most=1, cores=1).clients_at_once == 3
+
+
+def test_a_real_trial_finds_out_who_can():
+    experiment = Experiment(settings(clients_per_round=12, rounds=10**4))
+    crew = experiment.settle_engine()
+    assert crew is not None and crew.clients_at_once == experiment.config.engine.clients_at_once > 1
+    assert "for each further client at once" in described(crew) and "clients at once:" in described(crew)
+    coarse = Experiment(settings(model="squeezenet", clients_per_round=12, rounds=10**4))  # it has dropout
+    crew = coarse.settle_engine()
+    assert crew is not None and crew.clients_at_once == 1 and "at once" not in described(crew)
+
+
+def test_who_settles_threads_gets_the_same_bits_everywhere():
+    experiment = Experiment(settings(engine={"threads": 1, "workers": 0}, rounds=10**4))
+    assert experiment.settle_engine() is None and experiment.config.engine.clients_at_once == 1
 
 
 def test_a_real_trial_says_why():
@@ -181,9 +240,21 @@ def test_a_word_that_is_no_number_is_answered_with_both():
         settings(engine={"workers": "many"})
 
 
-@pytest.mark.parametrize("engine", [{"workers": -1}, {"threads": 0}, {"workers": "many"}, {"workers": 1.5}])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"workers": -1},
+        {"threads": 0},
+        {"workers": "many"},
+        {"workers": 1.5},
+        {"clients_at_once": 0},
+        {"clients_at_once": "all"},
+        {"clients_at_once": 2, "cap": "hard", "workers": 1},
+        {"clients_at_once": 2, "cap": "measured"},
+    ],
+)
 def test_bad_numbers_are_refused(engine):
-    with pytest.raises(ConfigError, match=r"engine\.(workers|threads)|workers|threads"):
+    with pytest.raises(ConfigError, match=r"workers|threads|clients_at_once"):
         settings(engine=engine)
 
 

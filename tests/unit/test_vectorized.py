@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
+import errno
 from dataclasses import replace
 
 import pytest
@@ -12,24 +10,21 @@ import torch
 from torch import nn
 
 import scalefl.engines.local
-import scalefl.engines.worker
+import scalefl.engines.shared
 from scalefl.client import Residents, run_task
 from scalefl.engines.local import LocalEngine
 from scalefl.engines.worker import at_once
-from scalefl.errors import ConfigError
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.spec import ModelSpec
-from scalefl.types import ClientTask, LocalWork, Means
+from scalefl.types import ClientTask, ClientUpdate, Means
 from scalefl.vectorized import can_vectorize, run_vectorized
 from support import (
     ABORTS,
-    NUM_CLASSES,
     PROBLEM,
     RAISES,
     WORK,
     Clients,
     MadeData,
-    children,
     copied,
     full_bytes,
     identical,
@@ -38,7 +33,7 @@ from support import (
     spec,
 )
 
-SIZES = [9, 24, 10, 8, 17, 24, 3, 16]
+SIZES = [18, 24, 10, 8, 17, 24, 3, 16]
 DATA = MadeData(SIZES)
 CLIENTS = Clients(DATA, (10 * full_bytes(),))
 TWICE = replace(WORK, epochs=2, prox=0.1)
@@ -53,13 +48,13 @@ def near(found, wanted) -> bool:
     return bool((found - wanted).norm() <= 1e-4 * wanted.norm())
 
 
-def given(method, model=None, clients=range(len(SIZES)), data=DATA):
+def given(method, model=None):
     """Tasks of clients that do the first thing on the menu, what they are sent, and their data."""
     state = method.init(model or spec(), PROBLEM, seed=0, smallest_memory_bytes=2**40)
     step = method.menu(state)[0].step
     sent = {name: state.params[name] for name in step.part.names()}
-    tasks = [ClientTask(i, 3, (step,), seed=100 + i) for i in clients]
-    return tasks, [sent] * len(tasks), [data.examples(i) for i in clients]
+    tasks = [ClientTask(i, 3, (step,), seed=100 + i) for i in range(len(SIZES))]
+    return tasks, [sent] * len(tasks), [DATA.examples(i) for i in range(len(SIZES))]
 
 
 def one_by_one(method, tasks, params, examples):
@@ -180,11 +175,13 @@ def test_a_model_that_cannot_is_trained_one_by_one(model, workers, bundles):
     assert bundles == ([] if workers else [0] * 4)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("mark", [RAISES, ABORTS])
-def test_one_bad_client_costs_itself_alone(workers, mark):
-    if mark == ABORTS and not workers:
-        return
+@pytest.mark.parametrize(
+    ("workers", "mark"),
+    [(0, RAISES), (2, RAISES), (2, ABORTS), (3, ABORTS)],
+    ids=["here", "beside", "dies", "dies adding"],
+)
+def test_one_bad_client_costs_itself_alone(workers, mark, monkeypatch):
+    monkeypatch.setattr(scalefl.engines.local, "ADDING_WORKERS", 3)
     data = MadeData([10] * 6, spoilt={4: mark})
     model = ModelSpec.of("support:deadly")
     clients = Clients(data, (10 * full_bytes(model),))
@@ -192,3 +189,31 @@ def test_one_bad_client_costs_itself_alone(workers, mark):
         _, records = play(make_method("fedavg"), engine, 2, model=model, cohort=6)
     assert [[loss["client"] for loss in record.lost] for record in records] == [[4], [4]]
     assert all(record.num_examples == 50 for record in records)
+
+
+def test_without_memory_to_share_they_are_trained_one_by_one(monkeypatch):
+    with LocalEngine(DATA, CLIENTS) as alone:
+        wanted, _ = play(make_method("fedavg"), alone, 2, cohort=8)
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(scalefl.engines.shared.os, "posix_fallocate", full)
+    with LocalEngine(DATA, CLIENTS, workers=2, clients_at_once=3) as engine:
+        found, records = play(make_method("fedavg"), engine, 2, cohort=8)
+    assert identical(found[-1].params, wanted[-1].params) and all(record.lost == [] for record in records)
+
+
+def test_tasks_that_differ_do_not_share_a_run(bundles):
+    """Rows of nobody, and steps of others: budgets that hold half the batch, and those that hold all."""
+    data = MadeData([9, 12, 10, 8, 0, 8])
+    budgets = (10 * full_bytes(), 10 * full_bytes(), int(0.8 * full_bytes()))
+    method = make_method("fedavg", means="micro-batches")
+    with LocalEngine(data, Clients(data, budgets), clients_at_once=3) as engine:
+        state = method.init(spec(), PROBLEM, seed=0, smallest_memory_bytes=min(budgets))
+        plan = method.plan(state, [engine.population()[i] for i in range(6)])
+        orders = [(task, {n: t.clone() for n, t in state.params.items()}) for task in plan.tasks]
+        answers = list(engine.fit(method, orders))
+    assert sorted(answer.client_id for answer in answers) == [0, 1, 2, 3, 4, 5]
+    assert all(isinstance(answer, ClientUpdate) for answer in answers)
+    assert bundles == [3], "0, 1 and 3; 4 has no data, 2 and 5 have less memory"

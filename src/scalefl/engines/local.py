@@ -149,19 +149,25 @@ class _Sums:
             ledger.close()
 
 
-def check_cap(cap: Cap, workers: int, clients_at_once: int = 1) -> None:
-    """Refuse a cap without workers, and one on clients that share a run.
+def check_cap(cap: Cap, workers: int) -> None:
+    """Refuse a cap without workers.
+
+    Raises:
+        ConfigError: says what to do.
+    """
+    if cap != "none" and workers < 1:
+        raise ConfigError(f"engine.cap = {cap!r} needs workers >= 1: in this process there is the server too")
+
+
+def check_at_once(cap: Cap, clients_at_once: int) -> None:
+    """Refuse several clients at once where it is to be known what each takes.
 
     Raises:
         ConfigError: says what to do.
     """
     check_range("engine.clients_at_once", clients_at_once, 1)
     if cap != "none" and clients_at_once > 1:
-        raise ConfigError(
-            f"engine.cap = {cap!r} needs clients_at_once = 1: what each takes can't be told of a shared run"
-        )
-    if cap != "none" and workers < 1:
-        raise ConfigError(f"engine.cap = {cap!r} needs workers >= 1: in this process there is the server too")
+        raise ConfigError(f"engine.cap = {cap!r} needs clients_at_once = 1: nobody can tell what each of several takes")
 
 
 def offered(clients: Population, cap: Cap) -> Population:
@@ -212,7 +218,8 @@ class LocalEngine:
     ) -> None:
         if workers < 0 or threads < 1:
             raise ConfigError(f"workers ({workers}) must be at least 0 and threads ({threads}) at least 1")
-        check_cap(cap, workers, clients_at_once)
+        check_cap(cap, workers)
+        check_at_once(cap, clients_at_once)
         self._data, self._clients = data, clients
         self._threads, self._cap, self._at_once = threads, cap, clients_at_once
         self._device = device_of(device)

@@ -1,21 +1,25 @@
-"""How many workers of how many threads train a run's clients fastest on this machine: by a short measured trial."""
+"""Who trains a run's clients fastest on this machine, and how many of them at once: by a short measured trial."""
 
 from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from scalefl.client import Residents, run_task
 from scalefl.coords import extract
 from scalefl.measure import spare_bytes
+from scalefl.params import CPU, moved
 from scalefl.problem import Batch, num_rows
-from scalefl.types import ClientTask, Method, RoundPlan, ServerState
+from scalefl.types import ClientTask, Method, RoundPlan, ServerState, Step
+from scalefl.vectorized import can_vectorize, run_vectorized
 
 Auto = Literal["auto"]
 
@@ -24,8 +28,10 @@ WORKER_SECONDS = 2.0
 WORKER_BYTES = 350 * 2**20
 """What a worker holds beside its task."""
 GAIN, GAIN_SECONDS = 0.9, 2.0
-"""More threads are taken where they leave this much of a run's time at most, and save so much: bits depend on them."""
-_BATCHES, _LONG_SECONDS = 3, 0.5
+"""More threads, or clients at once, are taken where they leave this much of a run's time at most, and save so much:
+bits depend on them."""
+MOST_AT_ONCE = 32
+_BATCHES, _TURNS, _LONG_SECONDS = 3, 3, 0.5
 
 
 class Crew(NamedTuple):
@@ -35,11 +41,13 @@ class Crew(NamedTuple):
         workers: processes beside the server's; 0: the server's own trains.
         threads: of each process that trains.
         why: in a line, for people.
+        clients_at_once: how many with equal tasks share a vectorised run.
     """
 
     workers: int
     threads: int
     why: str = ""
+    clients_at_once: int = 1
 
 
 def num_cores() -> int:
@@ -54,6 +62,13 @@ def most_workers(peak_bytes: int) -> int:
     return num_cores()
 
 
+def room_for(peak_bytes: int) -> int:
+    """How many such tasks this machine has memory for at once, one at least."""
+    with contextlib.suppress(OSError):
+        return max(1, spare_bytes() // max(peak_bytes, 1))
+    return MOST_AT_ONCE
+
+
 def by_trial(
     method: Method,
     state: ServerState,
@@ -64,6 +79,8 @@ def by_trial(
     most: int,
     workers: int | Auto = "auto",
     threads: int | Auto = "auto",
+    clients_at_once: int | Auto = "auto",
+    device: torch.device = CPU,
 ) -> Crew:
     """The crew that is done first with so many rounds like `plan`, by the time that its longest task takes a batch.
 
@@ -72,31 +89,91 @@ def by_trial(
         examples: of the client with the longest task.
         rounds: that are to come.
         most: workers that there may be.
-        workers, threads: what is settled of it; the other is then chosen to go with it.
+        workers, threads, clients_at_once: what is settled of it; the others are then chosen to go with it.
+        device: where clients train.
     """
     cores = num_cores()
     tried = _powers(cores // max(1, workers) if workers != "auto" else cores) if threads == "auto" else [threads]
+    trial = _Trial(method, state, plan, Residents(device, measured=False))
     task = plan.longest_first()[0]
     some = _some(task, examples)
     share = num_rows(some) / max(num_rows(examples), 1)
-    seconds = {count: _seconds(method, state, plan, task, some, count) / share for count in tried}
-    longest = plan.flops(task)
+    seconds = {count: trial.seconds(task, some, count) / share for count in tried}
+    group = max(_groups(plan), key=lambda tasks: sum(map(plan.flops, tasks)), default=[])
+    room = room_for(max(plan.costs[member.client_id].peak_bytes for member in group)) if group else 1
+    at_once = min(len(group), *((MOST_AT_ONCE, room) if clients_at_once == "auto" else (clients_at_once,)))
+    further = None  # what each further client in a run takes, of what one alone takes
+    if at_once > 1 and seconds[tried[0]] < _LONG_SECONDS / share:
+        further = trial.further_client(group[0], some, at_once, tried[0])
 
     def round_seconds(crew: Crew) -> float:
-        parts = [seconds[crew.threads] * plan.flops(t) / longest for t in plan.tasks]
+        def alone(other: ClientTask) -> float:
+            return seconds[crew.threads] * plan.flops(other) / plan.flops(task)
+
+        if crew.clients_at_once == 1 or further is None:
+            return makespan(map(alone, plan.tasks), max(crew.workers, 1))
+        bundles = _bundles(plan, crew.clients_at_once)
+        parts = (_share_at_once(plan, bundle, further) * sum(map(alone, bundle)) for bundle in bundles)
         return makespan(parts, max(crew.workers, 1))
 
     def run_seconds(crew: Crew) -> float:
         return rounds * round_seconds(crew) + (WORKER_SECONDS if crew.workers else 0.0)
 
-    crews = [Crew(count, each) for each in tried for count in _numbers(most, cores // each, workers)]
-    few_threads = min((crew for crew in crews if crew.threads == tried[0]), key=run_seconds)
+    crews = [
+        Crew(count, each, clients_at_once=1 if clients_at_once == "auto" else clients_at_once)
+        for each in tried
+        for count in _numbers(most, cores // each, workers)
+    ]
+    usual = min((crew for crew in crews if crew.threads == tried[0]), key=run_seconds)
+    if clients_at_once == "auto" and further is not None:
+        crews += [
+            crew._replace(clients_at_once=size)
+            for crew in crews
+            if crew.threads == tried[0]
+            for size in _sizes(len(group), max(crew.workers, 1), room)
+        ]
     best = min(crews, key=run_seconds)
-    least, usual = run_seconds(best), run_seconds(few_threads)
-    if least > GAIN * usual or usual - least < GAIN_SECONDS:
-        best = few_threads
+    if run_seconds(best) > GAIN * run_seconds(usual) or run_seconds(usual) - run_seconds(best) < GAIN_SECONDS:
+        best = usual
     found = ", ".join(f"{1000 * s:.0f} ms on {_counted(count, 'thread')}" for count, s in seconds.items())
+    if further is not None:
+        found += f", and {100 * further:.0f} % of that for each further client at once"
     return best._replace(why=f"the longest task takes {found}; a round {round_seconds(best):.1f} s")
+
+
+def _groups(plan: RoundPlan) -> list[list[ClientTask]]:
+    """The tasks that can be done at once, the longest of each group first."""
+    groups: dict[tuple[Step, ...], list[ClientTask]] = {}
+    for task in plan.longest_first():
+        if can_vectorize(task):
+            groups.setdefault(task.steps, []).append(task)
+    return list(groups.values())
+
+
+def _bundles(plan: RoundPlan, size: int) -> list[list[ClientTask]]:
+    """The tasks as an engine takes them that does so many at once."""
+    groups = _groups(plan)
+    apart = [[task] for task in plan.tasks if not can_vectorize(task)]
+    return [*apart, *(group[i : i + size] for group in groups for i in range(0, len(group), size))]
+
+
+def _share_at_once(plan: RoundPlan, bundle: Sequence[ClientTask], further: float) -> float:
+    """How long tasks take at once, of how long they take one after another: by steps, of which whole batches share runs
+    as far as each client has some, and what is left of clients shares one if it is of equal length.
+    """
+    size = bundle[0].steps[0].work.batch_size
+    counts = [plan.clients[task.client_id].num_examples for task in bundle]
+    whole, left = [count // size for count in counts], [count % size for count in counts]
+    runs = max(whole) + len({count for count in left if count})
+    steps = sum(whole) + sum(1 for count in left if count)
+    return (runs + further * (steps - runs)) / max(steps, 1)
+
+
+def _sizes(tasks: int, workers: int, room: int) -> set[int]:
+    """How many tasks at once may be best: one run for each worker, or a few, if some tasks take longer than others."""
+    each = [math.ceil(tasks / workers / runs) for runs in (1, 2, 4)]
+    evenly = {math.ceil(count / math.ceil(count / MOST_AT_ONCE)) for count in each}
+    return {size for size in (min(size, room // workers) for size in evenly) if size > 1}
 
 
 def makespan(seconds: Iterable[float], workers: int) -> float:
@@ -112,6 +189,8 @@ def described(crew: Crew) -> str:
     threads = _counted(crew.threads, "thread")
     each = " each" if crew.workers > 1 else ""
     who = f"{_counted(crew.workers, 'worker')} of {threads}{each}" if crew.workers else f"this process, {threads}"
+    if crew.clients_at_once > 1:
+        who += f", {crew.clients_at_once} clients at once"
     return f"{who}: {crew.why}" if crew.why else who
 
 
@@ -119,11 +198,11 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _numbers(most: int, at_once: int, settled: int | Auto) -> Sequence[int]:
-    """The numbers of workers that may be best: none, or as many as run at once."""
+def _numbers(most: int, side_by_side: int, settled: int | Auto) -> Sequence[int]:
+    """The numbers of workers that may be best: none, or as many as run side by side."""
     if settled != "auto":
         return [settled]
-    return [0, *(count for count in [min(most, at_once)] if count > 1)]
+    return [0, *(count for count in [min(most, side_by_side)] if count > 1)]
 
 
 def _powers(cores: int) -> Sequence[int]:
@@ -137,25 +216,52 @@ def _some(task: ClientTask, examples: Batch, batches: int = _BATCHES) -> Batch:
     return {name: column[:count] for name, column in examples.items()}
 
 
-def _seconds(
-    method: Method, state: ServerState, plan: RoundPlan, task: ClientTask, examples: Batch, threads: int
-) -> float:
-    """How long a client takes for its task with these examples; from one batch, if that takes long already."""
-    residents = Residents(measured=False)
-    params = {**extract(state.params, plan.coords[task.client_id]), **plan.own.get(task.client_id, {})}
-    first = _some(task, examples, batches=1)
+class _Trial(NamedTuple):
+    """Where tasks of a round are tried."""
 
-    def seconds(batch: Batch) -> float:
-        own = {name: t.clone() if name in task.moving else t for name, t in params.items()}
+    method: Method
+    state: ServerState
+    plan: RoundPlan
+    residents: Residents
+
+    def seconds(self, task: ClientTask, examples: Batch, threads: int) -> float:
+        """How long a client takes for its task with these examples; from one batch, if that takes long already."""
+        first = _some(task, examples, batches=1)
+        with _threads(threads):
+            taken = self._alone(task, first)  # warms up
+            if taken > _LONG_SECONDS:
+                return taken * num_rows(examples) / max(num_rows(first), 1)
+            return self._alone(task, examples)
+
+    def further_client(self, task: ClientTask, examples: Batch, count: int, threads: int) -> float | None:
+        """What each further one of so many clients at once takes, of what one takes alone; None if they can't."""
+        params = self._params(task)
+        with _threads(threads):
+
+            def together() -> float:
+                start = time.perf_counter()
+                copies = [task] * count, [params] * count, [examples] * count
+                run_vectorized(self.method, self.state.problem, self.residents, *copies)
+                return time.perf_counter() - start
+
+            try:
+                together()  # warms up
+                # In turn, and the least of each: what else happens on the machine only makes things slower.
+                turns = [(self._alone(task, examples), together()) for _ in range(_TURNS)]
+            except Exception:  # a model that can't
+                return None
+        alone, at_once = min(one for one, _ in turns), min(all_of_them for _, all_of_them in turns)
+        return max(0.0, at_once / alone - 1) / (count - 1)
+
+    def _alone(self, task: ClientTask, examples: Batch) -> float:
+        own = {name: t.clone() if name in task.moving else t for name, t in self._params(task).items()}
         start = time.perf_counter()
-        run_task(method, state.problem, residents, task, own, batch)
+        run_task(self.method, self.state.problem, self.residents, task, own, examples)
         return time.perf_counter() - start
 
-    with _threads(threads):
-        taken = seconds(first)  # warms up
-        if taken > _LONG_SECONDS:
-            return taken * num_rows(examples) / max(num_rows(first), 1)
-        return seconds(examples)
+    def _params(self, task: ClientTask) -> dict[str, Tensor]:
+        own = self.plan.own.get(task.client_id, {})
+        return moved({**extract(self.state.params, self.plan.coords[task.client_id]), **own}, self.residents.device)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ def machine_table(found: Mapping[str, Any]) -> Table:
     rounds = _counts(workload["round_seconds"]["rounds"] for workload in workloads)
     pairs = _counts(overhead["pairs"] for workload in workloads if (overhead := workload["overhead"]))
     notes = [
-        "Crew: workers × threads of each; 0 workers: this process trains. "
+        "Crew: workers × threads of each, × clients at once; 0 workers: this process trains. "
         f"Round: the median of {rounds} rounds, after one that warms up. "
         "Over bare: the time of a plain PyTorch loop that does the same is 1; both run by turns, on one thread of this "
         f"process: the ratio of the medians, and the range of the ratios of {pairs} pairs of rounds.",
@@ -36,9 +36,10 @@ def machine_table(found: Mapping[str, Any]) -> Table:
 
 def _row(workload: Mapping[str, Any]) -> tuple[str, ...]:
     crew, seconds, overhead = workload["crew"], workload["round_seconds"], workload["overhead"]
+    who = [crew["workers"], crew["threads"], *([crew["clients_at_once"]] if crew["clients_at_once"] > 1 else [])]
     return (
         workload["name"],
-        f"{crew['workers']} × {crew['threads']}",
+        " × ".join(map(str, who)),
         digits(seconds["median"]),
         _range(seconds),
         digits(workload["rounds_per_second"]),
