@@ -1,6 +1,6 @@
 """How fast the local engine is: beside other simulators and bare loops, on the same work.
 
-    python benchmarks/speed.py peers|stages|formats|tried|profile|scaling --out docs/benchmarks
+    python benchmarks/speed.py peers|stages|stages-last|formats|at-once|tried|profile|scaling --out docs/benchmarks
 
 Each command writes its section and CSV files to OUT/speed/, and puts the sections together as OUT/speed.md. This
 process imports neither torch nor scalefl: what is measured shares no memory with it.
@@ -31,7 +31,7 @@ from speed_peers.programs import HERE, PROGRAMS, QUIET, Environments, Resident
 from speed_peers.works import CHECK, WORKS, Work
 
 MIB = 2**20
-ORDER = ("peers", "stages", "formats", "tried", "profile", "scaling")
+ORDER = ("peers", "stages", "stages-last", "formats", "at-once", "tried", "profile", "scaling")
 
 # Beside other simulators.
 
@@ -356,17 +356,32 @@ def _ratio(row: dict[str, Any]) -> str:
 
 
 def stages(folder: Path, options: argparse.Namespace) -> None:
-    rows = _rows_of("speed_blocks.py", "stages", "--repeats", str(options.repeats))
-    _write_rows(folder / "stages.csv", rows)
-    full = {row["model"]: row for row in rows if row["stage"] == 0}
-    lines = [
-        "## A block beside full training",
-        "",
+    prose = (
         "A client's epoch by stage (four blocks, batches of 32 CIFAR-shaped images, momentum, one thread), of what "
         f"full training of the same model takes: median of {options.repeats} turns, in which stages and full training "
         "take turns; CPU time, since the machine may be busy. *Saving in time*: how much of the predicted saving of "
         "FLOPs is one of seconds, over the stages together. *From cached features*: stages 2 to 4 of blocks alone, an "
-        f"epoch of {CACHED_EPOCHS}, making the features included.",
+        f"epoch of {CACHED_EPOCHS}, making the features included."
+    )
+    _write_stages(folder, "stages", "A block beside full training", prose, options)
+
+
+def stages_last(folder: Path, options: argparse.Namespace) -> None:
+    prose = (
+        "The same for models in which pooling, norms or large linear layers take a part of the time, with "
+        '`work.memory_format = "channels_last"` for the blocks and for full training.'
+    )
+    _write_stages(folder, "stages-last", "A block beside full training, channels last", prose, options)
+
+
+def _write_stages(folder: Path, name: str, title: str, prose: str, options: argparse.Namespace) -> None:
+    rows = _rows_of("speed_blocks.py", name, "--repeats", str(options.repeats))
+    _write_rows(folder / f"{name}.csv", rows)
+    full = {row["model"]: row for row in rows if row["stage"] == 0}
+    lines = [
+        f"## {title}",
+        "",
+        prose,
         "",
         "| model | full, ms a batch | trained | FLOPs, stages 1 to 4 | time, stages 1 to 4 | saving in time |",
         "|---|---|---|---|---|---|",
@@ -379,7 +394,7 @@ def stages(folder: Path, options: argparse.Namespace) -> None:
             cells = [model, f"{first['milliseconds_a_batch']:.1f}", variant, _shares(flops), _shares(time_)]
             saved = (len(time_) - sum(time_)) / (len(flops) - sum(flops))
             lines.append(f"| {' | '.join([*cells, f'{100 * saved:.0f} %'])} |")
-    _write_section(folder, "stages", "\n".join([*lines, "", _machine_and_versions()]))
+    _write_section(folder, name, "\n".join([*lines, "", _machine_and_versions()]))
 
 
 def formats(folder: Path, options: argparse.Namespace) -> None:
@@ -398,6 +413,27 @@ def formats(folder: Path, options: argparse.Namespace) -> None:
         share = f"{last['time']:.2f} ({last['time_low']:.2f}-{last['time_high']:.2f})"
         lines.append(f"| {first['model']} | {first['milliseconds_a_batch']:.1f} | {share} |")
     _write_section(folder, "formats", "\n".join([*lines, "", _machine_and_versions()]))
+
+
+def at_once(folder: Path, options: argparse.Namespace) -> None:
+    rows = _rows_of("speed_at_once.py", "--repeats", str(options.repeats))
+    _write_rows(folder / "at-once.csv", rows)
+    lines = [
+        "## Clients at once",
+        "",
+        "Clients with equal tasks in one vectorised run (`engine.clients_at_once`), of the CPU time that they take one "
+        "after another: 50 examples each, batches of 10, one thread, median of "
+        f"{options.repeats} turns with the quartiles. *ScaleFL*: the first of four blocks, with its mentor. Bits "
+        "differ, the mathematics does not.",
+        "",
+        "| model | method | alone, ms a client | 4 at once, of that | 16 at once |",
+        "|---|---|---|---|---|",
+    ]
+    for few, many in zip(rows[::2], rows[1::2], strict=True):
+        shares = (f"{row['time']:.2f} ({row['time_low']:.2f}-{row['time_high']:.2f})" for row in (few, many))
+        cells = [few["model"], few["method"], f"{few['milliseconds_a_client']:.1f}", *shares]
+        lines.append(f"| {' | '.join(cells)} |")
+    _write_section(folder, "at-once", "\n".join([*lines, "", _machine_and_versions()]))
 
 
 def tried(folder: Path, options: argparse.Namespace) -> None:
@@ -536,7 +572,9 @@ def machine() -> str:
     """What this ran on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model}, {os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}"
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    vectors = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "no AVX2")
+    return f"{model} ({vectors}), {os.cpu_count()} cores, {platform.platform()}, Python {platform.python_version()}"
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -565,7 +603,9 @@ def _write_section(folder: Path, name: str, text: str) -> None:
 COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "peers": peers,
     "stages": stages,
+    "stages-last": stages_last,
     "formats": formats,
+    "at-once": at_once,
     "tried": tried,
     "profile": profile,
     "scaling": scaling,

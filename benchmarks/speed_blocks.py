@@ -1,6 +1,6 @@
 """Seconds and FLOPs of a client's local epoch by stage, and by memory format, beside full training of the same model.
 
-    python benchmarks/speed_blocks.py stages|formats --repeats 9
+    python benchmarks/speed_blocks.py stages|stages-last|formats --repeats 9
 
 Prints a JSON line for each. Everything is trained by the client's own loop, in this process, on one thread, by CPU
 time; who is compared takes turns. `benchmarks/speed.py` makes tables of it.
@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from scalefl.types import ClientTask, LocalWork, Means, Method, ServerState, Ste
 
 PROBLEM = Classification(10, (Column("image", (3, 32, 32), "uint8"),))
 WORK = LocalWork(batch_size=32, lr=0.001, weight_decay=0.0)
+LAST = replace(WORK, memory_format="channels_last")
 BATCHES = 2
 """In an epoch; a step takes as long whatever comes before it."""
 CACHED_EPOCHS = 5
@@ -43,6 +44,8 @@ MODELS = {
     "SqueezeNet": ModelSpec.of("scalefl.models.squeezenet:squeezenet"),
     "ViT": ModelSpec.of("scalefl.models.vit:vit"),
 }
+MEMORY_BOUND = ("CNN", "ResNet-10, 16 channels, group norm", "VGG-11", "SqueezeNet")
+"""Where pooling, norms and large linear layers take a part of the time that FLOPs do not show."""
 STAGED: dict[str, dict[str, Any]] = {
     "blocks alone": {"mentor": None, "coadapted_layers": 0},
     "co-adapted": {"mentor": None, "coadapted_layers": 1},
@@ -88,16 +91,16 @@ def whole(model: ModelSpec, about: dict[str, Any], work: LocalWork = WORK) -> Ca
     return Case(about, method, state, method.menu(state)[0].step)
 
 
-def stages(model: ModelSpec) -> Iterator[Case]:
+def stages(model: ModelSpec, usual: LocalWork = WORK) -> Iterator[Case]:
     """Each block of four, as the paper trains it and with parts of that left out; and from cached features."""
     for variant, settings in STAGED.items():
-        method = ScaleFL(work=WORK, spans="single", tails=False, outputs="plain", **settings)
+        method = ScaleFL(work=usual, spans="single", tails=False, outputs="plain", **settings)
         state = method.init(model, PROBLEM, seed=0, smallest_memory_bytes=PLENTY)
         offers = [offer for offer in method.menu(state) if not offer.fallback]
         for number, offer in enumerate(offers, 1):
             yield Case({"variant": variant, "stage": number}, method, state, offer.step)
             if variant == "blocks alone" and offer.step.part.entry is not None:
-                work = replace(WORK, epochs=CACHED_EPOCHS)
+                work = replace(usual, epochs=CACHED_EPOCHS)
                 step = replace(offer.step, work=work, means=Means(prefix="cached"))
                 yield Case({"variant": "from cached features", "stage": number}, method, state, step)
 
@@ -123,19 +126,22 @@ def measured(cases: list[Case], repeats: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def cases_by_stage() -> Iterator[list[Case]]:
-    for name, model in MODELS.items():
-        first = whole(model, {"variant": "full training", "stage": 0})
-        yield [replace(case, about={"model": name, **case.about}) for case in (first, *stages(model))]
+def cases_by_stage(models: Iterable[str] = tuple(MODELS), work: LocalWork = WORK) -> Iterator[list[Case]]:
+    for name in models:
+        first = whole(MODELS[name], {"variant": "full training", "stage": 0}, work)
+        yield [replace(case, about={"model": name, **case.about}) for case in (first, *stages(MODELS[name], work))]
 
 
 def cases_by_format() -> Iterator[list[Case]]:
     for name, model in MODELS.items():
-        last = replace(WORK, memory_format="channels_last")
-        yield [whole(model, {"model": name, "format": w.memory_format}, w) for w in (WORK, last)]
+        yield [whole(model, {"model": name, "format": w.memory_format}, w) for w in (WORK, LAST)]
 
 
-COMMANDS: dict[str, Callable[[], Iterator[list[Case]]]] = {"stages": cases_by_stage, "formats": cases_by_format}
+COMMANDS: dict[str, Callable[[], Iterator[list[Case]]]] = {
+    "stages": cases_by_stage,
+    "stages-last": lambda: cases_by_stage(MEMORY_BOUND, LAST),
+    "formats": cases_by_format,
+}
 
 
 def main() -> None:
