@@ -1,6 +1,6 @@
 """How fast the local engine is: beside other simulators and bare loops, on the same work.
 
-    python benchmarks/speed.py peers|stages|stages-last|formats|at-once|tried|profile|scaling --out docs/benchmarks
+    python benchmarks/speed.py peers|small|stages|stages-last|formats|at-once|tried|profile|scaling --out DIR
 
 Each command writes its section and CSV files to OUT/speed/, and puts the sections together as OUT/speed.md. This
 process imports neither torch nor scalefl: what is measured shares no memory with it.
@@ -28,10 +28,10 @@ from typing import Any
 
 from speed_peers.family import Peak
 from speed_peers.programs import HERE, PROGRAMS, QUIET, Environments, Resident
-from speed_peers.works import CHECK, WORKS, Work
+from speed_peers.works import CHECK, SMALL, WORKS, Work
 
 MIB = 2**20
-ORDER = ("peers", "stages", "stages-last", "formats", "at-once", "tried", "profile", "scaling")
+ORDER = ("peers", "small", "stages", "stages-last", "formats", "at-once", "tried", "profile", "scaling")
 
 # Beside other simulators.
 
@@ -105,7 +105,16 @@ class Bench:
 
 
 def peers(folder: Path, options: argparse.Namespace) -> None:
-    works = [work for work in WORKS if work.name in options.works]
+    compare(folder, "peers", WORKS, options)
+
+
+def small(folder: Path, options: argparse.Namespace) -> None:
+    compare(folder, "small", SMALL, options)
+
+
+def compare(folder: Path, name: str, works: Sequence[Work], options: argparse.Namespace) -> None:
+    """All programs at some works, side by side."""
+    works = [work for work in works if work.name in options.works]
     measured = Measured()
     with tempfile.TemporaryDirectory(prefix="scalefl-speed-") as home:
         bench = Bench(Environments(options.environments), Path(home))
@@ -115,19 +124,21 @@ def peers(folder: Path, options: argparse.Namespace) -> None:
             names = [name for name in work.programs if name in options.programs]
             take_turns(bench, work, names, options.pairs, measured)
             measure_alone(bench, work, names, options.starts, measured)
-            write_peers(folder, measured, options)
+            write_peers(folder, name, measured, options)
         if WHOLE in works and "flower" in options.programs:
             take_whole_runs(bench, options.flower_pairs, options.flower_rounds, measured)
-            write_peers(folder, measured, options)
+            write_peers(folder, name, measured, options)
 
 
-def write_peers(folder: Path, measured: Measured, options: argparse.Namespace) -> None:
+def write_peers(folder: Path, name: str, measured: Measured, options: argparse.Namespace) -> None:
     """What is known until now: a run takes long, and may be stopped."""
     head = list(Turn.__annotations__)
-    _write_csv(folder / "peers.csv", head, [[_rounded(getattr(turn, n)) for n in head] for turn in measured.turns])
+    _write_csv(folder / f"{name}.csv", head, [[_rounded(getattr(turn, n)) for n in head] for turn in measured.turns])
     rows = summary(measured)
-    _write_csv(folder / "peers_summary.csv", list(rows[0]), [[_rounded(cell) for cell in row.values()] for row in rows])
-    _write_section(folder, "peers", section(rows, measured.versions, options))
+    _write_csv(
+        folder / f"{name}_summary.csv", list(rows[0]), [[_rounded(cell) for cell in row.values()] for row in rows]
+    )
+    _write_section(folder, name, section(name, rows, measured.versions, options))
 
 
 def check_same_work(bench: Bench, names: Sequence[str]) -> None:
@@ -247,10 +258,10 @@ def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float
     return medians[round(0.025 * (draws - 1))], medians[round(0.975 * (draws - 1))]
 
 
-def section(rows: Sequence[dict[str, Any]], versions: dict[str, str], options: argparse.Namespace) -> str:
+def section(name: str, rows: Sequence[dict[str, Any]], versions: dict[str, str], options: argparse.Namespace) -> str:
     """The section's text."""
-    lines = ["## Beside other simulators", "", *_prose(options)]
-    for work in WORKS:
+    lines = _prose(options) if name == "peers" else _prose_of_small()
+    for work in (*WORKS, *SMALL):
         mine = [row for row in rows if row["work"] == work.name]
         lines += _table(work, mine) if mine else []
     whole = [row for row in rows if row["work"] == f"{WHOLE.name}-whole"]
@@ -259,8 +270,20 @@ def section(rows: Sequence[dict[str, Any]], versions: dict[str, str], options: a
     return "\n".join([*lines, f"{machine()}. {about}."])
 
 
+def _prose_of_small() -> list[str]:
+    return [
+        "## Beside other simulators, small models",
+        "",
+        "As above, for a model whose operations take longer to start than to do. *At once*: as many clients share a "
+        "run as ScaleFL's own trial finds fastest (`engine.clients_at_once`).",
+        "",
+    ]
+
+
 def _prose(options: argparse.Namespace) -> list[str]:
     return [
+        "## Beside other simulators",
+        "",
         "CIFAR-10 (JPEG), images from -1 to 1; the same first weights, users, cohorts and local SGD (one epoch, no "
         "weight decay) for every program, each on two processes of one thread. Before anything is timed, all "
         f"programs do {CHECK_ROUNDS} rounds of {CHECK.epochs} steps on whole batches, and must find the same loss "
@@ -602,6 +625,7 @@ def _write_section(folder: Path, name: str, text: str) -> None:
 
 COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "peers": peers,
+    "small": small,
     "stages": stages,
     "stages-last": stages_last,
     "formats": formats,
@@ -616,7 +640,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=[name for name in ORDER if name in COMMANDS])
     parser.add_argument("--out", type=Path, required=True)
-    names = [work.name for work in WORKS]
+    names = [work.name for work in (*WORKS, *SMALL)]
     parser.add_argument("--works", nargs="+", choices=names, default=names, help="for peers")
     parser.add_argument(
         "--programs", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS), help="for peers; and ours"

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import plain
 import torch
-from works import CHECK, WORKS, Work
+from works import CHECK, SMALL, WORKS, Work
 
 from scalefl.data import Dataset, Source, load
 from scalefl.methods.common import initial_params
@@ -60,7 +60,7 @@ def main() -> None:
     folder, *names = sys.argv[1:]
     data = load(Source(name="$SCALEFL_DATA/cifar10"))
     assert isinstance(data, Dataset)
-    for work in (*WORKS, CHECK):
+    for work in (*WORKS, *SMALL, CHECK):
         if work.name in names:
             write(work, data, Path(folder) / work.name)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def make(name: str) -> nn.Module:
     """The model of that name, its weights random."""
-    return {"cnn": CNN, "resnet10": ResNet10}[name]()
+    return {"cnn": CNN, "small-cnn": lambda: CNN(4), "resnet10": ResNet10}[name]()
 
 
 class ConvUnit(nn.Module):
@@ -46,12 +46,12 @@ class ConvUnit(nn.Module):
 class CNN(nn.Module):
     """Two 5×5 convolutions, a hidden layer and a classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 32) -> None:
         super().__init__()
-        self.conv1 = ConvUnit(3, 32, 5, norm=False, pool=True)
-        self.conv2 = ConvUnit(32, 64, 5, norm=False, pool=True)
-        self.hidden = nn.Linear(64 * 8 * 8, 512)
-        self.classifier = nn.Linear(512, 10)
+        self.conv1 = ConvUnit(3, channels, 5, norm=False, pool=True)
+        self.conv2 = ConvUnit(channels, 2 * channels, 5, norm=False, pool=True)
+        self.hidden = nn.Linear(2 * channels * 8 * 8, 16 * channels)
+        self.classifier = nn.Linear(16 * channels, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 3, 32, 32] to [B, 10]."""

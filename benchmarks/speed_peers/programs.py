@@ -78,6 +78,12 @@ PROGRAMS = {
             more=(*LAST.items(),),
         ),
         Program(
+            "scalefl-at-once",
+            "ScaleFL, 2 workers, clients at once",
+            ("{bin}/python", "{here}/with_scalefl.py"),
+            more=(("AT_ONCE", "1"),),
+        ),
+        Program(
             "bare-last",
             "bare loops, tuned, channels last",
             ("{bin}/python", "{here}/bare.py"),

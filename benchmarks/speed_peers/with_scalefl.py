@@ -19,6 +19,7 @@ from scalefl.client import Residents
 from scalefl.data import Dataset, Devices, MemoryClass, PartitionedData
 from scalefl.data.population import SimulatedPopulation
 from scalefl.engines.local import LocalEngine
+from scalefl.engines.trial import Crew, by_trial
 from scalefl.evaluate import evaluate
 from scalefl.loop import federate
 from scalefl.methods.fedavg import FedAvg
@@ -27,6 +28,8 @@ from scalefl.problem import Batch, Classification, Column
 from scalefl.types import ClientInfo, LocalWork, Population, ServerState
 
 WORKERS = 2
+ROUNDS = 100
+"""Of a run for which it would be worth while to find out how many clients should train at once."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,25 @@ class Run:
 
     def serve(self) -> None:
         """Do what is asked for."""
-        with LocalEngine(self._data, self._clients, workers=WORKERS, threads=1) as engine:
-            states = federate(self._method, engine, GivenCohorts(self._task), self._state)
+        sample = GivenCohorts(self._task)
+        crew = self._tried(sample) if os.environ.get("AT_ONCE") else Crew(WORKERS, 1)
+        with LocalEngine(
+            self._data,
+            self._clients,
+            workers=crew.workers,
+            threads=crew.threads,
+            clients_at_once=crew.clients_at_once,
+        ) as engine:
+            states = federate(self._method, engine, sample, self._state)
             for rounds in turns(self._score, "torch", "scalefl"):
                 self._advance(states, rounds)
+
+    def _tried(self, sample: GivenCohorts) -> Crew:
+        """As many clients at once as are fastest."""
+        plan = self._method.plan(self._state, sample(self._clients, 0, self._state))
+        examples = self._data.examples(plan.longest_first()[0].client_id)
+        settled = {"most": WORKERS, "workers": WORKERS, "threads": 1}
+        return by_trial(self._method, self._state, plan, examples, rounds=ROUNDS, **settled)
 
     def _advance(self, states: Iterator, rounds: int) -> None:
         for _ in range(rounds):

@@ -64,6 +64,7 @@ def uneven(users: int, smallest: int, ratio: int, batch_size: int) -> tuple[int,
 
 
 CNN = ("cnn", "scalefl.models.cnn:cnn", ())
+SMALL_CNN = ("small-cnn", "scalefl.models.cnn:cnn", (("width", 0.125),))
 RESNET = ("resnet10", "scalefl.models.resnet:resnet10", (("width", 0.25), ("norm", "group")))
 PLAIN = ("bare", "bare-tuned", "pfl", "scalefl")
 RESIDENT = (*PLAIN, "bare-last", "scalefl-last")
@@ -107,6 +108,34 @@ WORKS = (
     ),
 )
 
+SMALL = (
+    Work(
+        "D",
+        "small: the CNN of A with 4 and 8 channels, 1,000 users of 50 examples, 50 a round, batches of 10",
+        *SMALL_CNN,
+        sizes=(50,) * 1000,
+        cohort=50,
+        batch_size=10,
+        lr=0.1,
+        momentum=0.0,
+        turn=4,
+        programs=(*PLAIN, "scalefl-at-once"),
+    ),
+    Work(
+        "E",
+        "small and uneven: the model of D, 200 users of 10 to 1,000 examples (log-uniform), 40 a round, batches of 10",
+        *SMALL_CNN,
+        sizes=uneven(200, 10, 100, 10),
+        cohort=40,
+        batch_size=10,
+        lr=0.1,
+        momentum=0.0,
+        turn=2,
+        programs=(*PLAIN, "scalefl-at-once"),
+    ),
+)
+"""Models whose operations take longer to start than to do."""
+
 CHECK = Work(
     "check",
     "three steps on all of a user's examples, whose order so does not matter: every program must find the same weights",
@@ -117,7 +146,7 @@ CHECK = Work(
     lr=0.05,
     momentum=0.9,
     turn=3,
-    programs=(*RESIDENT, "flower"),
+    programs=(*RESIDENT, "scalefl-at-once", "flower"),
     epochs=3,
     test_examples=1000,
 )

@@ -93,6 +93,8 @@ class EngineConfig:
             check_cap(self.cap, self.workers)
         if self.clients_at_once != "auto":
             check_at_once(self.cap, self.clients_at_once)
+            if self.name == "flower" and self.clients_at_once > 1:
+                raise ConfigError('engine = "flower" needs clients_at_once = 1: each node trains one client')
         if self.threads != "auto":
             check_range("threads", self.threads, 1)
         if self.name == "local" and self.precision != "exact":

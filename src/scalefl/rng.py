@@ -62,6 +62,24 @@ def normal(shape: Sequence[int], seed: int | None, *path: str | int) -> Tensor:
     return found.view(tuple(shape))
 
 
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Inside the block, nothing may draw from a global generator: one who would have to draw for several clients.
+
+    Raises:
+        RuntimeError: something has drawn.
+    """
+    before = _drawn_so_far()
+    yield
+    if _drawn_so_far() != before:
+        raise RuntimeError("something draws random numbers")
+
+
+def _drawn_so_far() -> tuple[object, ...]:
+    _, keys, *place = np.random.get_state()
+    return random.getstate(), np.asarray(keys).tobytes(), place, torch.get_rng_state().numpy().tobytes()
+
+
 class RngState(NamedTuple):
     """The state of torch's global generators: the CPU's, and the current CUDA device's where CUDA is in use."""
 

@@ -21,7 +21,7 @@ from scalefl.params import CPU, Params, moved, num_bytes
 from scalefl.parts import PartRunner, Resident
 from scalefl.prefix import Prefix, prefix_of
 from scalefl.problem import Batch, Problem, num_rows
-from scalefl.rng import derive
+from scalefl.rng import derive, undrawn
 from scalefl.sgd import SGD
 from scalefl.torch_private import without_vmap_loops
 from scalefl.types import OWN, ClientTask, ClientUpdate, Method, Objective, Step
@@ -58,8 +58,8 @@ def run_vectorized(
         examples: each client's, one at least.
 
     Raises:
-        RuntimeError: something in the model or the problem can't be vectorised: dropout, numbers taken out of tensors,
-            operations that torch knows for one client at a time only.
+        RuntimeError: something in the model or the problem can't be vectorised: random numbers, numbers that are
+            taken out of tensors, operations that torch knows for one client at a time only.
     """
     start = time.perf_counter()
     # Those with more whole batches come first: whoever has one more lies before all that have not, without a gap.
@@ -69,7 +69,8 @@ def run_vectorized(
     metrics: Metrics = {}
     for number, step in enumerate(tasks[0].steps):
         seeds = [derive(tasks[i].seed, "step", number) for i in places]
-        metrics = _Group(residents, step, sent, own).train(method.objective(step), problem, data, seeds)
+        with undrawn():
+            metrics = _Group(residents, step, sent, own).train(method.objective(step), problem, data, seeds)
     uploads, updates = moved(own, CPU), {}
     seconds = (time.perf_counter() - start) / len(tasks)
     for row, i in enumerate(places):

@@ -251,6 +251,7 @@ def test_a_word_that_is_no_number_is_answered_with_both():
         {"clients_at_once": "all"},
         {"clients_at_once": 2, "cap": "hard", "workers": 1},
         {"clients_at_once": 2, "cap": "measured"},
+        {"clients_at_once": 2, "name": "flower"},
     ],
 )
 def test_bad_numbers_are_refused(engine):

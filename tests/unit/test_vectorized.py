@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 from dataclasses import replace
 
 import pytest
@@ -155,7 +156,18 @@ class Peeks(nn.Module):
         return x if float(x.mean()) < 100 else -x
 
 
+def fickle() -> nn.Module:
+    """A model that draws from Python's generator, which vmap does not see."""
+    return nn.Sequential(Skips(), *spec().build(0))
+
+
+class Skips(nn.Module):
+    def forward(self, x):
+        return x if random.random() < 0.5 else 1.5 * x
+
+
 MODELS = {
+    "draws": ModelSpec.of("test_vectorized:fickle"),
     "dropout": spec(dropout=0.5),
     "item": ModelSpec.of("test_vectorized:careless"),
     "no rule": ModelSpec.of("test_vectorized:unbatched"),

@@ -72,10 +72,8 @@ class _Queue:
                 self._losses.append(order)
             else:
                 self._next = [(given, self._lay_out(given)) for given in order]
-                if len(order) > 1 and not all(
-                    desk for _, desk in self._next
-                ):  # what can't be shared is sent one by one
-                    self.close()
+                if len(order) > 1 and not all(desk for _, desk in self._next):
+                    self.close()  # what can't be shared is sent, one by one
                     self._again += [(given,) for given in order]
 
     def take(self) -> list[tuple[Given, Desk | None]]:

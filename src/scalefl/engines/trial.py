@@ -31,7 +31,11 @@ GAIN, GAIN_SECONDS = 0.9, 2.0
 """More threads, or clients at once, are taken where they leave this much of a run's time at most, and save so much:
 bits depend on them."""
 MOST_AT_ONCE = 32
-_BATCHES, _TURNS, _LONG_SECONDS = 3, 3, 0.5
+_BATCHES, _LONG_SECONDS = 3, 0.5
+_TURNS, _AT_ONCE_SECONDS = 2, 0.25
+"""As many clients are tried at once as take so long one after another. Where that is not even two, no operation is so
+small that to start it matters.
+"""
 
 
 class Crew(NamedTuple):
@@ -102,8 +106,9 @@ def by_trial(
     group = max(_groups(plan), key=lambda tasks: sum(map(plan.flops, tasks)), default=[])
     room = room_for(max(plan.costs[member.client_id].peak_bytes for member in group)) if group else 1
     at_once = min(len(group), *((MOST_AT_ONCE, room) if clients_at_once == "auto" else (clients_at_once,)))
+    at_once = min(at_once, int(_AT_ONCE_SECONDS / max(seconds[tried[0]] * share, 1e-9)))
     further = None  # what each further client in a run takes, of what one alone takes
-    if at_once > 1 and seconds[tried[0]] < _LONG_SECONDS / share:
+    if at_once > 1:
         further = trial.further_client(group[0], some, at_once, tried[0])
 
     def round_seconds(crew: Crew) -> float:
