@@ -59,6 +59,9 @@ def watched_run(module: nn.Module, batch: Batch, problem: Problem, entry: Entry)
 
 # In eval mode and without a gradient, torch's encoder layer runs as one operation that calls none of its modules.
 FUSED = {"tokens": {f"layers.{i}.norm1" for i in range(3)}}
+# What these norms return lies permuted in memory, what is kept of it in order: on processors without AVX-512 the
+# convolution after it gives other last bits then, so that a run from there is refused.
+PERMUTED = {"hf_convnext": {f"convnext.encoder.stages.{i}.downsampling_layer.0" for i in (1, 2)}}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,7 +69,7 @@ def test_a_run_can_start_at_every_cut(name: str) -> None:
     c = case(name)
     cuts = partition(c.model, c.problem).cuts
     refused = {cut.module for cut, entry in zip(cuts, entries_of(c), strict=True) if entry is None}
-    assert refused == FUSED.get(name, set())
+    assert refused - PERMUTED.get(name, set()) == FUSED.get(name, set())
 
 
 @pytest.mark.parametrize("norm", ["group", "none"])
