@@ -9,7 +9,7 @@ values of ordinary size, while a tensor of values near 1e-10 keeps four or five 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,14 +64,18 @@ class Total:
 
     def add(self, params: Params, weight: int, coords: Coords, largest: Mapping[str, float]) -> None:
         """Add a client's tensors, finite and at most `LIMIT` in size, with its weight; `largest` as `check` returns."""
-        for name, tensor in params.items():
-            self._add(name, tensor, weight, coords[name], largest[name])
+        fine = dict.fromkeys(name for name in params if coords[name] is None and largest[name] <= FINE_LIMIT)
+        sums = [self._sum(name, windowed=False) for name in fine]
+        add_fine([total.fine for total in sums], [params[name] for name in fine], weight, self.scale)
+        for total in sums:
+            total.weight += weight
+        for name in params:
+            if name not in fine:
+                self._add(name, params[name], weight, coords[name], largest[name])
 
     def merge(self, name: str, fine: Tensor, weight: int) -> None:
         """Add a sum that `add_fine` has made elsewhere of whole tensors, and their weight."""
-        total = self._sums.get(name)
-        if total is None:
-            total = self._sums[name] = self._zero(name, windowed=False)
+        total = self._sum(name, windowed=False)
         total.fine += fine
         total.weight += weight
 
@@ -85,15 +89,9 @@ class Total:
         return weight > 0 if isinstance(weight, Tensor) else None
 
     def _add(self, name: str, tensor: Tensor, weight: int, window: Window | None, largest: float) -> None:
-        total = self._sums.get(name)
-        if total is None:
-            total = self._sums[name] = self._zero(name, window is not None)
-        elif window is not None and not isinstance(total.weight, Tensor):
+        total = self._sum(name, windowed=window is not None)
+        if window is not None and not isinstance(total.weight, Tensor):
             total.weight = torch.full(total.fine.shape, total.weight, dtype=torch.int64)
-        if window is None and largest <= FINE_LIMIT:
-            add_fine(total.fine, tensor, weight, self.scale)
-            total.weight += weight
-            return
         value = tensor.to(torch.float64, copy=True).mul_(weight / self.scale)
         if largest > FINE_LIMIT:
             coarse = (value / COARSE).round_()
@@ -107,10 +105,12 @@ class Total:
         else:
             total.weight += weight
 
-    def _zero(self, name: str, windowed: bool) -> _Sum:
-        shape = self._reference[name].shape
-        weight = torch.zeros(shape, dtype=torch.int64) if windowed else 0
-        return _Sum(torch.zeros(shape, dtype=torch.float64), None, weight)
+    def _sum(self, name: str, *, windowed: bool) -> _Sum:
+        if name not in self._sums:
+            shape = self._reference[name].shape
+            weight = torch.zeros(shape, dtype=torch.int64) if windowed else 0
+            self._sums[name] = _Sum(torch.zeros(shape, dtype=torch.float64), None, weight)
+        return self._sums[name]
 
     def _mean(self, base: Tensor, total: _Sum) -> Tensor:
         # Powers of 2 go to the divisor, where they change no bit and cost no pass over the tensor.
@@ -123,18 +123,40 @@ class Total:
         return _cast(value / (total.weight / unit), base.dtype)
 
 
-def add_fine(total: Tensor, tensor: Tensor, weight: int, scale: float) -> None:
-    """Add x·w/W, rounded to the fine grid, in pieces that stay in the processor's cache.
+def add_fine(sums: Sequence[Tensor], tensors: Sequence[Tensor], weight: int, scale: float) -> None:
+    """Add x·w/W, rounded to the fine grid: together as much as stays in the processor's cache.
 
     Args:
-        total: the sum, float64, in whole steps of the grid.
-        tensor: x, of the same shape, finite and at most `FINE_LIMIT` in size.
+        sums: float64, in whole steps of the grid.
+        tensors: x, of the same shapes, finite and at most `FINE_LIMIT` in size.
         weight, scale: w and W.
     """
     factor = weight / scale / FINE
-    sums, pieces = (torch.split(t.reshape(-1), PIECE) for t in (total, tensor.detach()))
-    for sum_, piece in zip(sums, pieces, strict=True):
-        sum_.add_(piece.to(torch.float64, copy=True).mul_(factor).round_())
+    for to, pieces in _together(sums, tensors):
+        values = [piece.to(torch.float64, copy=True) for piece in pieces]
+        torch._foreach_mul_(values, factor)
+        torch._foreach_round_(values)
+        torch._foreach_add_(to, values)
+
+
+def _together(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Sums and tensors in lists of at most `PIECE` numbers: small ones with others, large ones in pieces."""
+    to: list[Tensor] = []
+    found: list[Tensor] = []
+    size = 0
+    for total, tensor in zip(sums, tensors, strict=True):
+        pieces: Iterable[tuple[Tensor, ...]] = [(total, tensor)]
+        if tensor.numel() > PIECE:
+            pieces = zip(*(torch.split(t.reshape(-1), PIECE) for t in (total, tensor)), strict=True)
+        for part, piece in pieces:
+            if found and size + piece.numel() > PIECE:
+                yield to, found
+                to, found, size = [], [], 0
+            to.append(part)
+            found.append(piece.detach())
+            size += piece.numel()
+    if found:
+        yield to, found
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -44,7 +44,7 @@ WRITES = """
 import pickle, sys
 from scalefl.engines.shared import Reader
 sheets = pickle.load(sys.stdin.buffer)
-for tensor in Reader().read(sheets).values():
+for tensor in Reader().tensors(sheets).values():
     tensor.mul_(2)
 """
 
@@ -113,7 +113,7 @@ def test_a_desk_gives_its_places_back():
     board, params = Board(arena), {"w": torch.ones(100), "frozen": torch.ones(100)}
     desk = Desk(board, params, ["w"], {"x": torch.ones(3)})
     assert desk.brief.own.keys() == {"w"} and desk.brief.params.keys() == {"w", "frozen"}
-    own = Reader().read(desk.brief.own)["w"]
+    own = Reader().tensors(desk.brief.own)["w"]
     own.fill_(5)
     assert bool((desk.results()["w"] == 5).all())
     desk.close()
@@ -267,9 +267,9 @@ class DiesAdding(FedAvg):
         worker = sys.modules["__main__"]
         add = worker.add_fine
 
-        def dies(total, *more):
-            is_first = not total.any()
-            add(total, *more)
+        def dies(sums, *more):
+            is_first = not any(total.any() for total in sums)
+            add(sums, *more)
             after = Path(self.mark)
             if is_first or after.exists():  # what was there before shall be lost, too
                 return
@@ -277,7 +277,7 @@ class DiesAdding(FedAvg):
             if self.when == "before it tells":
                 worker._send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
                 return
-            total.fill_(1e9)
+            sums[0].fill_(1e9)
             os.kill(os.getpid(), signal.SIGKILL)
 
         worker.add_fine = dies

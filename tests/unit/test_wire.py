@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from scalefl.engines import wire
 from scalefl.engines.wire import Channel, Head, InMemory, Read
 from scalefl.errors import ConfigError
 from support import identical
@@ -99,3 +100,56 @@ def test_the_end_of_a_connection(ends):
     ends[0].close()
     with pytest.raises(EOFError):
         ends[1].receive()
+
+
+class Known:
+    """A value that channels know again."""
+
+    def __init__(self, content) -> None:
+        self.content = content
+
+
+def key_of(value):
+    return id(value) if isinstance(value, Known) else None
+
+
+@pytest.fixture
+def knowing() -> Iterator[tuple[Channel, Channel]]:
+    ours, theirs = (Channel(end, key_of) for end in socket.socketpair())
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+def test_what_comes_again_is_sent_once(knowing, monkeypatch):
+    sizes = []
+    dumped = wire._pickled
+    monkeypatch.setattr(wire, "_pickled", lambda *a: (found := dumped(*a), sizes.append(len(found[0])))[0])
+    inner = Known("i" * 10_000)
+    outer = Known((inner, "o" * 10_000))
+    received = []
+    for content in ([outer], [inner, outer], [outer]):
+        knowing[0].send(content)
+        received.append(knowing[1].receive().header)
+    assert sizes[0] > 20_000 and max(sizes[1:]) < 100
+    first, second, third = received
+    assert first[0].content[0].content == "i" * 10_000
+    assert second == [first[0].content[0], first[0]] and third == first, "the same objects"
+
+
+def test_a_header_that_cannot_be_pickled_teaches_nothing(knowing):
+    value = Known("v" * 1000)
+    with pytest.raises(ConfigError):
+        knowing[0].send((value, lambda: None))
+    knowing[0].send(value)
+    assert knowing[1].receive().header.content == "v" * 1000
+
+
+def test_both_ends_forget_before_they_know_too_much(knowing, monkeypatch):
+    monkeypatch.setattr(wire, "_MOST_KNOWN", 5)
+    values = [Known(i) for i in range(4)]
+    for round in range(20):
+        content = [*values, Known(f"only in round {round}")]
+        knowing[0].send(content)
+        assert [known.content for known in knowing[1].receive().header] == [known.content for known in content]
+        assert len(knowing[0]._sent) <= 10 and len(knowing[1]._received) <= 10

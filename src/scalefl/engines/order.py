@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Hashable
+from typing import Any, Literal, NamedTuple
 
-from scalefl.engines.shared import Brief
+from scalefl.engines.shared import Brief, Sheets
+from scalefl.parts import Part
 from scalefl.problem import Problem
-from scalefl.types import Adding, ClientTask, Method
+from scalefl.types import Adding, ClientTask, LocalWork, Means, Method
 
 Cap = Literal["none", "measured", "hard"]
 """Whether a worker tells what its client took, and whether that may be more than the client's budget."""
@@ -33,3 +35,13 @@ class Order(NamedTuple):
     problem: Problem
     cap_bytes: int | None
     assignments: tuple[Assignment, ...]
+
+
+_COMES_AGAIN = (Part, LocalWork, Means, frozenset, Sheets)
+
+
+def key_of(value: Any) -> Hashable:
+    """By what a channel knows again a part of an order that comes with task after task; None for all else."""
+    if isinstance(value, type):
+        return value
+    return id(value) if isinstance(value, _COMES_AGAIN) else None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scalefl.engines.order import Assignment, Cap, Order
+from scalefl.engines.order import Assignment, Cap, Order, key_of
 from scalefl.engines.shared import Desk
 from scalefl.engines.wire import Channel, InMemory
 from scalefl.engines.worker import cap_hit, logged, says_out_of_memory
@@ -139,7 +139,7 @@ class Worker:
         )
         theirs.close()
         self.starts += 1
-        self.channel = Channel(ours)
+        self.channel = Channel(ours, key_of)
         self._is_warm = False
 
     def _restart(self) -> None:

@@ -12,7 +12,8 @@ import mmap
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from scalefl.problem import Batch
 
 _SEGMENT_BYTES = 2**25
 _ALIGNMENT = 64
+_MOST_KEPT = 2**6
+"""Groups of tensors that are remembered: of a few tasks at a time, and of as many kinds as there are at once."""
 
 
 class Place(NamedTuple):
@@ -44,7 +47,14 @@ class Sheet(NamedTuple):
     dtype: torch.dtype
 
 
-Sheets = dict[str, Sheet]
+_Shapes = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+class Sheets(dict[str, Sheet]):
+    """Tensors in shared memory by name. The same ones are the same object, in each process: then it is told once."""
+
+
+_NOTHING = Sheets()
 
 
 class Brief(NamedTuple):
@@ -58,11 +68,35 @@ class Brief(NamedTuple):
         steps: where the beginnings and ends of additions to sums are counted.
     """
 
-    examples: Sheets
+    examples: dict[str, Sheet]
     params: Sheets
     own: Sheets
     sums: Sheets
     steps: Sheet | None
+
+
+class _Laid:
+    """The tensors on sheets that come again and again, made once.
+
+    Args:
+        lay: makes one.
+    """
+
+    def __init__(self, lay: Callable[[Sheet], Tensor]) -> None:
+        self._lay = lay
+        self._kept: dict[int, tuple[Sheets, dict[str, Tensor]]] = {}
+
+    def __call__(self, sheets: Sheets) -> dict[str, Tensor]:
+        kept = self._kept.get(id(sheets))
+        if kept is None:
+            if len(self._kept) == _MOST_KEPT:
+                self._kept.clear()
+            kept = self._kept[id(sheets)] = sheets, {name: self._lay(sheet) for name, sheet in sheets.items()}
+        return kept[1]
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._kept.clear()
 
 
 def can_share() -> bool:
@@ -77,6 +111,9 @@ class Arena:
         self._files: dict[int, mmap.mmap] = {}
         self._free: dict[int, list[Place]] = defaultdict(list)
         self._rest: Place | None = None
+        self._blocks: dict[tuple[Place, _Shapes], Sheets] = {}
+        self.tensors = _Laid(self.tensor)
+        """The tensors on sheets, not copied."""
 
     def lend(self, num_bytes: int) -> Place:
         """Memory for so many bytes, or a few more.
@@ -108,12 +145,31 @@ class Arena:
         dtype = dtype or tensor.dtype
         return Sheet(self.lend(tensor.numel() * dtype.itemsize), tuple(tensor.shape), dtype)
 
+    def block_for(self, params: Params) -> tuple[Place, Sheets]:
+        """Memory for tensors of these shapes in one piece; what is in it is of no use."""
+        shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in params.items())
+        sizes = [_aligned(t.nbytes) for t in params.values()]
+        place = self.lend(sum(sizes))
+        sheets = self._blocks.get((place, shapes))
+        if sheets is None:
+            if len(self._blocks) == _MOST_KEPT:
+                self._blocks.clear()
+            starts = accumulate(sizes, initial=place.start)
+            laid = zip(shapes, sizes, starts, strict=False)
+            sheets = self._blocks[place, shapes] = Sheets(
+                (name, Sheet(place._replace(start=start, num_bytes=size), shape, dtype))
+                for (name, shape, dtype), size, start in laid
+            )
+        return place, sheets
+
     def tensor(self, sheet: Sheet) -> Tensor:
         """The tensor on a sheet, not copied."""
         return _laid(self._files[sheet.place.descriptor], sheet)
 
     def close(self) -> None:
         """Give everything back; tensors that somebody still holds keep their memory until they are gone."""
+        self.tensors.clear()
+        self._blocks.clear()
         for descriptor in self._files:
             os.close(descriptor)
         self._files.clear()
@@ -149,12 +205,19 @@ class Board:
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
         self._known: dict[int, _Known] = {}
+        self._together: dict[tuple[tuple[str, ...], tuple[int, ...]], Sheets] = {}
 
     def put_up(self, params: Params) -> Sheets:
         """The sheets of tensors that the caller keeps, and leaves as they are, for as long as sheets are read."""
-        return {name: self._put_up(tensor) for name, tensor in params.items()}
+        for tensor in params.values():
+            self._put_up(tensor)
+        key = tuple(params), tuple(map(id, params.values()))
+        together = self._together.get(key)  # not asked again: tensors may go at any moment, and then it is cleared
+        if together is None:
+            together = self._together[key] = Sheets((name, self._known[id(t)].sheet) for name, t in params.items())
+        return together
 
-    def _put_up(self, tensor: Tensor) -> Sheet:
+    def _put_up(self, tensor: Tensor) -> None:
         key, version = id(tensor), tensor._version  # grows when somebody writes into it
         known = self._known.get(key)
         if known is None:
@@ -163,9 +226,9 @@ class Board:
         elif known.version != version:
             self.arena.tensor(known.sheet).copy_(tensor)
             self._known[key] = known._replace(version=version)
-        return known.sheet
 
     def _take_down(self, key: int) -> None:
+        self._together.clear()
         self.arena.take_back(self._known.pop(key).sheet.place)
 
 
@@ -179,6 +242,7 @@ class Ledger:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._sums: dict[str, Sheet] = {}
+        self._together: dict[tuple[str, ...], Sheets] = {}
         self._weights: dict[str, int] = {}
         self._noted = 0
         self.steps = arena.put(torch.zeros((), dtype=torch.int64))
@@ -193,7 +257,10 @@ class Ledger:
             if name not in self._sums:
                 self._sums[name] = self._arena.room_for(tensor, torch.float64)
                 self._arena.tensor(self._sums[name]).zero_()
-        return {name: self._sums[name] for name in params}
+        names = tuple(params)
+        if names not in self._together:
+            self._together[names] = Sheets((name, self._sums[name]) for name in names)
+        return self._together[names]
 
     def note(self, names: Iterable[str], weight: int) -> None:
         """Something of that weight has been added, and its worker has said so."""
@@ -240,13 +307,15 @@ class Desk:
             OSError: the system has no memory left.
         """
         self._arena = arena = board.arena
-        self.brief = Brief({}, {}, {}, {}, None)
+        self._places: list[Place] = []
         try:
+            laid = {}
             for name, column in examples.items():
-                self.brief.examples[name] = arena.put(column)
-            for name in sorted(moving):
-                self.brief.own[name] = arena.room_for(params[name])
-            self.brief.params.update(board.put_up(params))
+                laid[name] = arena.put(column)
+                self._places.append(laid[name].place)
+            place, own = arena.block_for({name: params[name] for name in sorted(moving)})
+            self._places.append(place)
+            self.brief = Brief(laid, board.put_up(params), own, _NOTHING, None)
         except BaseException:
             self.close()
             raise
@@ -262,12 +331,12 @@ class Desk:
 
     def results(self) -> dict[str, Tensor]:
         """What training has made of the moving tensors, not copied."""
-        return {name: self._arena.tensor(sheet) for name, sheet in self.brief.own.items()}
+        return self._arena.tensors(self.brief.own)
 
     def close(self) -> None:
         """Nobody uses its examples and results any more."""
-        for sheet in [*self.brief.examples.values(), *self.brief.own.values()]:
-            self._arena.take_back(sheet.place)
+        for place in self._places:
+            self._arena.take_back(place)
 
 
 class Reader:
@@ -275,14 +344,16 @@ class Reader:
 
     def __init__(self) -> None:
         self._files: dict[tuple[int, int], mmap.mmap] = {}
+        self.tensors = _Laid(self.tensor)
+        """The tensors on sheets; as `tensor`."""
 
-    def read(self, sheets: Sheets) -> dict[str, Tensor]:
-        """The tensors on sheets, not copied: what is written into them, the other process sees.
+    def tensor(self, sheet: Sheet) -> Tensor:
+        """The tensor on a sheet, not copied: what is written into it, the other process sees.
 
         Raises:
             OSError: that process is gone.
         """
-        return {name: _laid(self._file(sheet.place), sheet) for name, sheet in sheets.items()}
+        return _laid(self._file(sheet.place), sheet)
 
     def _file(self, place: Place) -> mmap.mmap:
         key = (place.process, place.descriptor)
@@ -300,6 +371,10 @@ def _laid(file: mmap.mmap, sheet: Sheet) -> Tensor:
     if not count:
         return torch.empty(sheet.shape, dtype=sheet.dtype)
     return torch.frombuffer(file, dtype=sheet.dtype, count=count, offset=sheet.place.start).view(sheet.shape)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _rounded(num_bytes: int) -> int:

@@ -7,10 +7,11 @@ pickling of tensors: that moves them through shared memory, which a cap on memor
 
 from __future__ import annotations
 
+import io
 import pickle
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,8 +20,15 @@ from torch import Tensor
 from scalefl.errors import ConfigError
 from scalefl.params import Params, bytes_of
 
-_LENGTH = struct.Struct("<Q")
+_LENGTH = struct.Struct("<Q?")
+"""Of a header in bytes; and whether both ends are to forget what they know of each other by number."""
 _PIECE_BYTES = 2**16
+_MOST_KNOWN = 2**9
+
+Key = Callable[[Any], Hashable]
+"""By what a value is known that will be sent again and again; None where it will not."""
+_Numbered = tuple[int, Any]
+"""A value, and by which number the other end knows it."""
 
 
 class Head(NamedTuple):
@@ -83,10 +91,17 @@ class Incoming:
 
 
 class Channel:
-    """One end of a connection to another process that we started."""
+    """One end of a connection to another process that we started.
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    Args:
+        connection: to the other end.
+        key: tells which values are sent once, and then by a number. It may be a value's `id`: they are kept.
+    """
+
+    def __init__(self, connection: socket.socket, key: Key = lambda value: None) -> None:
+        self._connection, self._key = connection, key
+        self._sent: dict[Hashable, _Numbered] = {}
+        self._received: dict[int, Any] = {}
 
     def fileno(self) -> int:
         """What the system calls it, by which one can wait for it."""
@@ -104,9 +119,10 @@ class Channel:
             OSError: the other end is gone.
         """
         heads = [[Head(name, tuple(t.shape), t.dtype, t.nbytes) for name, t in group.items()] for group in groups]
-        content = _pickled((header, heads))
-        self._connection.sendall(_LENGTH.pack(len(content)))
-        self._connection.sendall(content)
+        known = {} if len(self._sent) > _MOST_KNOWN else self._sent
+        content, new = _pickled((header, heads), self._key, known)
+        self._connection.sendall(_LENGTH.pack(len(content), known is not self._sent) + content)
+        self._sent = known | new if new else known
         for group in groups:
             for tensor in group.values():
                 self._connection.sendall(bytes_of(tensor.cpu().contiguous()))
@@ -117,8 +133,11 @@ class Channel:
         Raises:
             EOFError: the other end has closed.
         """
-        (length,) = _LENGTH.unpack(self._content(_LENGTH.size))
-        return Incoming(self._connection, *pickle.loads(self._content(length)))
+        length, anew = _LENGTH.unpack(self._content(_LENGTH.size))
+        content = io.BytesIO(self._content(length))
+        if anew:
+            self._received.clear()
+        return Incoming(self._connection, *_Unpickler(content, self._received).load())
 
     def _content(self, length: int) -> bytearray:
         content = bytearray(length)
@@ -134,11 +153,52 @@ def _read(connection: socket.socket, into: memoryview) -> None:
         into = into[count:]
 
 
-def _pickled(content: Any) -> bytes:
+class _Pickler(pickle.Pickler):
+    """Writes what is known as its number; what has a key and is not, with the number that it has from then on."""
+
+    def __init__(self, content: io.BytesIO, key: Key, known: dict[Hashable, _Numbered]) -> None:
+        super().__init__(content)
+        self._key, self._known = key, known
+        self.new: dict[Hashable, _Numbered] = {}
+        self._told: Any = None
+
+    def persistent_id(self, value: Any) -> int | _Numbered | None:
+        key = self._key(value)
+        if key is None:
+            return None
+        if value is self._told:  # what follows its number
+            self._told = None
+            return None
+        found = self._known.get(key) or self.new.get(key)
+        if found:
+            return found[0]
+        found = self.new[key] = (len(self._known) + len(self.new), value)
+        self._told = value
+        return found
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, content: io.BytesIO, known: dict[int, Any]) -> None:
+        super().__init__(content)
+        self._known = known
+
+    def persistent_load(self, told: Any) -> Any:
+        if isinstance(told, tuple):
+            number, value = told
+            self._known[number] = value
+            return value
+        return self._known[told]
+
+
+def _pickled(content: Any, key: Key, known: dict[Hashable, _Numbered]) -> tuple[bytes, dict[Hashable, _Numbered]]:
+    """Content as bytes, and what of it is known from now on."""
+    written = io.BytesIO()
+    pickler = _Pickler(written, key, known)
     try:
-        return pickle.dumps(content)
+        pickler.dump(content)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(
             f"the model, problem or method cannot be sent to workers ({error}): define it at the top of a module "
             "that can be imported, or run with workers = 0"
         ) from error
+    return written.getvalue(), pickler.new

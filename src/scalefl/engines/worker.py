@@ -18,7 +18,7 @@ import torch
 from scalefl.aggregate import FINE_LIMIT, add_fine, check
 from scalefl.client import Residents, run_task
 from scalefl.engines.gauge import Gauge, NoGauge, cap_refusal, device_of, gauge_of
-from scalefl.engines.order import Assignment, Cap, Order
+from scalefl.engines.order import Assignment, Cap, Order, key_of
 from scalefl.engines.shared import Reader
 from scalefl.engines.spool import MappedExamples, TaskParams
 from scalefl.engines.wire import Channel, Incoming
@@ -112,8 +112,8 @@ class _Table:
     def __init__(self, assignment: Assignment, reader: Reader) -> None:
         assert assignment.brief is not None
         self.task, self.brief, self.adding = assignment
-        self.params, self.own = reader.read(assignment.brief.params), reader.read(assignment.brief.own)
-        self.examples = reader.read(assignment.brief.examples)
+        self.params, self.own = reader.tensors(assignment.brief.params), reader.tensors(assignment.brief.own)
+        self.examples = {name: reader.tensor(sheet) for name, sheet in assignment.brief.examples.items()}
 
 
 def _in_place(order: Order, table: _Table, residents: Residents) -> ClientUpdate | ClientLoss:
@@ -145,10 +145,9 @@ def _added(update: ClientUpdate, table: _Table, adding: Adding, reader: Reader) 
     if max(sizes.values()) > FINE_LIMIT:
         return replace(update, params={})
     weight = update.num_examples if adding.weight is None else adding.weight
-    sums, steps = reader.read(table.brief.sums), reader.read({"": table.brief.steps})[""]
+    sums, steps = reader.tensors(table.brief.sums), reader.tensor(table.brief.steps)
     steps.add_(1)
-    for name, total in sums.items():
-        add_fine(total, update.params[name], weight, adding.scale)
+    add_fine([*sums.values()], [update.params[name] for name in sums], weight, adding.scale)
     steps.add_(1)
     return replace(update, params={}, is_added=True)
 
@@ -247,4 +246,4 @@ def logged(loss: ClientLoss) -> ClientLoss:
 
 if __name__ == "__main__":
     _descriptor, _threads, _cap, _device = sys.argv[1:]
-    serve(Channel(socket.socket(fileno=int(_descriptor))), int(_threads), device_of(_device), cast(Cap, _cap))
+    serve(Channel(socket.socket(fileno=int(_descriptor)), key_of), int(_threads), device_of(_device), cast(Cap, _cap))
