@@ -36,7 +36,7 @@ def write(work: Work, data: Dataset, folder: Path) -> None:
     start = initial_params(ModelSpec.of(work.factory, **dict(work.arguments)), 0)
     _check(work, start)
     torch.save(start, folder / "start.pt")
-    fields = ("model", "factory", "arguments", "sizes", "batch_size", "epochs", "lr", "momentum")
+    fields = ("model", "factory", "arguments", "sizes", "batch_size", "epochs", "lr", "momentum", "firsts")
     settings = {name: getattr(work, name) for name in fields}
     (folder / "task.json").write_text(json.dumps({**settings, "starts": starts, "cohorts": work.cohorts()}))
 

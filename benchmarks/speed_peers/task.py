@@ -69,8 +69,19 @@ class Task:
         model.load_state_dict(self.start())
         return model
 
+    def first(self, user: int) -> int:
+        """The first of the model's parts that a user trains."""
+        firsts = self.settings["firsts"]
+        return firsts[user] if firsts else 0
+
+    def freeze(self, model: nn.Module, user: int) -> None:
+        """Leave as it is what a user does not train."""
+        for number, part in enumerate(model.children()):
+            part.requires_grad_(number >= self.first(user))
+
     def train(self, model: nn.Module, user: int) -> None:
         """What a user does: torch.optim.SGD on shuffled batches."""
+        self.freeze(model, user)
         x, y = self.user(user)
         settings = self.settings
         optimizer = torch.optim.SGD(model.parameters(), lr=settings["lr"], momentum=settings["momentum"])

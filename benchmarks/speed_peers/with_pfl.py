@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,17 @@ class Learner(nn.Module):
     def metrics(self, x: Tensor, y: Tensor) -> dict[str, Weighted]:
         """Asked for before and after each user's training of the first round, and never again."""
         return {"loss": Weighted(float(F.cross_entropy(self.model(x), y, reduction="sum")), len(y))}
+
+
+class Spans(PyTorchModel):
+    """A model of which each user trains what it is to train; what is left as it is counts as a difference of 0."""
+
+    task: Task
+
+    def do_multiple_epochs_of(self, user_dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
+        """Freeze, then train as always."""
+        self.task.freeze(self.pytorch_model.model, user_dataset.user_id)
+        return super().do_multiple_epochs_of(user_dataset, *args, **kwargs)
 
 
 class Told(TrainingProcessCallback):
@@ -96,11 +108,12 @@ def main(task: Task) -> None:
     plain, settings, is_first = task.model(), task.settings, get_ops().distributed.global_rank == 0
     learner = Learner(plain)
     data = federated(task)
-    model = PyTorchModel(
+    model = Spans(
         learner,
         local_optimizer_create=lambda parameters, lr: torch.optim.SGD(parameters, lr, momentum=settings["momentum"]),
         central_optimizer=torch.optim.SGD(learner.parameters(), 1.0),
     )
+    model.task = task
     orders = turns(lambda: task.score(plain), "torch", "pfl") if is_first else None
     torch.distributed.barrier()
     FederatedAveraging().run(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from resident import turns
+from spans import Spans
 from task import Task
 
 from scalefl.client import Residents
@@ -57,7 +58,8 @@ class Run:
         names = ("batch_size", "epochs", "lr", "momentum")
         lies = "channels_last" if os.environ.get("CHANNELS_LAST") else "contiguous"
         work = LocalWork(weight_decay=0, memory_format=lies, **{name: settings[name] for name in names})
-        self._method = FedAvg(work=work)
+        firsts = tuple(settings["firsts"])
+        self._method = Spans(work=work, firsts=firsts) if firsts else FedAvg(work=work)
         state = self._method.init(model, data.problem, seed=0, smallest_memory_bytes=2**40)
         self._task, self._data, self._clients = task, data, clients
         self._state = replace(state, params=task.start())

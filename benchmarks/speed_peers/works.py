@@ -22,6 +22,7 @@ class Work:
         batch_size, epochs, lr, momentum: of local SGD, without weight decay.
         turn: rounds that a program does at a time.
         programs: that do it.
+        firsts: for each user the first of the model's four parts that it trains; none: the first of all.
         test_examples: on which accuracy is measured.
     """
 
@@ -38,6 +39,7 @@ class Work:
     turn: int
     programs: tuple[str, ...]
     epochs: int = 1
+    firsts: tuple[int, ...] = ()
     test_examples: int = 10_000
 
     def cohorts(self) -> list[list[int]]:
@@ -61,6 +63,13 @@ def uneven(users: int, smallest: int, ratio: int, batch_size: int) -> tuple[int,
     sizes = [round(smallest * ratio ** ((i + 0.5) / users)) for i in range(users)]
     random.Random(0).shuffle(sizes)
     return tuple(size + (size % batch_size == 1) for size in sizes)
+
+
+def mixed(users: int) -> tuple[int, ...]:
+    """A third of the users train everything, a third leave the first part as it is, a third the first two."""
+    firsts = [user % 3 for user in range(users)]
+    random.Random(1).shuffle(firsts)
+    return tuple(firsts)
 
 
 CNN = ("cnn", "scalefl.models.cnn:cnn", ())
@@ -106,6 +115,19 @@ WORKS = (
         turn=1,
         programs=PLAIN,
     ),
+    Work(
+        "F",
+        "uneven, mixed spans: as C, but a third of the users leave the first convolution as it is, a third both",
+        *CNN,
+        sizes=uneven(200, 10, 100, 10),
+        cohort=40,
+        batch_size=10,
+        lr=0.1,
+        momentum=0.0,
+        turn=1,
+        programs=PLAIN,
+        firsts=mixed(200),
+    ),
 )
 
 SMALL = (
@@ -148,5 +170,6 @@ CHECK = Work(
     turn=3,
     programs=(*RESIDENT, "scalefl-at-once", "flower"),
     epochs=3,
+    firsts=mixed(12),
     test_examples=1000,
 )

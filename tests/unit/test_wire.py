@@ -153,3 +153,9 @@ def test_both_ends_forget_before_they_know_too_much(knowing, monkeypatch):
         knowing[0].send(content)
         assert [known.content for known in knowing[1].receive().header] == [known.content for known in content]
         assert len(knowing[0]._sent) <= 10 and len(knowing[1]._received) <= 10
+
+
+def test_what_the_program_itself_defines_is_refused_as_no_other_process_could_find_it(ends):
+    mine = type("Mine", (), {"__module__": "__main__"})
+    with pytest.raises(ConfigError, match="Mine is defined in the program that was started"):
+        ends[0].send(mine())

@@ -12,6 +12,7 @@ import pickle
 import socket
 import struct
 from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -163,6 +164,8 @@ class _Pickler(pickle.Pickler):
         self._told: Any = None
 
     def persistent_id(self, value: Any) -> int | _Numbered | None:
+        if isinstance(value, type | FunctionType) and value.__module__ == "__main__":
+            raise pickle.PicklingError(f"{value.__qualname__} is defined in the program that was started")
         key = self._key(value)
         if key is None:
             return None
