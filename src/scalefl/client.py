@@ -328,6 +328,8 @@ def batches_of(examples: Batch, size: int, seed: int, problem: Problem) -> Itera
 def _micro_batches(batch: Batch, rows: Tensor, size: int) -> list[tuple[Batch, Tensor]]:
     """Slices of nearly equal length, none longer than `size`; no example stays alone if `size` is 3 or more."""
     count = math.ceil(len(rows) / size)
+    if count == 1:
+        return [(batch, rows)]
     columns = {name: column.tensor_split(count) for name, column in batch.items()}
     places = rows.tensor_split(count)
     return [({name: pieces[i] for name, pieces in columns.items()}, places[i]) for i in range(count)]

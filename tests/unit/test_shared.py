@@ -352,9 +352,9 @@ def given(monkeypatch) -> list[tuple[int, int, bool]]:
     """Which worker was given which client's task, and whether ahead of another."""
     found, send = [], scalefl.engines.local.Worker.send
 
-    def noting(self, method, problem, cap_bytes, job, *, is_ahead):
+    def noting(self, lesson, cap_bytes, job, *, is_ahead):
         found.append((id(self), job.members[0].given.task.client_id, is_ahead))
-        send(self, method, problem, cap_bytes, job, is_ahead=is_ahead)
+        send(self, lesson, cap_bytes, job, is_ahead=is_ahead)
 
     monkeypatch.setattr(scalefl.engines.local.Worker, "send", noting)
     return found

@@ -19,7 +19,7 @@ from scalefl.client import Residents
 from scalefl.data import FederatedData
 from scalefl.data.population import PopulationView
 from scalefl.engines.gauge import device_of
-from scalefl.engines.order import Cap
+from scalefl.engines.order import Cap, Lesson
 from scalefl.engines.process import Bundle, Given, Job, Member, Worker
 from scalefl.engines.shared import Arena, Board, Desk, Ledger, can_share
 from scalefl.engines.worker import at_once, lost, run_safely
@@ -224,6 +224,7 @@ class LocalEngine:
         self._residents = Residents(self._device, measured=False)
         self._held: dict[str, Tensor] = {}
         self._workers: list[Worker] = []
+        self._lesson: Lesson | None = None
         self._num_workers = workers
         self._board = self._new_board()
         self._threads_before = torch.get_num_threads()
@@ -306,20 +307,20 @@ class LocalEngine:
     def _fit_beside(
         self, method: Method, orders: Iterable[tuple[ClientTask, Params]], sums: _Sums | None
     ) -> Iterator[ClientUpdate | ClientLoss]:
-        workers = self._started()
+        workers, lesson = self._started(), self._lesson_of(method)
         queue = _Queue(self._bundled(self._prepared(orders)), self._desk)
         busy: dict[int, deque[Job]] = defaultdict(deque)
         proven: set[Worker] = set()
         try:
             for worker in workers:
-                self._give(worker, method, queue, busy, sums)
+                self._give(worker, lesson, queue, busy, sums)
             while busy:
                 # So that no worker waits. But no task waits behind a worker's first one, which may take as long as all
                 # others together; and the last ones go to whoever is free.
                 ample = length_hint(orders) >= len(workers) * self._at_once
                 for job in [jobs[0] for jobs in busy.values() if len(jobs) == 1]:
                     if job.worker in proven and job.is_shared and ample:
-                        self._give(job.worker, method, queue, busy, sums)
+                        self._give(job.worker, lesson, queue, busy, sums)
                 queue.prepare()
                 yield from queue.losses()
                 for ready in wait(list(busy)):
@@ -341,7 +342,7 @@ class LocalEngine:
                             if sums is not None and isinstance(answer, ClientUpdate) and answer.is_added:
                                 sums.note(job.worker, member, answer)
                         if not jobs:
-                            self._give(job.worker, method, queue, busy, sums)
+                            self._give(job.worker, lesson, queue, busy, sums)
                         for member, answer in zip(job.members, answers, strict=True):
                             if answer is not None and not (member.given.is_told and isinstance(answer, ClientUpdate)):
                                 yield answer
@@ -355,6 +356,12 @@ class LocalEngine:
                 if job.worker in self._workers:  # the engine may have been left before its iterator was closed
                     self._workers.remove(job.worker)
 
+    def _lesson_of(self, method: Method) -> Lesson:
+        """The same object for the same method: workers are told once."""
+        if self._lesson is None or self._lesson.method is not method:
+            self._lesson = Lesson(method, self._data.problem)
+        return self._lesson
+
     def _take_back(self, worker: Worker, jobs: deque[Job], queue: _Queue, sums: _Sums | None) -> None:
         """What a worker that died had been given beside, and what went with its sum, is to be done by others."""
         for job in jobs:
@@ -367,7 +374,7 @@ class LocalEngine:
             queue.put_back(order if isinstance(order, ClientLoss) else order._replace(is_told=True))
 
     def _give(
-        self, worker: Worker, method: Method, queue: _Queue, busy: dict[int, deque[Job]], sums: _Sums | None
+        self, worker: Worker, lesson: Lesson, queue: _Queue, busy: dict[int, deque[Job]], sums: _Sums | None
     ) -> None:
         """Give a worker the next task, if there is one; it may be at another still."""
         taken = queue.take()
@@ -377,7 +384,7 @@ class LocalEngine:
         # Where there is a cap, no memory is shared, and tasks are done one by one.
         cap_bytes = self._clients[taken[0][0].task.client_id].memory_bytes if self._cap == "hard" else None
         job, jobs = Job(worker, members), busy.get(worker.channel.fileno())
-        worker.send(method, self._data.problem, cap_bytes, job, is_ahead=bool(jobs))
+        worker.send(lesson, cap_bytes, job, is_ahead=bool(jobs))
         busy[worker.channel.fileno()].append(job)
 
     def _adding(self, worker: Worker, given: Given, desk: Desk | None, sums: _Sums | None) -> Adding | None:

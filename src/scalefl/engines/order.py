@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from scalefl.engines.shared import Brief, Sheets
 from scalefl.parts import Part
 from scalefl.problem import Problem
-from scalefl.types import Adding, ClientTask, LocalWork, Means, Method
+from scalefl.types import Adding, ClientTask, LocalWork, Means, Method, Step
 
 Cap = Literal["none", "measured", "hard"]
 """Whether a worker tells what its client took, and whether that may be more than the client's budget."""
@@ -28,20 +28,27 @@ class Assignment(NamedTuple):
     adding: Adding | None
 
 
-class Order(NamedTuple):
-    """A task, or several equal ones to be done at once where all have briefs, and what it takes to do them."""
+class Lesson(NamedTuple):
+    """What is learned, and how: the same for all orders of a run."""
 
     method: Method
     problem: Problem
+
+
+class Order(NamedTuple):
+    """A task, or several equal ones to be done at once where all have briefs, and what it takes to do them."""
+
+    lesson: Lesson
     cap_bytes: int | None
     assignments: tuple[Assignment, ...]
 
 
-_COMES_AGAIN = (Part, LocalWork, Means, frozenset, Sheets)
+_COME_AGAIN = {Lesson, Step, Part, LocalWork, Means, frozenset, Sheets}
 
 
 def key_of(value: Any) -> Hashable:
     """By what a channel knows again a part of an order that comes with task after task; None for all else."""
-    if isinstance(value, type):
-        return value
-    return id(value) if isinstance(value, _COMES_AGAIN) else None
+    kind = type(value)
+    if kind in _COME_AGAIN:
+        return id(value)
+    return value if issubclass(kind, type) else None

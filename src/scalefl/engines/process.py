@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scalefl.engines.order import Assignment, Cap, Order, key_of
+from scalefl.engines.order import Assignment, Cap, Lesson, Order, key_of
 from scalefl.engines.shared import Desk
 from scalefl.engines.wire import Channel, InMemory
 from scalefl.engines.worker import cap_hit, logged, says_out_of_memory
 from scalefl.errors import ConfigError
 from scalefl.measure import worker_environment
 from scalefl.params import Params
-from scalefl.problem import Batch, Problem
-from scalefl.types import Adding, ClientLoss, ClientTask, ClientUpdate, Method, Receipt
+from scalefl.problem import Batch
+from scalefl.types import Adding, ClientLoss, ClientTask, ClientUpdate, Receipt
 
 _log = logging.getLogger("scalefl")
 
@@ -76,11 +76,11 @@ class Worker:
         self.starts = 0
         self._start()
 
-    def send(self, method: Method, problem: Problem, cap_bytes: int | None, job: Job, *, is_ahead: bool) -> None:
+    def send(self, lesson: Lesson, cap_bytes: int | None, job: Job, *, is_ahead: bool) -> None:
         """Give it a task, which may be ahead of one that it is at; if it does not live to take it, `answer` tells."""
         self._cap_bytes = cap_bytes
         assignments = tuple(Assignment(m.given.task, m.desk.brief if m.desk else None, m.adding) for m in job.members)
-        order = Order(method, problem, cap_bytes, assignments)
+        order = Order(lesson, cap_bytes, assignments)
         tensors = [] if job.is_shared else [job.members[0].given.examples, job.members[0].given.params]
         try:
             self.wait()

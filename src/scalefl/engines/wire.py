@@ -25,6 +25,7 @@ _LENGTH = struct.Struct("<Q?")
 """Of a header in bytes; and whether both ends are to forget what they know of each other by number."""
 _PIECE_BYTES = 2**16
 _MOST_KNOWN = 2**9
+_FOUND_BY_NAME = (type, FunctionType)
 
 Key = Callable[[Any], Hashable]
 """By what a value is known that will be sent again and again; None where it will not."""
@@ -164,7 +165,7 @@ class _Pickler(pickle.Pickler):
         self._told: Any = None
 
     def persistent_id(self, value: Any) -> int | _Numbered | None:
-        if isinstance(value, type | FunctionType) and value.__module__ == "__main__":
+        if isinstance(value, _FOUND_BY_NAME) and value.__module__ == "__main__":
             raise pickle.PicklingError(f"{value.__qualname__} is defined in the program that was started")
         key = self._key(value)
         if key is None:

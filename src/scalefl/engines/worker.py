@@ -100,7 +100,7 @@ def _answers_in_place(order: Order, residents: Residents, reader: Reader) -> lis
     answers: Sequence[ClientUpdate | ClientLoss] | None = None
     if len(tables) > 1:
         sent, examples = [table.params for table in tables], [table.examples for table in tables]
-        answers = at_once(order.method, order.problem, residents, tasks, sent, examples)
+        answers = at_once(*order.lesson, residents, tasks, sent, examples)
     if answers is None:
         answers = [_in_place(order, table, residents) for table in tables]
     return [_done(answer, table, reader) for answer, table in zip(answers, tables, strict=True)]
@@ -120,7 +120,7 @@ def _in_place(order: Order, table: _Table, residents: Residents) -> ClientUpdate
     for name, tensor in table.own.items():
         tensor.copy_(table.params[name])
     laid = moved({**table.params, **table.own}, residents.device)
-    return run_safely(order.method, order.problem, residents, table.task, laid, table.examples)
+    return run_safely(*order.lesson, residents, table.task, laid, table.examples)
 
 
 def _done(answer: ClientUpdate | ClientLoss, table: _Table, reader: Reader) -> ClientUpdate | ClientLoss:
@@ -156,7 +156,7 @@ def _answer(
     incoming: Incoming, residents: Residents, gauge: Gauge, files: contextlib.ExitStack
 ) -> ClientUpdate | ClientLoss:
     """What comes of a task; what it uploads lies in `files` as long as they are open."""
-    method, problem, cap_bytes, ((task, *_),) = incoming.header
+    (method, problem), cap_bytes, ((task, *_),) = incoming.header
     try:
         try:
             # Examples and the code of the model are what a client has anyway: the task is what comes on top.
