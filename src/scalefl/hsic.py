@@ -10,6 +10,7 @@ Shapes: B samples, D features.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -33,13 +34,24 @@ def centred_kernel(features: Tensor, sigma: float = SIGMA) -> Tensor:
     a_BD = a_BD.to(torch.promote_types(a_BD.dtype, torch.float32))
     # Shifting all samples changes no distance and keeps the cancellation in ‖a‖² + ‖b‖² − 2ab small.
     a_BD = a_BD - a_BD.detach().mean(0)
-    gram_BB = a_BD @ a_BD.T
+    with _without_autocast(a_BD):
+        # With a gradient by way of the first factor only, and that twice, as the matrix is symmetric: one product less.
+        half_BB = a_BD @ a_BD.detach().T
+    gram_BB = 2 * half_BB - half_BB.detach() if half_BB.requires_grad else half_BB
     squares_B = gram_BB.diagonal()
-    distances_BB = (squares_B[:, None] + squares_B[None, :] - 2 * gram_BB).clamp(min=0)
-    off_diagonal_BB = 1 - torch.eye(len(a_BD), dtype=a_BD.dtype, device=a_BD.device)
+    distances_BB = (squares_B[:, None] + squares_B - 2 * gram_BB).clamp(min=0)
     # K − 1: centring takes any constant away, and next to 1 a kernel of near samples would lose its digits.
-    k_BB = torch.expm1(-distances_BB * off_diagonal_BB / (2 * sigma**2 * a_BD.shape[1]))
-    return k_BB - k_BB.mean(0) - k_BB.mean(1, keepdim=True) + k_BB.mean()
+    less_BB = torch.expm1(distances_BB / (-2 * sigma**2 * a_BD.shape[1]))
+    means_B = less_BB.mean(1)
+    half_B = means_B - means_B.mean() / 2
+    return less_BB - half_B[:, None] - half_B
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Inside the block, products of matrices keep the precision of what is multiplied."""
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def nhsic(a: Tensor, b: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Tensor:
@@ -66,15 +78,13 @@ def normalised(ka_BB: Tensor, kb_BB: Tensor, form: Form = "cka") -> Tensor:
 def _cka(ka_BB: Tensor, kb_BB: Tensor) -> Tensor:
     # Samples this close differ by the rounding of the layers before, not by structure: nothing to compare.
     floor = len(ka_BB) * 4 * torch.finfo(ka_BB.dtype).eps
-    norms = [_safe_norm(k_BB, floor) for k_BB in (ka_BB, kb_BB)]
-    return (ka_BB / norms[0] * (kb_BB / norms[1])).sum()
+    return (ka_BB * kb_BB).sum() * _scale(ka_BB, floor) * _scale(kb_BB, floor)
 
 
-def _safe_norm(k_BB: Tensor, floor: float) -> Tensor:
-    """‖K‖, or infinity for a kernel that is zero up to rounding: its quotient and gradient are then exactly 0."""
+def _scale(k_BB: Tensor, floor: float) -> Tensor:
+    """1/‖K‖, or 0 for a kernel that is zero up to rounding, whose gradient is then exactly 0."""
     total = k_BB.square().sum()
-    alive = total > floor**2
-    return torch.where(alive, torch.where(alive, total, torch.ones_like(total)).sqrt(), torch.inf)
+    return torch.where(total > floor**2, total, torch.inf).rsqrt()
 
 
 # Paper: Ma et al., eq. 3. Deviation: the authors of ScaleFL train with "cka" only.

@@ -15,7 +15,7 @@ import msgspec
 from torch import Tensor
 
 from scalefl.errors import check_range
-from scalefl.hsic import SIGMA, Form, nhsic
+from scalefl.hsic import SIGMA, Form, centred_kernel, normalised
 from scalefl.models.output import Projection
 from scalefl.parts import Taps
 from scalefl.problem import Batch, Problem, Weighted, without_padding
@@ -144,12 +144,18 @@ class MentorLoss:
         z_x, z_y = (taps.z, taps.z) if mentor.tap == "cut" else (taps.late, taps.projected)
         # Deviation: the paper has no tokens. What stands where an example has ended says nothing of it.
         mask = problem.mask(batch)
+        kernels: dict[int, Tensor] = {}
+
+        def kernel(features: Tensor) -> Tensor:
+            """Made once where both terms read the same."""
+            if id(features) not in kernels:
+                kernels[id(features)] = centred_kernel(without_padding(features, mask), mentor.sigma)
+            return kernels[id(features)]
+
         terms = []
         if self.lambda_x:
-            x, z = without_padding(taps.x, mask), without_padding(z_x, mask)
-            terms.append(-self.lambda_x * nhsic(x, z, mentor.form, mentor.sigma))
+            terms.append(-self.lambda_x * normalised(kernel(taps.x), kernel(z_x), mentor.form))
         if self.gamma_y:
-            z = without_padding(z_y, mask)
-            y_features = problem.y_features(batch).to(z.dtype)
-            terms.append(-self.gamma_y * nhsic(y_features, z, mentor.form, mentor.sigma))
+            kernel_y = centred_kernel(problem.y_features(batch).to(z_y.dtype), mentor.sigma)
+            terms.append(-self.gamma_y * normalised(kernel_y, kernel(z_y), mentor.form))
         return sum(terms[1:], terms[0]) if terms else None

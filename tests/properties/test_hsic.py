@@ -180,3 +180,10 @@ def test_the_biased_estimator_falls_with_more_samples():
     """Independent noise, 512 against 3072 dimensions: .98, .93, .88 at 16, 64 and 128 samples (method.md)."""
     values = [float(nhsic(features(0, m, 512), features(1, m, 3072))) for m in (16, 64, 128)]
     assert values == pytest.approx([0.98, 0.93, 0.88], abs=0.01)
+
+
+def test_autocast_leaves_the_value_alone():
+    a, b = features(1, 16, 40, dtype=torch.float32), features(2, 16, 30, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = nhsic(a, b)
+    assert torch.equal(found, nhsic(a, b)) and found.dtype == torch.float32
