@@ -98,31 +98,13 @@ def by_trial(
     """
     cores = num_cores()
     tried = _powers(cores // max(1, workers) if workers != "auto" else cores) if threads == "auto" else [threads]
-    trial = _Trial(method, state, plan, Residents(device, measured=False))
-    task = plan.longest_first()[0]
-    some = _some(task, examples)
-    share = num_rows(some) / max(num_rows(examples), 1)
-    seconds = {count: trial.seconds(task, some, count) / share for count in tried}
     group = max(_groups(plan), key=lambda tasks: sum(map(plan.flops, tasks)), default=[])
-    room = room_for(max(plan.costs[member.client_id].peak_bytes for member in group)) if group else 1
+    room = room_for(max(plan.costs[task.client_id].peak_bytes for task in group)) if group else 1
     at_once = min(len(group), *((MOST_AT_ONCE, room) if clients_at_once == "auto" else (clients_at_once,)))
-    at_once = min(at_once, int(_AT_ONCE_SECONDS / max(seconds[tried[0]] * share, 1e-9)))
-    further = None  # what each further client in a run takes, of what one alone takes
-    if at_once > 1:
-        further = trial.further_client(group[0], some, at_once, tried[0])
-
-    def round_seconds(crew: Crew) -> float:
-        def alone(other: ClientTask) -> float:
-            return seconds[crew.threads] * plan.flops(other) / plan.flops(task)
-
-        if crew.clients_at_once == 1 or further is None:
-            return makespan(map(alone, plan.tasks), max(crew.workers, 1))
-        bundles = _bundles(plan, crew.clients_at_once)
-        parts = (_share_at_once(plan, bundle, further) * sum(map(alone, bundle)) for bundle in bundles)
-        return makespan(parts, max(crew.workers, 1))
+    costs = _Trial(method, state, plan, Residents(device, measured=False)).costs(examples, tried, group[:at_once])
 
     def run_seconds(crew: Crew) -> float:
-        return rounds * round_seconds(crew) + (WORKER_SECONDS if crew.workers else 0.0)
+        return rounds * costs.round_seconds(crew) + (WORKER_SECONDS if crew.workers else 0.0)
 
     crews = [
         Crew(count, each, clients_at_once=1 if clients_at_once == "auto" else clients_at_once)
@@ -130,7 +112,7 @@ def by_trial(
         for count in _numbers(most, cores // each, workers)
     ]
     usual = min((crew for crew in crews if crew.threads == tried[0]), key=run_seconds)
-    if clients_at_once == "auto" and further is not None:
+    if clients_at_once == "auto" and costs.further is not None:
         crews += [
             crew._replace(clients_at_once=size)
             for crew in crews
@@ -140,10 +122,41 @@ def by_trial(
     best = min(crews, key=run_seconds)
     if run_seconds(best) > GAIN * run_seconds(usual) or run_seconds(usual) - run_seconds(best) < GAIN_SECONDS:
         best = usual
-    found = ", ".join(f"{1000 * s:.0f} ms on {_counted(count, 'thread')}" for count, s in seconds.items())
-    if further is not None:
-        found += f", and {100 * further:.0f} % of that for each further client at once"
-    return best._replace(why=f"the longest task takes {found}; a round {round_seconds(best):.1f} s")
+    return best._replace(why=f"{costs.told()}; a round {costs.round_seconds(best):.1f} s")
+
+
+class _Costs(NamedTuple):
+    """What a trial has found.
+
+    Attributes:
+        plan: of the round that was tried.
+        seconds: by threads, how long its longest task takes.
+        further: what each further client in a run takes, of what one alone takes; None where clients can't share runs,
+            or it is not worth while to try.
+    """
+
+    plan: RoundPlan
+    seconds: dict[int, float]
+    further: float | None
+
+    def round_seconds(self, crew: Crew) -> float:
+        """How long a crew takes for the round; tasks take as much longer or shorter as their FLOPs are more or less."""
+        each_flop = self.seconds[crew.threads] / self.plan.flops(self.plan.longest_first()[0])
+
+        def alone(tasks: Iterable[ClientTask]) -> float:
+            return each_flop * sum(map(self.plan.flops, tasks))
+
+        further = 1.0 if self.further is None else self.further
+        bundles = _bundles(self.plan, crew.clients_at_once)
+        parts = (_share_at_once(self.plan, bundle, further) * alone(bundle) for bundle in bundles)
+        return makespan(parts, max(crew.workers, 1))
+
+    def told(self) -> str:
+        """In words."""
+        found = ", ".join(f"{1000 * s:.0f} ms on {_counted(count, 'thread')}" for count, s in self.seconds.items())
+        if self.further is not None:
+            found += f", and {100 * self.further:.0f} % of that for each further client at once"
+        return f"the longest task takes {found}"
 
 
 def _groups(plan: RoundPlan) -> list[list[ClientTask]]:
@@ -228,6 +241,22 @@ class _Trial(NamedTuple):
     state: ServerState
     plan: RoundPlan
     residents: Residents
+
+    def costs(self, examples: Batch, threads: Sequence[int], group: Sequence[ClientTask]) -> _Costs:
+        """Try it.
+
+        Args:
+            examples: of the client with the longest task.
+            threads: numbers of them; clients at once are tried on the first.
+            group: tasks that can be done at once, as far as they may be.
+        """
+        task = self.plan.longest_first()[0]
+        some = _some(task, examples)
+        share = num_rows(some) / max(num_rows(examples), 1)
+        seconds = {count: self.seconds(task, some, count) / share for count in threads}
+        at_once = min(len(group), int(_AT_ONCE_SECONDS / max(seconds[threads[0]] * share, 1e-9)))
+        further = self.further_client(group[0], some, at_once, threads[0]) if at_once > 1 else None
+        return _Costs(self.plan, seconds, further)
 
     def seconds(self, task: ClientTask, examples: Batch, threads: int) -> float:
         """How long a client takes for its task with these examples; from one batch, if that takes long already."""
