@@ -304,8 +304,8 @@ def _prose(options: argparse.Namespace) -> list[str]:
         "balanced between processes by them; it does not shuffle, and in its first round it also evaluates each user "
         "before and after. Its processes: torchrun's, two that train, and with each of these one that draws cohorts.",
         "",
-        "In F what a user leaves as it is enters the mean as it was, for every program. pfl-research balances by numbers of "
-        "examples, which its documentation takes for a user's time; ScaleFL by predicted FLOPs.",
+        "In F what a user leaves as it is enters the mean as it was, for every program. pfl-research balances by "
+        "numbers of examples, which its documentation takes for a user's time; ScaleFL by predicted FLOPs.",
         "",
     ]
 
