@@ -35,22 +35,21 @@ def centred_kernel(features: Tensor, sigma: float = SIGMA) -> Tensor:
     # Shifting all samples changes no distance and keeps the cancellation in ‖a‖² + ‖b‖² − 2ab small.
     a_BD = a_BD - a_BD.detach().mean(0)
     with _without_autocast(a_BD):
-        # With a gradient by way of the first factor only, and that twice, as the matrix is symmetric: one product less.
         half_BB = a_BD @ a_BD.detach().T
-    gram_BB = 2 * half_BB - half_BB.detach() if half_BB.requires_grad else half_BB
+    # The gradient by way of the second factor is that of the transpose: to add it so takes one product less.
+    gram_BB = half_BB + half_BB.T - half_BB.detach()
     squares_B = gram_BB.diagonal()
     distances_BB = (squares_B[:, None] + squares_B - 2 * gram_BB).clamp(min=0)
     # K − 1: centring takes any constant away, and next to 1 a kernel of near samples would lose its digits.
     less_BB = torch.expm1(distances_BB / (-2 * sigma**2 * a_BD.shape[1]))
-    means_B = less_BB.mean(1)
-    half_B = means_B - means_B.mean() / 2
-    return less_BB - half_B[:, None] - half_B
+    return less_BB - less_BB.mean(0) - less_BB.mean(1, keepdim=True) + less_BB.mean()
 
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Inside the block, products of matrices keep the precision of what is multiplied."""
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
 

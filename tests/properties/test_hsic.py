@@ -187,3 +187,23 @@ def test_autocast_leaves_the_value_alone():
     with torch.autocast("cpu", torch.bfloat16):
         found = nhsic(a, b)
     assert torch.equal(found, nhsic(a, b)) and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_several_batches_at_once_are_those_of_each(form: Form) -> None:
+    a, b = (torch.stack([features(seed, 8, 5) for seed in seeds]) for seeds in ((1, 2), (3, 4)))
+    together, alone = (b.clone().requires_grad_() for _ in range(2))
+    torch.func.vmap(lambda x, z: nhsic(x, z, form))(a, together).sum().backward()
+    for x, z in zip(a, alone, strict=True):
+        nhsic(x, z, form).backward()
+    torch.testing.assert_close(together.grad, alone.grad)
+
+
+def test_the_gradient_of_a_kernel_is_right_whatever_comes_after_it() -> None:
+    a = features(1, 6, 4).requires_grad_()
+    weights = features(2, 6, 6)
+    assert torch.autograd.gradcheck(lambda a: (centred_kernel(a) * weights).sum(), [a])
+
+
+def test_a_kernel_of_shapes_alone() -> None:
+    assert centred_kernel(torch.empty(4, 3, device="meta")).shape == (4, 4)

@@ -47,7 +47,7 @@ _COME_AGAIN = {Lesson, Step, Part, LocalWork, Means, frozenset, Sheets}
 
 
 def key_of(value: Any) -> Hashable:
-    """By what a channel knows again a part of an order that comes with task after task; None for all else."""
+    """By what a channel knows again what comes with task after task, classes included; None for all else."""
     kind = type(value)
     if kind in _COME_AGAIN:
         return id(value)

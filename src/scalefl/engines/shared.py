@@ -125,7 +125,9 @@ class Arena:
         if self._free[size]:
             return self._free[size].pop()
         if self._rest is None or self._rest.num_bytes < size:
-            self._rest = self._new_file(max(size, _SEGMENT_BYTES))
+            if size > _SEGMENT_BYTES // 4:  # what is left of a file is given up for small pieces only
+                return self._new_file(size)
+            self._rest = self._new_file(_SEGMENT_BYTES)
         rest = self._rest
         self._rest = rest._replace(start=rest.start + size, num_bytes=rest.num_bytes - size)
         return rest._replace(num_bytes=size)

@@ -22,9 +22,10 @@ from scalefl.errors import ConfigError
 from scalefl.params import Params, bytes_of
 
 _LENGTH = struct.Struct("<Q?")
-"""Of a header in bytes; and whether both ends are to forget what they know of each other by number."""
+"""Of a header in bytes; and whether what this end has told by number is to be forgotten."""
 _PIECE_BYTES = 2**16
-_MOST_KNOWN = 2**9
+_MOST_KNOWN = 2**7
+"""Values after which a sender starts anew: where each client has tensors of its own, none of them comes again."""
 _FOUND_BY_NAME = (type, FunctionType)
 
 Key = Callable[[Any], Hashable]
@@ -97,7 +98,8 @@ class Channel:
 
     Args:
         connection: to the other end.
-        key: tells which values are sent once, and then by a number. It may be a value's `id`: they are kept.
+        key: tells which values are sent once, and then by a number: such as stay as they are, and do not hold
+            themselves. It may be a value's `id`: they are kept.
     """
 
     def __init__(self, connection: socket.socket, key: Key = lambda value: None) -> None:
