@@ -24,6 +24,7 @@ from test_spool import Data as BigData
 from test_spool import answered, done, step_of
 from torch import Tensor, nn
 
+import scalefl.engines.local
 import scalefl.engines.process
 import scalefl.measure
 from scalefl.checkpoint import load_state, save_state
@@ -141,11 +142,18 @@ def test_a_worker_that_dies_of_its_cap_is_started_again(capped, free):
     assert identical(state.params, one_round(free, 0, 1)[0].params)
 
 
-def test_a_worker_that_is_killed_in_the_middle(capped, free):
+def test_a_worker_that_is_killed_in_the_middle(capped, free, monkeypatch):
     """By whatever: it is no matter of its budget."""
     one_round(capped, 0)
     killer = threading.Timer(1, os.kill, (worker_of(capped), signal.SIGKILL))
-    killer.start()
+    send = scalefl.engines.local.Worker.send
+
+    def sending(self, lesson, cap_bytes, job, **more):
+        send(self, lesson, cap_bytes, job, **more)
+        if job.members[0].given.task.client_id == 7 and not killer.ident:
+            killer.start()
+
+    monkeypatch.setattr(scalefl.engines.local.Worker, "send", sending)
     state, record = one_round(capped, 0, 7, 1)
     killer.join()
     assert [loss["client"] for loss in record.lost] == [7]
