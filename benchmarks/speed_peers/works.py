@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 COHORTS = 200
 """So many rounds have a cohort of their own; then they come again."""
@@ -73,85 +74,67 @@ def mixed(users: int) -> tuple[int, ...]:
 
 
 CNN = ("cnn", "scalefl.models.cnn:cnn", ())
-SMALL_CNN = ("small-cnn", "scalefl.models.cnn:cnn", (("width", 0.125),))
+SMALL_CNN: dict[str, Any] = {"model": "small-cnn", "arguments": (("width", 0.125),)}
 RESNET = ("resnet10", "scalefl.models.resnet:resnet10", (("width", 0.25), ("norm", "group")))
 PLAIN = ("bare", "bare-tuned", "pfl", "scalefl")
 RESIDENT = (*PLAIN, "bare-last", "scalefl-last")
 
-WORKS = (
-    Work(
-        "A",
-        "two-convolution CNN, 1,000 users of 50 examples, 50 a round, batches of 10",
-        *CNN,
-        sizes=(50,) * 1000,
-        cohort=50,
-        batch_size=10,
-        lr=0.1,
-        momentum=0.0,
-        turn=2,
-        programs=RESIDENT,
-    ),
-    Work(
-        "B",
-        "ResNet-10 (16 channels, group norm), 100 users of 500 examples, 10 a round, batches of 32, momentum 0.9",
-        *RESNET,
-        sizes=(500,) * 100,
-        cohort=10,
-        batch_size=32,
-        lr=0.05,
-        momentum=0.9,
-        turn=1,
-        programs=PLAIN,
-    ),
-    Work(
-        "C",
-        "uneven: the model of A, 200 users of 10 to 1,000 examples (log-uniform), 40 a round, batches of 10",
-        *CNN,
-        sizes=uneven(200, 10, 100, 10),
-        cohort=40,
-        batch_size=10,
-        lr=0.1,
-        momentum=0.0,
-        turn=1,
-        programs=PLAIN,
-    ),
-    Work(
-        "F",
-        "uneven, mixed spans: as C, but a third of the users leave the first convolution as it is, a third both",
-        *CNN,
-        sizes=uneven(200, 10, 100, 10),
-        cohort=40,
-        batch_size=10,
-        lr=0.1,
-        momentum=0.0,
-        turn=1,
-        programs=PLAIN,
-        firsts=mixed(200),
-    ),
+EVEN = Work(
+    "A",
+    "two-convolution CNN, 1,000 users of 50 examples, 50 a round, batches of 10",
+    *CNN,
+    sizes=(50,) * 1000,
+    cohort=50,
+    batch_size=10,
+    lr=0.1,
+    momentum=0.0,
+    turn=2,
+    programs=RESIDENT,
 )
+LARGER = Work(
+    "B",
+    "ResNet-10 (16 channels, group norm), 100 users of 500 examples, 10 a round, batches of 32, momentum 0.9",
+    *RESNET,
+    sizes=(500,) * 100,
+    cohort=10,
+    batch_size=32,
+    lr=0.05,
+    momentum=0.9,
+    turn=1,
+    programs=PLAIN,
+)
+UNEVEN = replace(
+    EVEN,
+    name="C",
+    title="uneven: the model of A, 200 users of 10 to 1,000 examples (log-uniform), 40 a round, batches of 10",
+    sizes=uneven(200, 10, 100, 10),
+    cohort=40,
+    turn=1,
+    programs=PLAIN,
+)
+SPANS = replace(
+    UNEVEN,
+    name="F",
+    title="uneven, mixed spans: as C, but a third of the users leave the first convolution as it is, a third both",
+    firsts=mixed(200),
+)
+WORKS = (EVEN, LARGER, UNEVEN, SPANS)
 
 SMALL = (
-    Work(
-        "D",
-        "small: the CNN of A with 4 and 8 channels, 1,000 users of 50 examples, 50 a round, batches of 10",
-        *SMALL_CNN,
-        sizes=(50,) * 1000,
-        cohort=50,
-        batch_size=10,
-        lr=0.1,
-        momentum=0.0,
+    replace(
+        EVEN,
+        name="D",
+        title="small: the CNN of A with 4 and 8 channels, 1,000 users of 50 examples, 50 a round, batches of 10",
+        **SMALL_CNN,
         turn=4,
         programs=(*PLAIN, "scalefl-at-once"),
     ),
-    Work(
-        "E",
-        "small and uneven: the model of D, 200 users of 10 to 1,000 examples (log-uniform), 40 a round, batches of 10",
-        *SMALL_CNN,
-        sizes=uneven(200, 10, 100, 10),
-        cohort=40,
-        batch_size=10,
-        lr=0.1,
-        momentum=0.0,
+    replace(
+        UNEVEN,
+        name="E",
+        title="small and uneven: the model of D, 200 users of 10 to 1,000 examples (log-uniform), 40 a round, "
+        "batches of 10",
+        **SMALL_CNN,
         turn=2,
         programs=(*PLAIN, "scalefl-at-once"),
     ),
