@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scalefl.aggregate import FINE, FINE_LIMIT, LIMIT, Total, check, largest
+from scalefl.aggregate import FINE, FINE_LIMIT, LIMIT, Total, add_fine, check, largest
 from scalefl.coords import add, extract, take, whole
 from scalefl.errors import BadUpdate
 from scalefl.types import ClientTask, ClientUpdate, LocalWork, Receipt, Step
@@ -305,3 +305,14 @@ def test_a_total_leaves_the_reference_alone():
     _add(total, {"a": torch.zeros(3)}, 2, whole(base))
     total.mean(base)["a"].fill_(9)
     assert identical(base, before)
+
+
+def test_tensors_added_together_and_in_pieces_are_those_added_alone(monkeypatch):
+    monkeypatch.setattr("scalefl.aggregate.PIECE", 8)
+    sizes = (3, 20, 0, 5, 1, 8, 17)
+    tensors = [torch.randn(size) for size in sizes]
+    together, alone = ([torch.zeros(size, dtype=torch.float64) for size in sizes] for _ in range(2))
+    add_fine(together, tensors, 3, 4.0)
+    for total, tensor in zip(alone, tensors, strict=True):
+        total += (tensor.double() * (3 / 4.0 / FINE)).round()
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

@@ -108,6 +108,14 @@ def test_the_board_holds_a_tensor_once_until_it_is_gone():
     arena.close()
 
 
+def test_the_board_never_takes_a_new_tensor_for_one_that_is_gone():
+    arena = Arena()
+    board = Board(arena)
+    for length in range(1, 200):  # Python gives the ids of what is gone to what is new
+        assert board.put_up({"w": torch.ones(length)})["w"].shape == (length,)
+    arena.close()
+
+
 def test_a_desk_gives_its_places_back():
     arena = Arena()
     board, params = Board(arena), {"w": torch.ones(100), "frozen": torch.ones(100)}

@@ -21,11 +21,12 @@ from torch import Tensor
 from scalefl.errors import ConfigError
 from scalefl.params import Params, bytes_of
 
-_LENGTH = struct.Struct("<Q?")
-"""Of a header in bytes; and whether what this end has told by number is to be forgotten."""
+_LENGTH = struct.Struct("<Q")
 _PIECE_BYTES = 2**16
 _MOST_KNOWN = 2**7
-"""Values after which a sender starts anew: where each client has tensors of its own, none of them comes again."""
+"""Values after which a sender starts anew, with the first number, which then means another value to the receiver too:
+where each client has tensors of its own, none of them comes again.
+"""
 _FOUND_BY_NAME = (type, FunctionType)
 
 Key = Callable[[Any], Hashable]
@@ -125,7 +126,7 @@ class Channel:
         heads = [[Head(name, tuple(t.shape), t.dtype, t.nbytes) for name, t in group.items()] for group in groups]
         known = {} if len(self._sent) > _MOST_KNOWN else self._sent
         content, new = _pickled((header, heads), self._key, known)
-        self._connection.sendall(_LENGTH.pack(len(content), known is not self._sent) + content)
+        self._connection.sendall(_LENGTH.pack(len(content)) + content)
         self._sent = known | new if new else known
         for group in groups:
             for tensor in group.values():
@@ -137,10 +138,8 @@ class Channel:
         Raises:
             EOFError: the other end has closed.
         """
-        length, anew = _LENGTH.unpack(self._content(_LENGTH.size))
+        (length,) = _LENGTH.unpack(self._content(_LENGTH.size))
         content = io.BytesIO(self._content(length))
-        if anew:
-            self._received.clear()
         return Incoming(self._connection, *_Unpickler(content, self._received).load())
 
     def _content(self, length: int) -> bytearray:
