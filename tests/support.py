@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,12 +247,27 @@ def all_finite(values: Any) -> bool:
     return all(math.isfinite(v) for v in values)
 
 
-def children() -> list[int]:
-    """Process ids of this process's children (workers)."""
+def children(pid: int | str = "self") -> list[int]:
+    """Process ids of all that this process has started, and what these have (workers)."""
     found: list[int] = []
-    for task in Path("/proc/self/task").iterdir():
-        found += map(int, (task / "children").read_text().split())
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *children(child)]
     return found
+
+
+def workers_of(engine: LocalEngine) -> list[int]:
+    """Process ids of an engine's workers."""
+    return [worker._process.pid for worker in engine._workers]
+
+
+def kill_workers(engine: LocalEngine) -> list[int]:
+    """Kill all workers of an engine; their process ids."""
+    killed = workers_of(engine)
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    return killed
 
 
 def journalled(folder: Path) -> dict[str, list[tuple[int, float]]]:

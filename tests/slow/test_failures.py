@@ -71,7 +71,7 @@ def in_the_middle_of(area: Field, node: str, round: int) -> None:
     sign = f"ROUND {round - 1}]"
     eventually(lambda: sign in area.flower_said(node), 200.0, why=area.everything)
     eventually(lambda: "Received successfully" in area.flower_said(node).rpartition(sign)[2])
-    eventually(lambda: trains(worker_of(area, node)), 30.0)
+    eventually(lambda: trains(worker_of(area, node)))
 
 
 def trains(pid: int) -> bool:

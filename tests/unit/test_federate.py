@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import random
-import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing.connection import wait
 from typing import Any
 
 import pytest
@@ -39,8 +38,10 @@ from support import (
     copied,
     full_bytes,
     identical,
+    kill_workers,
     make_method,
     tiny,
+    workers_of,
 )
 
 # With or without one of the first six, the sum's next power of 2 is the same: 64.
@@ -212,19 +213,19 @@ def waited(condition: Callable[[], bool]) -> None:
 
 def test_a_worker_killed_while_idle_is_replaced(shared):
     one_round(shared[2], 0, 1, 2)
-    workers = children()
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # with all its threads, so that its pipe is closed
+    killed = kill_workers(shared[2])
+    for worker in shared[2]._workers:
+        wait([worker.channel])  # with all its threads, so that its pipe is closed
     state, record = one_round(shared[2], 1, 2, 3)
     assert record.lost == []
-    assert len(children()) == len(workers) == 2 and not set(workers) & set(children())
+    assert len(workers_of(shared[2])) == len(killed) == 2 and not set(killed) & set(workers_of(shared[2]))
     assert identical(state.params, one_round(shared[0], 1, 2, 3)[0].params)
 
 
-def test_no_worker_outlives_the_engine_and_threads_are_as_before():
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_worker_outlives_the_engine_and_threads_are_as_before(workers):
     before, threads = set(children()), torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), LocalEngine(DATA, CLIENTS, workers=1, threads=2) as engine:
+    with pytest.raises(ZeroDivisionError), LocalEngine(DATA, CLIENTS, workers=workers, threads=2) as engine:
         assert torch.get_num_threads() == 2
         method, orders = orders_of(start(), engine, range(3))
         going = engine.fit(method, iter(orders))
@@ -260,10 +261,10 @@ def test_a_module_instead_of_a_factory_costs_workers_its_memory_once(shared):
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 20_000), nn.ReLU(), nn.Linear(20_000, 3))
     state, method = start(ModelSpec.of(module)), make_method("fedavg", population="all")
     state, _ = one_round(shared[2], *range(6), state=state, method=method)
-    settled = sum(map(resident_bytes, children()))
+    settled = sum(map(resident_bytes, workers_of(shared[2])))
     for _ in range(7):
         state, _ = one_round(shared[2], *range(6), state=state, method=method)
-    grown = sum(map(resident_bytes, children())) - settled
+    grown = sum(map(resident_bytes, workers_of(shared[2]))) - settled
     assert grown < 15 * sum(p.numel() * 4 for p in module.parameters()), "42 tasks"
 
 

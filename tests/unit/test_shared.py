@@ -28,10 +28,10 @@ from support import (
     WORK,
     Clients,
     MadeData,
-    children,
     comparable,
     full_bytes,
     identical,
+    kill_workers,
     make_method,
     play,
     spec,
@@ -172,16 +172,13 @@ def test_an_engine_may_be_entered_again():
 def test_a_worker_that_dies_once_costs_nobody(monkeypatch):
     with LocalEngine(DATA, CLIENTS) as here:
         wanted, _ = play(make_method("fedavg"), here, 2)
-    before = set(children())
     with LocalEngine(DATA, CLIENTS, workers=2) as beside:
         engine_fit, killed = beside.fit_into, []
 
         def fit(*arguments):
             for answer in engine_fit(*arguments):
                 if not killed:
-                    killed.extend(set(children()) - before)
-                    for pid in killed:
-                        os.kill(pid, 9)
+                    killed.extend(kill_workers(beside))
                 yield answer
 
         monkeypatch.setattr(beside, "fit_into", fit)
@@ -272,7 +269,7 @@ class DiesAdding(FedAvg):
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        worker = sys.modules["__main__"]
+        worker = sys.modules["scalefl.engines.worker"]
         add = worker.add_fine
 
         def dies(sums, *more):
@@ -283,7 +280,7 @@ class DiesAdding(FedAvg):
                 return
             after.touch()
             if self.when == "before it tells":
-                worker._send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                worker._told = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
                 return
             sums[0].fill_(1e9)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -373,7 +370,6 @@ def test_a_worker_that_dies_costs_nobody_whose_task_was_sent_ahead(given, monkey
     clients = Clients(data, (10 * full_bytes(),))
     with LocalEngine(data, clients) as here:
         wanted, _ = play(make_method("fedavg"), here, 1, cohort=14)
-    before = set(children())
     with LocalEngine(data, clients, workers=2) as beside:
         engine_fit, seen = beside.fit_into, []
 
@@ -382,8 +378,7 @@ def test_a_worker_that_dies_costs_nobody_whose_task_was_sent_ahead(given, monkey
                 seen.append(answer)
                 if len(seen) == 6:
                     assert any(is_ahead for _, _, is_ahead in given)
-                    for pid in set(children()) - before:
-                        os.kill(pid, signal.SIGKILL)
+                    kill_workers(beside)
                 yield answer
 
         monkeypatch.setattr(beside, "fit_into", fit)

@@ -103,9 +103,9 @@ def test_what_is_done_first_is_chosen(monkeypatch, milliseconds, changes, wanted
         (0.1, {}, (4, 1, 2)),
         (0.0, {"rounds": 10}, (0, 1, 8)),
         (0.1, {"most": 1}, (0, 1, 8)),
-        # A tenth less, and two seconds of the whole run: else bits stay what they are.
-        (0.85, {"cohort": 2, "most": 1, "cores": 1}, (0, 1, 1)),
-        (0.7, {"cohort": 2, "most": 1, "cores": 1}, (0, 1, 2)),
+        # A fifth less, and two seconds of the whole run: else bits stay what they are.
+        (0.65, {"cohort": 2, "most": 1, "cores": 1}, (0, 1, 1)),
+        (0.55, {"cohort": 2, "most": 1, "cores": 1}, (0, 1, 2)),
         (0.1, {"rounds": 2}, (0, 1, 1)),
         (None, {}, (4, 1, 1)),
         (1.3, {}, (4, 1, 1)),

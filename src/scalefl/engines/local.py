@@ -18,13 +18,14 @@ from torch import Tensor
 from scalefl.client import Residents
 from scalefl.data import FederatedData
 from scalefl.data.population import PopulationView
+from scalefl.engines.fork_server import ForkServer
 from scalefl.engines.gauge import device_of
 from scalefl.engines.order import Cap, Lesson
 from scalefl.engines.process import Bundle, Given, Job, Member, Worker
 from scalefl.engines.shared import Arena, Board, Desk, Ledger, can_share
 from scalefl.engines.worker import at_once, lost, run_safely
 from scalefl.errors import ConfigError, check_range
-from scalefl.measure import keep_freed_memory, usable_bytes
+from scalefl.measure import keep_freed_memory, usable_bytes, worker_environment
 from scalefl.params import Params
 from scalefl.problem import num_rows
 from scalefl.types import (
@@ -224,6 +225,7 @@ class LocalEngine:
         self._residents = Residents(self._device, measured=False)
         self._held: dict[str, Tensor] = {}
         self._workers: list[Worker] = []
+        self._forks: ForkServer | None = None
         self._lesson: Lesson | None = None
         self._num_workers = workers
         self._board = self._new_board()
@@ -236,6 +238,7 @@ class LocalEngine:
             torch.set_num_threads(self._threads)
             if self._cap == "none":
                 keep_freed_memory()
+                self._forks = self._new_forks()  # it imports while the first round is planned
             if self._cap == "hard":  # a system that can't should say so before anything is trained
                 for worker in self._started():
                     worker.wait()
@@ -409,14 +412,25 @@ class LocalEngine:
 
     def _started(self) -> list[Worker]:
         while len(self._workers) < self._num_workers:
-            self._workers.append(Worker(self._threads, self._cap, self._device))
+            self._workers.append(Worker(self._threads, self._cap, self._device, self._forks))
         return list(self._workers)
+
+    def _new_forks(self) -> ForkServer | None:
+        """One worker has nobody to share with. CUDA is not for forks, and under a cap a worker is to be as it would be
+        on a device.
+        """
+        if self._num_workers < 2 or self._cap != "none" or self._device.type != "cpu":
+            return None
+        return ForkServer.if_possible(worker_environment(measured=False))
 
     def _stop(self) -> None:
         torch.set_num_threads(self._threads_before)
         for worker in self._workers:
             worker.stop()
         self._workers.clear()
+        if self._forks is not None:
+            self._forks.stop()
+            self._forks = None
         if self._board is not None:
             self._board.arena.close()
             self._board = self._new_board()  # the engine may be entered again

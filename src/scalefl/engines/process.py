@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from scalefl.engines.fork_server import Forked, ForkServer
 from scalefl.engines.order import Assignment, Cap, Lesson, Order, key_of
 from scalefl.engines.shared import Desk
 from scalefl.engines.wire import Channel, InMemory
@@ -67,11 +68,16 @@ class Job(NamedTuple):
 
 
 class Worker:
-    """One process that trains, and the socket to it; starts again by itself when it has died."""
+    """One process that trains, and the socket to it; starts again by itself when it has died.
 
-    def __init__(self, threads: int, cap: Cap, device: torch.device) -> None:
+    Args:
+        threads, cap, device: of `LocalEngine`.
+        forks: makes the process, if it can; else it is a fresh interpreter.
+    """
+
+    def __init__(self, threads: int, cap: Cap, device: torch.device, forks: ForkServer | None) -> None:
         self._arguments = [str(threads), cap, str(device)]
-        self._cap = cap
+        self._cap, self._forks = cap, forks
         self._is_warm = False
         self.starts = 0
         self._start()
@@ -122,25 +128,37 @@ class Worker:
         """End it, whatever it is doing."""
         self.channel.close()
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(OSError):
+            self._process.wait()
         self._stderr.close()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        # The worker is a fresh interpreter, not a fork: forking a process that has run OpenMP threads is
-        # unsafe, and a fresh one does not import the caller's main script again.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "scalefl.engines.worker", str(theirs.fileno()), *self._arguments],
-            pass_fds=(theirs.fileno(),),
+        with theirs:
+            self._process = self._forked(theirs) or self._fresh(theirs)
+        self.starts += 1
+        self.channel = Channel(ours, key_of)
+        self._is_warm = False
+
+    def _forked(self, connection: socket.socket) -> Forked | None:
+        if self._forks is None:
+            return None
+        try:
+            return self._forks.start(self._arguments, connection.fileno(), self._stderr.fileno())
+        except OSError as error:
+            _log.debug("a worker can't be forked: %s", error)
+            return None
+
+    def _fresh(self, connection: socket.socket) -> subprocess.Popen[bytes]:
+        """A new interpreter: it is no copy of this process, and does not import the caller's main script again."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "scalefl.engines.worker", str(connection.fileno()), *self._arguments],
+            pass_fds=(connection.fileno(),),
             stdin=subprocess.DEVNULL,
             stderr=self._stderr,
             env=worker_environment(measured=self._cap != "none", capped=self._cap == "hard"),
         )
-        theirs.close()
-        self.starts += 1
-        self.channel = Channel(ours, key_of)
-        self._is_warm = False
 
     def _restart(self) -> None:
         self.stop()
@@ -161,8 +179,11 @@ class Worker:
 
     def _obituary(self) -> tuple[str, str]:
         """Why it died, in a line, and all that it said on the way."""
-        code = self._process.wait()
-        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
+        try:
+            code = self._process.wait()
+            how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit status {code}"
+        except OSError as error:
+            how = str(error)
         self._stderr.seek(0)
         said = self._stderr.read().decode(errors="replace").strip()
         last = said.splitlines()[-1:]

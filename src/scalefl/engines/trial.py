@@ -27,9 +27,11 @@ WORKER_SECONDS = 2.0
 """How long workers take to start; they start side by side."""
 WORKER_BYTES = 350 * 2**20
 """What a worker holds beside its task."""
-GAIN, GAIN_SECONDS = 0.9, 2.0
+GAIN, AT_ONCE_GAIN, GAIN_SECONDS = 0.9, 0.8, 2.0
 """More threads, or clients at once, are taken where they leave this much of a run's time at most, and save so much:
-bits depend on them."""
+bits depend on them. Of clients at once more is asked: what lies in a core's caches here, workers side by side fetch
+from memory. A tenth that the trial had promised of a small CNN was nothing in rounds (docs/benchmarks/speed.md, D, E).
+"""
 MOST_AT_ONCE = 32
 _BATCHES, _LONG_SECONDS = 3, 0.5
 _TURNS, _AT_ONCE_SECONDS = 2, 0.25
@@ -119,9 +121,12 @@ def by_trial(
             if crew.threads == tried[0]
             for size in _sizes(len(group), max(crew.workers, 1), room)
         ]
-    best = min(crews, key=run_seconds)
-    if run_seconds(best) > GAIN * run_seconds(usual) or run_seconds(usual) - run_seconds(best) < GAIN_SECONDS:
-        best = usual
+
+    def is_worth_it(crew: Crew) -> bool:
+        share = GAIN if crew.clients_at_once == usual.clients_at_once else AT_ONCE_GAIN
+        return run_seconds(crew) <= min(share * run_seconds(usual), run_seconds(usual) - GAIN_SECONDS)
+
+    best = min(filter(is_worth_it, crews), key=run_seconds, default=usual)
     return best._replace(why=f"{costs.told()}; a round {costs.round_seconds(best):.1f} s")
 
 

@@ -244,6 +244,10 @@ def logged(loss: ClientLoss) -> ClientLoss:
     return loss
 
 
+def main(connection: int, threads: str, cap: str, device: str) -> None:
+    """A worker's process, from the descriptor of its connection on."""
+    serve(Channel(socket.socket(fileno=connection), key_of), int(threads), device_of(device), cast(Cap, cap))
+
+
 if __name__ == "__main__":
-    _descriptor, _threads, _cap, _device = sys.argv[1:]
-    serve(Channel(socket.socket(fileno=int(_descriptor)), key_of), int(_threads), device_of(_device), cast(Cap, _cap))
+    main(int(sys.argv[1]), *sys.argv[2:])
