@@ -383,9 +383,10 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def stages(folder: Path, options: argparse.Namespace) -> None:
     prose = (
-        "A client's epoch by stage (four blocks, batches of 32 CIFAR-shaped images, momentum, one thread), of what "
-        f"full training of the same model takes: median of {options.repeats} turns, in which stages and full training "
-        "take turns; CPU time, since the machine may be busy. *Saving in time*: how much of the predicted saving of "
+        "A client's epoch by stage (four blocks, eight batches of 32 CIFAR-shaped images, two for ResNet-18, ResNet-34 "
+        "and the ViT, momentum, one thread), of what full training of the same model takes: median of "
+        f"{options.repeats} turns, in which stages and full training take turns; CPU time, since the machine may be "
+        "busy. *Saving in time*: how much of the predicted saving of "
         "FLOPs is one of seconds, over the stages together. *From cached features*: stages 2 to 4 of blocks alone, an "
         f"epoch of {CACHED_EPOCHS}, making the features included."
     )

@@ -31,8 +31,6 @@ from scalefl.types import ClientTask, LocalWork, Means, Method, ServerState, Ste
 PROBLEM = Classification(10, (Column("image", (3, 32, 32), "uint8"),))
 WORK = LocalWork(batch_size=32, lr=0.001, weight_decay=0.0)
 LAST = replace(WORK, memory_format="channels_last")
-BATCHES = 2
-"""In an epoch; a step takes as long whatever comes before it."""
 CACHED_EPOCHS = 5
 PLENTY = 2**50
 MODELS = {
@@ -46,6 +44,8 @@ MODELS = {
 }
 MEMORY_BOUND = ("CNN", "ResNet-10, 16 channels, group norm", "VGG-11", "SqueezeNet")
 """Where pooling, norms and large linear layers take a part of the time that FLOPs do not show."""
+BATCHES, OF_LARGE_MODELS = 8, 2
+"""In an epoch. What a client does once for all of them takes a millisecond, and a batch of a large model a second."""
 STAGED: dict[str, dict[str, Any]] = {
     "blocks alone": {"mentor": None, "coadapted_layers": 0},
     "co-adapted": {"mentor": None, "coadapted_layers": 1},
@@ -77,9 +77,9 @@ class Case:
         return (time.process_time() - start) / self.step.work.epochs
 
 
-def made_examples() -> Batch:
+def made_examples(batches: int) -> Batch:
     draw = torch.Generator().manual_seed(0)
-    count = BATCHES * WORK.batch_size
+    count = batches * WORK.batch_size
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=draw)
     return {"image": pixels, "label": torch.randint(0, 10, (count,), generator=draw)}
 
@@ -107,7 +107,8 @@ def stages(model: ModelSpec, usual: LocalWork = WORK) -> Iterator[Case]:
 
 def measured(cases: list[Case], repeats: int) -> Iterator[dict[str, Any]]:
     """A row for each case: what it takes of the first one's seconds and FLOPs."""
-    examples, residents = made_examples(), Residents()
+    batches = BATCHES if cases[0].about["model"] in MEMORY_BOUND else OF_LARGE_MODELS
+    examples, residents = made_examples(batches), Residents()
     seconds: list[list[float]] = [[] for _ in cases]
     for repeat in range(repeats + 1):
         for case, found in zip(cases, seconds, strict=True):
@@ -118,7 +119,7 @@ def measured(cases: list[Case], repeats: int) -> Iterator[dict[str, Any]]:
         ratios = sorted(mine / whole for mine, whole in zip(found, seconds[0], strict=True))
         yield {
             **case.about,
-            "milliseconds_a_batch": 1000 * statistics.median(found) / BATCHES,
+            "milliseconds_a_batch": 1000 * statistics.median(found) / batches,
             "flops": case.flops / cases[0].flops,
             "time": statistics.median(ratios),
             "time_low": ratios[len(ratios) // 4],

@@ -64,6 +64,10 @@ _SMALL_SEGMENTS = {f"PYTORCH_{kind}ALLOC_CONF": "expandable_segments:True" for k
 """Has torch's CUDA allocator take memory in pieces of 2 MiB; by default tensors of 1 MiB and more have it take 20."""
 
 
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
+"""Has numpy start no threads at its import: a fork would cut them off, and none trains."""
+
+
 def worker_environment(*, measured: bool = True, capped: bool = False) -> dict[str, str]:
     """The environment of a process that trains: it imports what this one can.
 
@@ -72,7 +76,8 @@ def worker_environment(*, measured: bool = True, capped: bool = False) -> dict[s
     """
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
     memory = TIGHT_MALLOC if measured else {**_ROOMY_MALLOC, **_huge_pages()}
-    return {**os.environ, "PYTHONPATH": path, **memory, **(_NO_KERNELS_KEPT | _SMALL_SEGMENTS if capped else {})}
+    usual = {**_ONE_THREAD, **os.environ, "PYTHONPATH": path}
+    return {**usual, **memory, **(_NO_KERNELS_KEPT | _SMALL_SEGMENTS if capped else {})}
 
 
 def _huge_pages() -> dict[str, str]:

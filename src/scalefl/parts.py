@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.models.output import OutputModule, OutputSpec, empty_output
+from scalefl.models.pooling import speed_up
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import Blank, floating
@@ -148,6 +149,7 @@ class Resident:
 
     def __init__(self, model: ModelSpec) -> None:
         self._module = model.skeleton()
+        speed_up(self._module)
         self._skeleton = Skeleton(self._module)
         self._outputs: dict[OutputSpec, tuple[OutputModule, Skeleton]] = {}
 

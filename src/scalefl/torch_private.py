@@ -4,7 +4,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
-from torch._C import _functorch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _dispatch_key_parse, _dispatch_keys, _functorch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch._subclasses.fake_tensor import in_kernel_invocation_manager as on_meta
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
@@ -20,10 +22,21 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "is_transformed",
     "on_meta",
     "quiet_fakes",
     "without_vmap_loops",
 ]
+
+
+_BATCHED = _dispatch_key_parse("Batched")
+"""Of the vmap before torch.func's, by which autograd still takes several gradients at once."""
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor may be more than its numbers: one for many, as under vmap, or in forward-mode autograd."""
+    runs = bool(_are_functorch_transforms_active()) or forward_ad._current_level >= 0
+    return runs or _dispatch_keys(tensor).has(_BATCHED)
 
 
 @contextlib.contextmanager

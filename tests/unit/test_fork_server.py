@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,17 @@ import pytest
 from scalefl.engines.fork_server import ForkServer
 from scalefl.engines.local import LocalEngine
 from scalefl.measure import worker_environment
-from support import Clients, MadeData, comparable, full_bytes, identical, kill_workers, make_method, play
+from support import (
+    Clients,
+    MadeData,
+    comparable,
+    full_bytes,
+    identical,
+    kill_workers,
+    make_method,
+    play,
+    workers_of,
+)
 
 DATA = MadeData([9, 12, 10, 8])
 CLIENTS = Clients(DATA, (10 * full_bytes(),))
@@ -95,6 +106,38 @@ def test_what_a_worker_says_at_its_end_is_heard(server, tmp_path):
         said.seek(0)
         assert b"Traceback" in (told := said.read()) and b"Error" in told
         worker.kill()  # its number may be another's now
+
+
+def test_who_is_interrupted_while_a_worker_starts_takes_no_answer_for_another(wanted):
+    """As by Ctrl-C, while the fork server imports: its late answers must not be read as others."""
+
+    class Interrupted(socket.socket):
+        def recv(self, *_sizes):
+            raise KeyboardInterrupt
+
+    with LocalEngine(DATA, CLIENTS, workers=2) as engine:
+        forks = engine._forks
+        usual, forks._socket = forks._socket, Interrupted(fileno=forks._socket.detach())
+        with pytest.raises(KeyboardInterrupt):
+            play(make_method("fedavg"), engine, 1)
+        assert usual.fileno() == forks._socket.fileno() == -1, "nobody asks again"
+        states, (record,) = play(make_method("fedavg"), engine, 1)
+        assert record.lost == [] and len(workers_of(engine)) == 2
+    assert identical(states[-1].params, wanted[0][1].params)
+
+
+def test_who_ignores_the_end_of_children_hears_of_it():
+    """A program may be started so."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        server = ForkServer(worker_environment(measured=False))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    with Path(os.devnull).open() as nothing:
+        worker = server.start(["1", "none", "cpu"], nothing.fileno(), nothing.fileno())
+    worker.kill()
+    assert worker.wait() != 0
+    server.stop()
 
 
 def test_an_interrupt_is_not_for_the_fork_server(server):

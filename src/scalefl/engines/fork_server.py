@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -36,8 +37,7 @@ class ForkServer:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                # The library behind numpy starts threads as soon as it is imported.
-                env={**environment, "OPENBLAS_NUM_THREADS": "1"},
+                env=dict(environment),
             )
 
     @classmethod
@@ -69,8 +69,12 @@ class ForkServer:
         self._process.wait()
 
     def _ask(self, order: dict[str, Any], *descriptors: int) -> int:
-        socket.send_fds(self._socket, [json.dumps(order).encode()], descriptors)
-        told = self._socket.recv(_LONGEST)
+        try:
+            socket.send_fds(self._socket, [json.dumps(order).encode()], descriptors)
+            told = self._socket.recv(_LONGEST)
+        except BaseException:  # interrupted: what comes now must not be taken for the answer to another order
+            self._socket.close()
+            raise
         answer = json.loads(told) if told else "the fork server has ended"
         if not isinstance(answer, int):
             raise OSError(answer)
@@ -83,12 +87,14 @@ class Forked:
     def __init__(self, server: ForkServer, pid: int) -> None:
         self._server, self.pid = server, pid
         self._status: int | None = None
+        # Not by its number, which is given again when it has ended and its server has, too.
+        self._handle = os.pidfd_open(pid)
+        weakref.finalize(self, os.close, self._handle)
 
     def kill(self) -> None:
-        """End it, if it lives. Its number is not given again before `wait`."""
-        if self._status is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+        """End it, if it lives."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._handle, signal.SIGKILL)
 
     def wait(self) -> int:
         """Wait until it has ended; its exit status, as `subprocess` counts it.
@@ -134,6 +140,7 @@ def main() -> None:
     from scalefl.engines import worker
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who ignores it, as programs may from their start, can't wait
     with socket.socket(fileno=int(sys.argv[1])) as orders:
         work = serve(orders)
     if work is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +67,9 @@ class Job(NamedTuple):
         for member in self.members:
             if member.desk is not None:
                 member.desk.close()
+
+
+Process = Forked | subprocess.Popen[bytes]
 
 
 class Worker:
@@ -133,32 +138,43 @@ class Worker:
         self._stderr.close()
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
-        with theirs:
-            self._process = self._forked(theirs) or self._fresh(theirs)
+        with contextlib.ExitStack() as undo:
+            self._stderr = undo.enter_context(tempfile.TemporaryFile())
+            self._process, connection = self._forked() or self._connected(self._fresh)
+            undo.pop_all()  # they live as long as the process
         self.starts += 1
-        self.channel = Channel(ours, key_of)
+        self.channel = Channel(connection, key_of)
         self._is_warm = False
 
-    def _forked(self, connection: socket.socket) -> Forked | None:
+    def _forked(self) -> tuple[Process, socket.socket] | None:
+        """None where that can't be."""
         if self._forks is None:
             return None
+        start = functools.partial(self._forks.start, self._arguments, stderr=self._stderr.fileno())
         try:
-            return self._forks.start(self._arguments, connection.fileno(), self._stderr.fileno())
+            return self._connected(start)
         except OSError as error:
             _log.debug("a worker can't be forked: %s", error)
             return None
 
-    def _fresh(self, connection: socket.socket) -> subprocess.Popen[bytes]:
+    def _fresh(self, connection: int) -> Process:
         """A new interpreter: it is no copy of this process, and does not import the caller's main script again."""
         return subprocess.Popen(
-            [sys.executable, "-m", "scalefl.engines.worker", str(connection.fileno()), *self._arguments],
-            pass_fds=(connection.fileno(),),
+            [sys.executable, "-m", "scalefl.engines.worker", str(connection), *self._arguments],
+            pass_fds=(connection,),
             stdin=subprocess.DEVNULL,
             stderr=self._stderr,
             env=worker_environment(measured=self._cap != "none", capped=self._cap == "hard"),
         )
+
+    def _connected(self, start: Callable[[int], Process]) -> tuple[Process, socket.socket]:
+        """A process that is started with one end of a connection, and the other end."""
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as undo, theirs:
+            undo.enter_context(ours)
+            process = start(theirs.fileno())
+            undo.pop_all()
+        return process, ours
 
     def _restart(self) -> None:
         self.stop()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalefl.errors import ConfigError
+from scalefl.models.pooling import halved
 
 Norm = Literal["batch", "group", "none"]
 Stem = Literal["cifar", "imagenet"]
@@ -75,11 +76,6 @@ class ConvUnit(nn.Module):
         if self.relu:
             x = F.relu(x, inplace=True)
         return halved(x, self.pool) if self.pool else x
-
-
-def halved(x: Tensor, window: int) -> Tensor:
-    """Max-pooled to half the height and width."""
-    return F.max_pool2d(x, window, stride=2, padding=(window - 1) // 2)
 
 
 def spatial_mean(x: Tensor) -> Tensor:

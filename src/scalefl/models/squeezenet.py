@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalefl.models.norms import ConvUnit, Norm, Stem, check_choice, halved, scaled, spatial_mean
+from scalefl.models.norms import ConvUnit, Norm, Stem, check_choice, scaled, spatial_mean
+from scalefl.models.pooling import halved
 
 # Channels of each fire module's squeeze and of each of its two expansions, and whether a pooling follows.
 FIRES = (
