@@ -11,10 +11,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import scalefl.models.pooling
+from scalefl.data import Dataset, PartitionedData
+from scalefl.engines.local import LocalEngine
+from scalefl.loop import federate
+from scalefl.methods.fedavg import FedAvg
 from scalefl.models.pooling import halved, speed_up
 from scalefl.models.spec import ModelSpec
 from scalefl.parts import Resident
+from scalefl.problem import Classification, Column
 from scalefl.rng import generator
+from scalefl.sampling import UniformSampler
+from scalefl.types import LocalWork
+from support import Clients
 
 
 def torchs(x, window):
@@ -213,6 +221,20 @@ def test_what_else_torch_can_do_with_a_pooling(window):
 
     for way in (twice, batched, forward, compiled):
         torch.testing.assert_close(way(halved), way(torchs), msg=way.__name__)
+
+
+def test_predictions_know_what_it_takes():
+    """The predicted peak of a model that pools is the measured one, which is two thirds activations here."""
+    problem = Classification(10, (Column("image", (3, 32, 32), "uint8"),))
+    rows = {"image": torch.zeros(128, 3, 32, 32, dtype=torch.uint8), "label": torch.zeros(128, dtype=torch.int64)}
+    data = PartitionedData(Dataset(problem, rows, rows), [torch.arange(128)] * 2, torch.arange(0))
+    clients = Clients(data, (2**30,))
+    method = FedAvg(work=LocalWork(batch_size=128))
+    with LocalEngine(data, clients, workers=1, cap="measured") as engine:
+        state = method.init(ModelSpec.of("scalefl.models.cnn:cnn"), problem, seed=0, smallest_memory_bytes=0)
+        _, record = next(federate(method, engine, UniformSampler(2), state))
+    for peak in record.peaks:
+        assert peak["measured_bytes"] == pytest.approx(peak["predicted_bytes"], rel=0.03)
 
 
 def test_clients_hold_models_with_faster_poolings():

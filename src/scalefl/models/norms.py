@@ -40,7 +40,7 @@ def make_norm(kind: Norm, num_channels: int) -> nn.Module:
 
 
 class ConvUnit(nn.Module):
-    """Convolution (padded to keep the size at stride 1), norm, ReLU and max-pooling as one module.
+    """Convolution (padded to keep the size at stride 1), norm, max-pooling and ReLU as one module.
 
     Kaiming-normal weights by fan-out (He et al. 2015); a bias only where no norm follows.
     Activation and pooling are functions, so that this module alone names the unit's last tensor.
@@ -73,9 +73,9 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C', H', W']."""
         x = self.norm(self.conv(x))
-        if self.relu:
-            x = F.relu(x, inplace=True)
-        return halved(x, self.pool) if self.pool else x
+        if self.pool:  # before the activation, which gives the same numbers and gradients, and keeps a quarter of them
+            x = halved(x, self.pool)
+        return F.relu(x, inplace=True) if self.relu else x
 
 
 def spatial_mean(x: Tensor) -> Tensor:
