@@ -26,7 +26,7 @@ Auto = Literal["auto"]
 WORKER_SECONDS = 2.0
 """How long workers take to start; they start side by side."""
 WORKER_BYTES = 350 * 2**20
-"""What a worker holds beside its task."""
+"""What a worker holds beside its task, if it shares nothing."""
 GAIN, AT_ONCE_GAIN, GAIN_SECONDS = 0.9, 0.8, 2.0
 """More threads, or clients at once, are taken where they leave this much of a run's time at most, and save so much:
 bits depend on them. Of clients at once more is asked: what lies in a core's caches here, workers side by side fetch
