@@ -86,7 +86,7 @@ def _halves(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 class _Halved(torch.autograd.Function):
-    """By windows of 2. It keeps a byte for each pair that was compared, and torch's eight for each window."""
+    """By windows of 2. A byte is kept for each pair that was compared; torch keeps eight for each window, and x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
