@@ -7,7 +7,8 @@ import math
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,14 @@ def kill_workers(engine: LocalEngine) -> list[int]:
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     return killed
+
+
+def waited(condition: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    give_up = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < give_up, "waited in vain"
+        time.sleep(0.02)
 
 
 def journalled(folder: Path) -> dict[str, list[tuple[int, float]]]:

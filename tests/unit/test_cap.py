@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from test_experiment import settings
-from test_federate import Chosen, waited
+from test_federate import Chosen
 from test_spool import Data as BigData
 from test_spool import answered, done, step_of
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ from support import (
     make_method,
     shared_fields,
     tiny,
+    waited,
 )
 
 MIB = 2**20

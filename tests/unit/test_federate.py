@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -41,6 +40,7 @@ from support import (
     kill_workers,
     make_method,
     tiny,
+    waited,
     workers_of,
 )
 
@@ -201,14 +201,6 @@ def test_closing_the_loop_between_rounds(shared):
 
 
 # Workers.
-
-
-def waited(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def test_a_worker_killed_while_idle_is_replaced(shared):

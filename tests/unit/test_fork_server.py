@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,18 +23,12 @@ from support import (
     kill_workers,
     make_method,
     play,
+    waited,
     workers_of,
 )
 
 DATA = MadeData([9, 12, 10, 8])
 CLIENTS = Clients(DATA, (10 * full_bytes(),))
-
-
-def waited(condition: Callable[[], bool]) -> None:
-    give_up = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < give_up, "waited in vain"
-        time.sleep(0.02)
 
 
 def memory(pid: int) -> dict[str, int]:
