@@ -25,7 +25,7 @@ Sums = dict[str, Weighted]
 """Metrics, summed over examples, with the weights to divide them by."""
 
 EARLY_BYTES = 2**20
-"""Of a parameter whose gradient had better be applied at once; hooks for many small ones cost more than they save."""
+"""Of a parameter whose gradient had better be applied at once, or not be made; for many small ones that costs more."""
 
 
 class Residents:
@@ -181,7 +181,8 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], step: Step, params: Para
     """The optimizer of a step. Gradients that are accumulated cannot be applied as they come.
 
     Where they can, they are if the means say so; those of large parameters also if it may be `early`: the same numbers,
-    and a few per cent faster, since a gradient that has just been made is still in the processor's cache.
+    and a few per cent faster, since a gradient that has just been made is still in the processor's cache. Large weights
+    of `Linear` layers move without one.
     """
     early = early and not step.means.recompute and not step.work.clip_norm
     least_bytes = 0 if step.means.free_gradients else EARLY_BYTES if early else None
@@ -191,6 +192,7 @@ def make_optimizer(trained: Mapping[str, nn.Parameter], step: Step, params: Para
         feddyn=step.feddyn,
         drift={name: params[OWN + name] for name in trained} if step.feddyn else None,
         in_backward=None if step.splits else least_bytes,
+        in_layers=None if step.splits else EARLY_BYTES,
     )
 
 
@@ -237,10 +239,11 @@ def train_batch(
         coupled = pull.on(taps, number) if pull else objective.batch_terms(taps, micro, problem) if weight else None
         if coupled is not None:
             value = value + coupled
-        value.backward()  # type: ignore[no-untyped-call]
-        logits = taps.logits.detach()
-        del taps, loss, coupled, value
-        runner.complete_backward()
+        with optimizer.descending():
+            value.backward()  # type: ignore[no-untyped-call]
+            logits = taps.logits.detach()
+            del taps, loss, coupled, value
+            runner.complete_backward()
         if told:
             with torch.no_grad():
                 _accumulate(sums, problem.metrics(logits, micro))

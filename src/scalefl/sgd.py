@@ -1,4 +1,4 @@
-"""SGD with momentum, in place: bit for bit torch.optim.SGD, without what its constructor imports.
+"""SGD with momentum, in place: bit for bit torch.optim.SGD where it is given gradients, without what that imports.
 
 `torch.optim` loads torch's compiler stack (2 CPU-seconds and some 60 MiB in each process that trains), which
 a small client cannot spare. Momentum buffers exist from the start, so one step shows the peak of all steps.
@@ -6,13 +6,15 @@ a small client cannot spare. Momentum buffers exist from the start, so one step 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scalefl.errors import ConfigError
+from scalefl.models.linear import Descent, descend_by
 from scalefl.params import Params
 from scalefl.types import LocalWork
 
@@ -27,6 +29,9 @@ class SGD:
         drift: h of FedDyn, for each parameter: changed in place by `settle`.
         in_backward: update each parameter of so many bytes or more when its gradient is complete, and free that; the
             numbers are the same. None: all at once, in `step`.
+        in_layers: have a `Linear` layer whose weight has so many bytes or more move it itself while `descending`, by a
+            gradient that is never made; last bits differ. None: none does; nor does any where gradients are clipped, or
+            pulled.
 
     Raises:
         ConfigError: `in_backward` with clipping, which needs all gradients at once.
@@ -40,6 +45,7 @@ class SGD:
         feddyn: float = 0.0,
         drift: Params | None = None,
         in_backward: int | None = None,
+        in_layers: int | None = None,
     ) -> None:
         if in_backward is not None and work.clip_norm:
             raise ConfigError("clip_norm needs all gradients at once: they cannot be applied during backward")
@@ -54,6 +60,11 @@ class SGD:
             for i, p in enumerate(self._parameters)
             if in_backward is not None and p.nbytes >= in_backward
         ]
+        self._descents: list[Descent] = []
+        for i, p in enumerate(self._parameters):
+            if in_layers is not None and p.dim() == 2 and p.nbytes >= in_layers and not (work.clip_norm or self._pull):
+                self._descents.append(Descent(_moving(p, self._momentum[i] if self._momentum else None, work)))
+                descend_by(p, self._descents[-1])
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -97,6 +108,19 @@ class SGD:
         """Drop the gradients."""
         for p in self._parameters:
             p.grad = None
+        for descent in self._descents:
+            descent.uses = 0
+
+    @contextlib.contextmanager
+    def descending(self) -> Iterator[None]:
+        """Inside the block, a backward pass is that of a whole step: what can move by it does."""
+        for descent in self._descents:
+            descent.is_on = True
+        try:
+            yield
+        finally:
+            for descent in self._descents:
+                descent.is_on = False
 
     def scale_grad(self, factor: float) -> None:
         """Multiply the gradients."""
@@ -122,8 +146,11 @@ class SGD:
 
         Paper: Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021, algorithm 1.
         """
-        for hook in self._hooks:  # they and the parameters would keep each other alive, and the momentum with them
+        # These and the parameters would keep each other alive, and the momentum with them.
+        for hook in self._hooks:
             hook.remove()
+        for p in self._parameters:
+            descend_by(p, None)
         if self._drift is not None and self._start is not None:
             for drift, p, start in zip(self._drift, self._parameters, self._start, strict=True):
                 drift.sub_(p - start, alpha=self._feddyn)
@@ -134,6 +161,8 @@ class SGD:
     def _applying(self, i: int) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def apply(p: Tensor) -> None:
+            if p.grad is None:  # what it went into gave none
+                return
             self._pull_to_start([i])
             self._move([i])
             p.grad = None
@@ -172,6 +201,22 @@ class _RowsSGD(SGD):
         factors = (self._work.clip_norm / (norms + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ does it
         for g in gradients:
             g.mul_(factors.view(-1, *[1] * (g.dim() - 1)))
+
+
+def _moving(p: nn.Parameter, momentum: Tensor | None, work: LocalWork) -> Callable[[Tensor, Tensor], None]:
+    """What `SGD._move` does with a gradient gᵀx."""
+
+    @torch.no_grad()
+    def move(rows: Tensor, inputs: Tensor) -> None:
+        if momentum is None:
+            torch.addmm(p, rows.t(), inputs, beta=1 - work.lr * work.weight_decay, alpha=-work.lr, out=p)
+            return
+        torch.addmm(momentum, rows.t(), inputs, beta=work.momentum, out=momentum)
+        if work.weight_decay:
+            momentum.add_(p, alpha=work.weight_decay)
+        p.add_(momentum, alpha=-work.lr)
+
+    return move
 
 
 def _gradient(p: Tensor) -> Tensor:

@@ -134,3 +134,26 @@ def test_large_parameters_move_in_backward_and_the_others_in_step():
         optimizer.step(), usual.step()
         optimizer.zero_grad(), usual.zero_grad()
     assert all(torch.equal(p, wanted[name]) for name, p in found.items())
+
+
+class Still(torch.autograd.Function):
+    """Its weight has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        return x * weight.mean()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def test_a_parameter_that_gets_no_gradient_in_a_backward_pass_stays():
+    """Where it would be updated in that pass, too: torch calls its hook all the same."""
+    for in_backward in (None, 0):
+        found = parameters()
+        before = found["w"].detach().clone()
+        optimizer = SGD(found, LocalWork(), in_backward=in_backward)
+        Still.apply(found["b"], found["w"]).sum().backward()
+        optimizer.step()
+        assert torch.equal(found["w"], before) and not torch.equal(found["b"], parameters()["b"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scalefl.models.linear import Linear
 from scalefl.models.norms import ConvUnit, Norm, scaled
 
 
@@ -28,7 +29,7 @@ class CNN(nn.Module):
         c1, c2, num_hidden = (scaled(c, width) for c in (32, 64, 512))
         self.conv1 = ConvUnit(in_channels, c1, 5, norm=norm, pool=2)
         self.conv2 = ConvUnit(c1, c2, 5, norm=norm, pool=2)
-        self.hidden = nn.Linear(c2 * (image_size // 4) ** 2, num_hidden)
+        self.hidden = Linear(c2 * (image_size // 4) ** 2, num_hidden)
         self.classifier = nn.Linear(num_hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
