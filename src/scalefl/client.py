@@ -25,7 +25,7 @@ Sums = dict[str, Weighted]
 """Metrics, summed over examples, with the weights to divide them by."""
 
 EARLY_BYTES = 2**20
-"""Of a parameter whose gradient had better be applied at once, or not be made; for many small ones that costs more."""
+"""Of a parameter whose gradient is applied as soon as it is made, or is never made; for small ones that costs time."""
 
 
 class Residents:

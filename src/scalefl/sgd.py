@@ -30,8 +30,8 @@ class SGD:
         in_backward: update each parameter of so many bytes or more when its gradient is complete, and free that; the
             numbers are the same. None: all at once, in `step`.
         in_layers: have a `Linear` layer whose weight has so many bytes or more move it itself while `descending`, by a
-            gradient that is never made; last bits differ. None: none does; nor does any where gradients are clipped, or
-            pulled.
+            gradient that is never made; last bits differ. None: none does; nor does any where gradients are clipped or
+            something pulls.
 
     Raises:
         ConfigError: `in_backward` with clipping, which needs all gradients at once.
@@ -60,11 +60,11 @@ class SGD:
             for i, p in enumerate(self._parameters)
             if in_backward is not None and p.nbytes >= in_backward
         ]
-        self._descents: list[Descent] = []
+        self._descents: dict[int, Descent] = {}
         for i, p in enumerate(self._parameters):
             if in_layers is not None and p.dim() == 2 and p.nbytes >= in_layers and not (work.clip_norm or self._pull):
-                self._descents.append(Descent(_moving(p, self._momentum[i] if self._momentum else None, work)))
-                descend_by(p, self._descents[-1])
+                self._descents[i] = _ByProduct(work, self._momentum[i] if self._momentum else None)
+                descend_by(p, self._descents[i])
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -108,18 +108,18 @@ class SGD:
         """Drop the gradients."""
         for p in self._parameters:
             p.grad = None
-        for descent in self._descents:
-            descent.uses = 0
+        for descent in self._descents.values():
+            descent.visits, descent.has_moved = 0, False
 
     @contextlib.contextmanager
     def descending(self) -> Iterator[None]:
         """Inside the block, a backward pass is that of a whole step: what can move by it does."""
-        for descent in self._descents:
+        for descent in self._descents.values():
             descent.is_on = True
         try:
             yield
         finally:
-            for descent in self._descents:
+            for descent in self._descents.values():
                 descent.is_on = False
 
     def scale_grad(self, factor: float) -> None:
@@ -146,11 +146,10 @@ class SGD:
 
         Paper: Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021, algorithm 1.
         """
-        # These and the parameters would keep each other alive, and the momentum with them.
-        for hook in self._hooks:
+        for hook in self._hooks:  # they and the parameters would keep each other alive, and the momentum with them
             hook.remove()
-        for p in self._parameters:
-            descend_by(p, None)
+        for i in self._descents:
+            descend_by(self._parameters[i], None)
         if self._drift is not None and self._start is not None:
             for drift, p, start in zip(self._drift, self._parameters, self._start, strict=True):
                 drift.sub_(p - start, alpha=self._feddyn)
@@ -161,7 +160,7 @@ class SGD:
     def _applying(self, i: int) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def apply(p: Tensor) -> None:
-            if p.grad is None:  # what it went into gave none
+            if p.grad is None:  # it has moved already, or nothing has come back
                 return
             self._pull_to_start([i])
             self._move([i])
@@ -179,6 +178,12 @@ class SGD:
 
     def _move(self, moving: Sequence[int]) -> None:
         work = self._work
+        late = [i for i in moving if i in self._descents and self._descents[i].has_moved]
+        for i in late:
+            self._move_on(i)
+        moving = [i for i in moving if i not in late]
+        if not moving:
+            return
         parameters: list[Tensor] = [self._parameters[i] for i in moving]
         steps = [_gradient(p) for p in parameters]
         if work.weight_decay:
@@ -189,6 +194,13 @@ class SGD:
             torch._foreach_add_(momentum, steps)
             steps = momentum
         torch._foreach_add_(parameters, steps, alpha=-work.lr)
+
+    def _move_on(self, i: int) -> None:
+        """Finish the step of a weight that has moved by its layer, with the gradient that has come from elsewhere."""
+        p = self._parameters[i]
+        if self._momentum is not None:
+            self._momentum[i].add_(_gradient(p))
+        p.add_(_gradient(p), alpha=-self._work.lr)
 
 
 class _RowsSGD(SGD):
@@ -203,20 +215,23 @@ class _RowsSGD(SGD):
             g.mul_(factors.view(-1, *[1] * (g.dim() - 1)))
 
 
-def _moving(p: nn.Parameter, momentum: Tensor | None, work: LocalWork) -> Callable[[Tensor, Tensor], None]:
-    """What `SGD._move` does with a gradient gᵀx."""
+class _ByProduct(Descent):
+    """What `SGD._move` does, with a gradient gᵀx."""
 
-    @torch.no_grad()
-    def move(rows: Tensor, inputs: Tensor) -> None:
+    def __init__(self, work: LocalWork, momentum: Tensor | None) -> None:
+        super().__init__()
+        self._work, self._momentum = work, momentum
+
+    def move(self, weight: Tensor, rows: Tensor, inputs: Tensor) -> None:
+        """See `Descent`."""
+        work, momentum = self._work, self._momentum
         if momentum is None:
-            torch.addmm(p, rows.t(), inputs, beta=1 - work.lr * work.weight_decay, alpha=-work.lr, out=p)
+            torch.addmm(weight, rows.t(), inputs, beta=1 - work.lr * work.weight_decay, alpha=-work.lr, out=weight)
             return
         torch.addmm(momentum, rows.t(), inputs, beta=work.momentum, out=momentum)
         if work.weight_decay:
-            momentum.add_(p, alpha=work.weight_decay)
-        p.add_(momentum, alpha=-work.lr)
-
-    return move
+            momentum.add_(weight, alpha=work.weight_decay)
+        weight.add_(momentum, alpha=-work.lr)
 
 
 def _gradient(p: Tensor) -> Tensor:

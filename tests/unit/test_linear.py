@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -130,8 +131,9 @@ def test_weights_move_in_training_steps_only():
     assert layer.weight.grad is not None
 
 
-def test_an_optimizer_that_is_done_leaves_nothing_behind():
-    """Without waiting for a garbage collection: memory is counted from task to task."""
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_optimizer_leaves_nothing_behind(ends):
+    """Nor does one that has failed; without waiting for a garbage collection: memory is counted from task to task."""
     gc.collect()
     gc.disable()
     try:
@@ -139,11 +141,70 @@ def test_an_optimizer_that_is_done_leaves_nothing_behind():
         held = [weakref.ref(t) for t in (layer.weight, optimizer.momentum["weight"])]
         with optimizer.descending():
             layer(torch.ones(3, 6)).sum().backward()
-        optimizer.settle()
+        if ends:
+            optimizer.settle()
+            assert not vars(layer.weight)
+        pickle.loads(pickle.dumps(layer))
         del layer, optimizer
         assert [ref() for ref in held] == [None, None]
     finally:
         gc.enable()
+
+
+class Nothing(torch.autograd.Function):
+    """No gradient comes back through it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> None:
+        return None
+
+
+def test_a_layer_into_which_no_gradient_comes_stays():
+    layer, optimizer, before = one(weight_decay=0.1)
+    with optimizer.descending():
+        Nothing.apply(layer(torch.ones(3, 6))).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight, before)
+
+
+ELSEWHERE = {
+    "in a penalty": lambda run, w, x: run(x).sum() + w.square().sum(),
+    "in a function": lambda run, w, x: run(x).sum() + F.linear(x, w).square().sum(),
+    "in an embedding": lambda run, w, x: run(F.embedding(torch.tensor([0, 2]), w)).square().sum(),
+    "under autocast": lambda run, w, x: run(x).sum() + _autocast(run, x),
+    "under vmap": lambda run, w, x: run(x).sum() + torch.func.vmap(run)(x).square().sum(),
+}
+
+
+def _autocast(run, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return run(x).float().square().sum()
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+@pytest.mark.parametrize("in_backward", [None, 0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_weight_that_is_used_elsewhere_too_moves_once(where, in_backward, momentum):
+    """By the sum of its gradients, over several steps."""
+    work = LocalWork(lr=0.05, momentum=momentum, weight_decay=0.01)
+    found, wanted = Linear(6, 6), nn.Linear(6, 6)
+    wanted.load_state_dict(found.state_dict())
+    mine = SGD(dict(found.named_parameters()), work, in_layers=0, in_backward=in_backward)
+    usual = SGD(dict(wanted.named_parameters()), work)
+    draw = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        x = torch.randn(3, 6, generator=draw)
+        for layer, optimizer in ((found, mine), (wanted, usual)):
+            optimizer.zero_grad()
+            loss = ELSEWHERE[where](layer, layer.weight, x)
+            with optimizer.descending():
+                loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(found.weight, wanted.weight)
 
 
 def test_what_is_used_more_than_once_has_a_gradient():
