@@ -57,17 +57,14 @@ def _is(size: Any, number: int) -> bool:
 
 
 def _suits(x: Tensor) -> bool:
-    if (
-        is_transformed(x)
-        or torch.compiler.is_compiling()
-        or x.dim() != 4
-        or x.device.type != "cpu"
-        or not x.is_contiguous()
-    ):
+    if torch.compiler.is_compiling() or x.dim() != 4:
         return False
     _, channels, height, width = x.shape
-    is_float = x.dtype in (torch.float32, torch.float64)
-    return is_float and not height % 2 and not width % 2 and channels * height * width >= _LEAST
+    if channels * height * width < _LEAST or height % 2 or width % 2:  # first: small models feel each question
+        return False
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
+        return False
+    return not is_transformed(x)
 
 
 def _along(x: Tensor, window: int, dim: int) -> Tensor:
