@@ -12,7 +12,7 @@ import scalefl.engines.trial
 from scalefl.comparison import load_comparison
 from scalefl.config import make_config, to_plain
 from scalefl.engines.local import LocalEngine
-from scalefl.engines.trial import Crew, _Trial, by_trial, described, makespan, most_workers
+from scalefl.engines.trial import AtOnce, Crew, _Trial, by_trial, described, makespan, most_workers
 from scalefl.errors import ConfigError
 from scalefl.experiment import Experiment
 from scalefl.loop import federate
@@ -54,9 +54,12 @@ def test_the_longest_first(seconds, workers, wanted):
 
 
 def trial(
-    monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8, further=None, sizes=None, **settled
+    monkeypatch, milliseconds, *, rounds=100, cores=4, most=4, cohort=8, further=None, start=None, sizes=None, **settled
 ) -> Crew:
-    """Who is chosen if the longest task takes so long, by threads, and each further client at once such a part."""
+    """Who is chosen if the longest task takes so long, by threads, and each further client at once such a part.
+
+    And the start of a run what is left, so that one client takes as long alone; or such a part.
+    """
     data = MadeData(sizes or [12] * max(cohort, 8))
     method = FedAvg(work=LocalWork(batch_size=4))
     clients = Clients(data, (10 * full_bytes(),))
@@ -64,7 +67,8 @@ def trial(
     plan = method.plan(state, UniformSampler(cohort)(clients, 0, state))
     monkeypatch.setattr(scalefl.engines.trial, "num_cores", lambda: cores)
     monkeypatch.setattr(_Trial, "seconds", lambda *a: milliseconds[a[-1]] / 1000)
-    monkeypatch.setattr(_Trial, "further_client", lambda *a: further)
+    found = None if further is None else AtOnce(1 - further if start is None else start, further)
+    monkeypatch.setattr(_Trial, "at_once", lambda *a: found)
     return by_trial(method, state, plan, data.examples(0), rounds=rounds, most=most, **settled)
 
 
@@ -129,6 +133,15 @@ def test_uneven_clients_are_done_in_more_runs(monkeypatch):
     settled = {"further": 0.5, "workers": 2, "threads": 1, "cohort": 16}
     assert trial(monkeypatch, {1: 100}, **settled).clients_at_once == 8
     assert trial(monkeypatch, {1: 100}, sizes=[*[400] * 4, *[12] * 12], **settled).clients_at_once == 2
+
+
+def test_runs_whose_start_takes_long_are_no_gain_for_uneven_clients(monkeypatch):
+    """Sixteen share it; but where each has another number of batches, each run is shared by fewer."""
+    settled = {"further": 0.5, "start": 1.5, "workers": 2, "threads": 1, "cohort": 16}
+    assert trial(monkeypatch, {1: 100}, **settled).clients_at_once == 8
+    uneven = [4 * count for count in range(1, 17)]
+    assert trial(monkeypatch, {1: 100}, sizes=uneven, **{**settled, "start": 0.5}).clients_at_once > 1
+    assert trial(monkeypatch, {1: 100}, sizes=uneven, **settled).clients_at_once == 1
 
 
 def test_as_many_at_once_as_there_is_memory_for(monkeypatch):

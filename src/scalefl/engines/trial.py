@@ -114,7 +114,7 @@ def by_trial(
         for count in _numbers(most, cores // each, workers)
     ]
     usual = min((crew for crew in crews if crew.threads == tried[0]), key=run_seconds)
-    if clients_at_once == "auto" and costs.further is not None:
+    if clients_at_once == "auto" and costs.at_once is not None:
         crews += [
             crew._replace(clients_at_once=size)
             for crew in crews
@@ -130,19 +130,30 @@ def by_trial(
     return best._replace(why=f"{costs.told()}; a round {costs.round_seconds(best):.1f} s")
 
 
+class AtOnce(NamedTuple):
+    """What a run that clients share takes, of what one of them alone takes.
+
+    Attributes:
+        start: however many they are.
+        each: for each of them.
+    """
+
+    start: float
+    each: float
+
+
 class _Costs(NamedTuple):
     """What a trial has found.
 
     Attributes:
         plan: of the round that was tried.
         seconds: by threads, how long its longest task takes.
-        further: what each further client in a run takes, of what one alone takes; None where clients can't share runs,
-            or it is not worth while to try.
+        at_once: what runs take that clients share; None where they can't, or it is not worth while to try.
     """
 
     plan: RoundPlan
     seconds: dict[int, float]
-    further: float | None
+    at_once: AtOnce | None
 
     def round_seconds(self, crew: Crew) -> float:
         """How long a crew takes for the round; tasks take as much longer or shorter as their FLOPs are more or less."""
@@ -151,16 +162,15 @@ class _Costs(NamedTuple):
         def alone(tasks: Iterable[ClientTask]) -> float:
             return each_flop * sum(map(self.plan.flops, tasks))
 
-        further = 1.0 if self.further is None else self.further
         bundles = _bundles(self.plan, crew.clients_at_once)
-        parts = (_share_at_once(self.plan, bundle, further) * alone(bundle) for bundle in bundles)
+        parts = (_share_at_once(self.plan, bundle, self.at_once) * alone(bundle) for bundle in bundles)
         return makespan(parts, max(crew.workers, 1))
 
     def told(self) -> str:
         """In words."""
         found = ", ".join(f"{1000 * s:.0f} ms on {_counted(count, 'thread')}" for count, s in self.seconds.items())
-        if self.further is not None:
-            found += f", and {100 * self.further:.0f} % of that for each further client at once"
+        if self.at_once is not None:
+            found += f", and {100 * self.at_once.each:.0f} % of that for each further client at once"
         return f"the longest task takes {found}"
 
 
@@ -180,16 +190,18 @@ def _bundles(plan: RoundPlan, size: int) -> list[list[ClientTask]]:
     return [*apart, *(group[i : i + size] for group in groups for i in range(0, len(group), size))]
 
 
-def _share_at_once(plan: RoundPlan, bundle: Sequence[ClientTask], further: float) -> float:
+def _share_at_once(plan: RoundPlan, bundle: Sequence[ClientTask], at_once: AtOnce | None) -> float:
     """How long tasks take at once, of how long they take one after another: by steps, of which whole batches share runs
     as far as each client has some, and what is left of clients shares one if it is of equal length.
     """
+    if at_once is None or len(bundle) == 1:
+        return 1.0
     size = bundle[0].steps[0].work.batch_size
     counts = [plan.clients[task.client_id].num_examples for task in bundle]
     whole, left = [count // size for count in counts], [count % size for count in counts]
     runs = max(whole) + len({count for count in left if count})
     steps = sum(whole) + sum(1 for count in left if count)
-    return (runs + further * (steps - runs)) / max(steps, 1)
+    return (at_once.start * runs + at_once.each * steps) / max(steps, 1)
 
 
 def _sizes(tasks: int, workers: int, room: int) -> set[int]:
@@ -259,9 +271,9 @@ class _Trial(NamedTuple):
         some = _some(task, examples)
         share = num_rows(some) / max(num_rows(examples), 1)
         seconds = {count: self.seconds(task, some, count) / share for count in threads}
-        at_once = min(len(group), int(_AT_ONCE_SECONDS / max(seconds[threads[0]] * share, 1e-9)))
-        further = self.further_client(group[0], some, at_once, threads[0]) if at_once > 1 else None
-        return _Costs(self.plan, seconds, further)
+        count = min(len(group), int(_AT_ONCE_SECONDS / max(seconds[threads[0]] * share, 1e-9)))
+        at_once = self.at_once(group[0], some, count, threads[0]) if count > 1 else None
+        return _Costs(self.plan, seconds, at_once)
 
     def seconds(self, task: ClientTask, examples: Batch, threads: int) -> float:
         """How long a client takes for its task with these examples; from one batch, if that takes long already."""
@@ -272,25 +284,26 @@ class _Trial(NamedTuple):
                 return taken * num_rows(examples) / max(num_rows(first), 1)
             return self._alone(task, examples)
 
-    def further_client(self, task: ClientTask, examples: Batch, count: int, threads: int) -> float | None:
-        """What each further one of so many clients at once takes, of what one takes alone; None if they can't."""
+    def at_once(self, task: ClientTask, examples: Batch, count: int, threads: int) -> AtOnce | None:
+        """What runs take that up to so many clients share; None if they can't."""
         params = self._params(task)
+
+        def together(number: int) -> float:
+            start = time.perf_counter()
+            copies = [task] * number, [params] * number, [examples] * number
+            run_vectorized(self.method, self.state.problem, self.residents, *copies)
+            return time.perf_counter() - start
+
         with _threads(threads):
-
-            def together() -> float:
-                start = time.perf_counter()
-                copies = [task] * count, [params] * count, [examples] * count
-                run_vectorized(self.method, self.state.problem, self.residents, *copies)
-                return time.perf_counter() - start
-
             try:
-                together()  # warms up
+                together(1), together(count)  # warm up
                 # In turn, and the least of each: what else happens on the machine only makes things slower.
-                turns = [(self._alone(task, examples), together()) for _ in range(_TURNS)]
+                turns = [(self._alone(task, examples), together(1), together(count)) for _ in range(_TURNS)]
             except Exception:  # a model that can't
                 return None
-        alone, at_once = min(one for one, _ in turns), min(all_of_them for _, all_of_them in turns)
-        return max(0.0, at_once / alone - 1) / (count - 1)
+        alone, one, all_of_them = map(min, zip(*turns, strict=True))
+        each = max(0.0, all_of_them - one) / alone / (count - 1)
+        return AtOnce(max(0.0, one / alone - each), each)
 
     def _alone(self, task: ClientTask, examples: Batch) -> float:
         own = {name: t.clone() if name in task.moving else t for name, t in self._params(task).items()}
