@@ -72,8 +72,8 @@ class EngineConfig:
             lost. Both need workers, take time, and need Linux.
         device: where clients train and models are measured: "cpu", "cuda" or "cuda:1". Budgets are of its memory.
         clients_at_once: how many with equal tasks share a run, if their means and their model let them: small models
-            then take half the time or less. Results depend on it in the last bits. "auto": what the trial finds faster,
-            and 1 where `threads` is a number.
+            then take from a quarter to nine tenths of the time. Results depend on it in the last bits. "auto": what the
+            trial finds faster, and 1 where `threads` is a number.
         patience: how long to wait for nodes.
         precision: "float16": weights travel in half precision, and so do the differences that nodes send back.
     """

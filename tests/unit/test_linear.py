@@ -185,6 +185,17 @@ def _autocast(run, x: Tensor) -> Tensor:
         return run(x).float().square().sum()
 
 
+def test_a_saved_copy_is_not_taken_for_the_weight():
+    layer, optimizer, before = one()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        found = layer(torch.ones(3, 6)).sum()
+    with optimizer.descending():
+        found.backward()
+    assert layer.weight.grad is not None
+    optimizer.step()
+    assert not torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize("where", ELSEWHERE)
 @pytest.mark.parametrize("in_backward", [None, 0])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -58,7 +58,7 @@ def trial(
 ) -> Crew:
     """Who is chosen if the longest task takes so long, by threads, and each further client at once such a part.
 
-    And the start of a run what is left, so that one client takes as long alone; or such a part.
+    To start a step that they share takes what is left, as if one client took as long alone, or such a part.
     """
     data = MadeData(sizes or [12] * max(cohort, 8))
     method = FedAvg(work=LocalWork(batch_size=4))
@@ -161,7 +161,7 @@ def test_a_real_trial_finds_out_who_can():
     experiment = Experiment(settings(**small, clients_per_round=12, rounds=10**4))
     crew = experiment.settle_engine()
     assert crew is not None and crew.clients_at_once == experiment.config.engine.clients_at_once > 1
-    assert "for each further client at once" in described(crew) and "clients at once:" in described(crew)
+    assert "% for each client" in described(crew) and "clients at once:" in described(crew)
     small["model_arguments"] = {"dropout": 0.5}
     crew = Experiment(settings(**small, clients_per_round=12, rounds=10**4)).settle_engine()
     assert crew is not None and crew.clients_at_once == 1 and "at once" not in described(crew)

@@ -30,7 +30,7 @@ WORKER_BYTES = 350 * 2**20
 GAIN, AT_ONCE_GAIN, GAIN_SECONDS = 0.9, 0.8, 2.0
 """More threads, or clients at once, are taken where they leave this much of a run's time at most, and save so much:
 bits depend on them. Of clients at once more is asked: what lies in a core's caches here, workers side by side fetch
-from memory. A tenth that the trial had promised of a small CNN was nothing in rounds (docs/benchmarks/speed.md, D, E).
+from memory. A tenth that a trial had promised of a small CNN was nothing in rounds.
 """
 MOST_AT_ONCE = 32
 _BATCHES, _LONG_SECONDS = 3, 0.5
@@ -131,7 +131,7 @@ def by_trial(
 
 
 class AtOnce(NamedTuple):
-    """What a run that clients share takes, of what one of them alone takes.
+    """What a step that clients share takes, of what a step of one of them alone takes.
 
     Attributes:
         start: however many they are.
@@ -170,7 +170,8 @@ class _Costs(NamedTuple):
         """In words."""
         found = ", ".join(f"{1000 * s:.0f} ms on {_counted(count, 'thread')}" for count, s in self.seconds.items())
         if self.at_once is not None:
-            found += f", and {100 * self.at_once.each:.0f} % of that for each further client at once"
+            start, each = (100 * part for part in self.at_once)
+            found += f"; at once {start:.0f} % of that to start, and {each:.0f} % for each client"
         return f"the longest task takes {found}"
 
 
@@ -198,7 +199,9 @@ def _share_at_once(plan: RoundPlan, bundle: Sequence[ClientTask], at_once: AtOnc
         return 1.0
     size = bundle[0].steps[0].work.batch_size
     counts = [plan.clients[task.client_id].num_examples for task in bundle]
-    whole, left = [count // size for count in counts], [count % size for count in counts]
+    whole = [count // size for count in counts]
+    # A single one is left out of an epoch, unless it is all that there is.
+    left = [0 if count % size == 1 < size < count else count % size for count in counts]
     runs = max(whole) + len({count for count in left if count})
     steps = sum(whole) + sum(1 for count in left if count)
     return (at_once.start * runs + at_once.each * steps) / max(steps, 1)

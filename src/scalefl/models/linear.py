@@ -7,6 +7,7 @@ read and write.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -71,7 +72,7 @@ class _Descending(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, descent: Descent) -> Tensor:
         ctx.set_materialize_grads(False)  # no gradient is not one of zeros: the weight stays
         ctx.save_for_backward(x, weight)
-        ctx.descent = descent
+        ctx.descent, ctx.own = descent, weakref.ref(weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -85,7 +86,9 @@ class _Descending(torch.autograd.Function):
         of_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         if torch.is_grad_enabled():
             descent.visits += 1  # somebody goes back through this, too
-        if torch.is_grad_enabled() or is_transformed(gradient) or not descent.is_on or descent.visits != 1:
+        is_whole = descent.is_on and descent.visits == 1 and not is_transformed(gradient)
+        # What has been saved may be a copy, where somebody has set hooks for saved tensors.
+        if torch.is_grad_enabled() or not is_whole or weight is not ctx.own():
             return back, rows.t() @ inputs, of_bias, None
         with torch.no_grad():
             descent.move(weight, rows, inputs)
