@@ -244,6 +244,25 @@ def test_what_is_used_more_than_once_has_a_gradient():
     assert not torch.equal(layer.weight, before)
 
 
+def test_each_step_is_looked_at_anew():
+    """One that needs a gradient, between two that do not: each decays and has momentum once."""
+    work = LocalWork(lr=0.05, momentum=0.9, weight_decay=0.1)
+    found, wanted = Linear(6, 6), nn.Linear(6, 6)
+    wanted.load_state_dict(found.state_dict())
+    mine, usual = (SGD(dict(layer.named_parameters()), work, in_layers=0) for layer in (found, wanted))
+    for times in (1, 2, 1):
+        for layer, optimizer in ((found, mine), (wanted, usual)):
+            optimizer.zero_grad()
+            x = torch.ones(3, 6)
+            for _ in range(times):
+                x = layer(x)
+            loss = x.square().mean()
+            with optimizer.descending():
+                loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(found.weight, wanted.weight)
+
+
 def test_layers_under_vmap_and_autocast_are_torchs_own():
     layer, optimizer, before = one()
     found = torch.func.vmap(layer)(torch.ones(3, 6)).sum()
