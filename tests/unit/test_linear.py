@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -196,26 +197,43 @@ def test_a_saved_copy_is_not_taken_for_the_weight():
     assert not torch.equal(layer.weight, before)
 
 
-@pytest.mark.parametrize("where", ELSEWHERE)
-@pytest.mark.parametrize("in_backward", [None, 0])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_weight_that_is_used_elsewhere_too_moves_once(where, in_backward, momentum):
-    """By the sum of its gradients, over several steps."""
-    work = LocalWork(lr=0.05, momentum=momentum, weight_decay=0.01)
+def assert_moves_as_usual(losses: Sequence[Callable[..., Tensor]], in_backward: int | None = None, **settings) -> None:
+    """A step by each loss of a layer, its weight and x: as of torch's layer, whose weight has gradients."""
+    work = LocalWork(lr=0.05, **settings)
     found, wanted = Linear(6, 6), nn.Linear(6, 6)
     wanted.load_state_dict(found.state_dict())
     mine = SGD(dict(found.named_parameters()), work, in_layers=0, in_backward=in_backward)
     usual = SGD(dict(wanted.named_parameters()), work)
     draw = torch.Generator().manual_seed(2)
-    for _ in range(4):
+    for loss in losses:
         x = torch.randn(3, 6, generator=draw)
         for layer, optimizer in ((found, mine), (wanted, usual)):
             optimizer.zero_grad()
-            loss = ELSEWHERE[where](layer, layer.weight, x)
+            value = loss(layer, layer.weight, x)
             with optimizer.descending():
-                loss.backward()
+                value.backward()
             optimizer.step()
     torch.testing.assert_close(found.weight, wanted.weight)
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+@pytest.mark.parametrize("in_backward", [None, 0])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_weight_that_is_used_elsewhere_too_moves_once(where, in_backward, momentum):
+    """By the sum of its gradients, over several steps."""
+    assert_moves_as_usual([ELSEWHERE[where]] * 4, in_backward, momentum=momentum, weight_decay=0.01)
+
+
+def test_each_step_is_looked_at_anew():
+    """One that needs a gradient, between two that do not: each decays and has momentum once."""
+
+    def once(run, w: Tensor, x: Tensor) -> Tensor:
+        return run(x).square().mean()
+
+    def twice(run, w: Tensor, x: Tensor) -> Tensor:
+        return run(run(x)).square().mean()
+
+    assert_moves_as_usual([once, twice, once], momentum=0.9, weight_decay=0.1)
 
 
 def test_what_is_used_more_than_once_has_a_gradient():
@@ -242,25 +260,6 @@ def test_what_is_used_more_than_once_has_a_gradient():
     with optimizer.descending():
         found.backward()
     assert not torch.equal(layer.weight, before)
-
-
-def test_each_step_is_looked_at_anew():
-    """One that needs a gradient, between two that do not: each decays and has momentum once."""
-    work = LocalWork(lr=0.05, momentum=0.9, weight_decay=0.1)
-    found, wanted = Linear(6, 6), nn.Linear(6, 6)
-    wanted.load_state_dict(found.state_dict())
-    mine, usual = (SGD(dict(layer.named_parameters()), work, in_layers=0) for layer in (found, wanted))
-    for times in (1, 2, 1):
-        for layer, optimizer in ((found, mine), (wanted, usual)):
-            optimizer.zero_grad()
-            x = torch.ones(3, 6)
-            for _ in range(times):
-                x = layer(x)
-            loss = x.square().mean()
-            with optimizer.descending():
-                loss.backward()
-            optimizer.step()
-    torch.testing.assert_close(found.weight, wanted.weight)
 
 
 def test_layers_under_vmap_and_autocast_are_torchs_own():
