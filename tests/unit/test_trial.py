@@ -19,7 +19,8 @@ from scalefl.loop import federate
 from scalefl.methods.fedavg import FedAvg
 from scalefl.runner import run
 from scalefl.sampling import UniformSampler
-from scalefl.types import LocalWork
+from scalefl.steps import full_step
+from scalefl.types import ClientTask, LocalWork
 from support import PROBLEM, Clients, MadeData, full_bytes, spec
 
 DEVICE = {
@@ -133,6 +134,23 @@ def test_uneven_clients_are_done_in_more_runs(monkeypatch):
     settled = {"further": 0.5, "workers": 2, "threads": 1, "cohort": 16}
     assert trial(monkeypatch, {1: 100}, **settled).clients_at_once == 8
     assert trial(monkeypatch, {1: 100}, sizes=[*[400] * 4, *[12] * 12], **settled).clients_at_once == 2
+
+
+@pytest.mark.parametrize(("batch", "done"), [(0.1, [4, 12]), (0.6, [4, 4])])
+def test_what_the_first_task_loads_is_not_measured(monkeypatch, batch, done):
+    """Three batches of four, or one where that takes long; each thread count alike, whoever comes first."""
+    seen: list[int] = []
+
+    def alone(trial, task, examples) -> float:
+        seen.append(len(examples["label"]))
+        return batch * len(examples["label"]) / 4 + (2.0 if len(seen) == 1 else 0.0)
+
+    monkeypatch.setattr(_Trial, "_alone", alone)
+    data = MadeData([12] * 8)
+    task = ClientTask(0, 0, (full_step(spec(), PROBLEM, LocalWork(batch_size=4)),), 0)
+    found = [_Trial(None, None, None, None).seconds(task, data.examples(0), threads) for threads in (1, 2)]
+    assert found == pytest.approx([3 * batch] * 2)
+    assert seen[2:] == done
 
 
 def test_runs_whose_start_takes_long_are_no_gain_for_uneven_clients(monkeypatch):

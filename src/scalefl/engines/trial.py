@@ -282,10 +282,9 @@ class _Trial(NamedTuple):
         """How long a client takes for its task with these examples; from one batch, if that takes long already."""
         first = _some(task, examples, batches=1)
         with _threads(threads):
-            taken = self._alone(task, first)  # warms up
-            if taken > _LONG_SECONDS:
-                return taken * num_rows(examples) / max(num_rows(first), 1)
-            return self._alone(task, examples)
+            # The first time counts for nothing but its length: what is loaded and compiled then may take a second.
+            tried = first if self._alone(task, first) > _LONG_SECONDS else examples
+            return self._alone(task, tried) * num_rows(examples) / max(num_rows(tried), 1)
 
     def at_once(self, task: ClientTask, examples: Batch, count: int, threads: int) -> AtOnce | None:
         """What runs take that up to so many clients share; None if they can't."""
