@@ -66,4 +66,4 @@ bench-flower: $(STAMP) bench-precision
 
 # Makes an environment for each peer on first use (2.5 GB), in ~/.cache/scalefl-speed; needs a quiet machine.
 bench-speed: $(STAMP)
-	for what in peers small stages stages-last formats at-once tried profile scaling; do $(BIN)/python benchmarks/speed.py $$what --out docs/benchmarks || exit 1; done
+	for what in peers whole small stages stages-last formats at-once tried profile scaling; do $(BIN)/python benchmarks/speed.py $$what --out docs/benchmarks || exit 1; done

@@ -1,6 +1,6 @@
 """How fast the local engine is: beside other simulators and bare loops, on the same work.
 
-    python benchmarks/speed.py peers|small|stages|stages-last|formats|at-once|tried|profile|scaling --out DIR
+    python benchmarks/speed.py peers|whole|small|stages|stages-last|formats|at-once|tried|profile|scaling --out DIR
 
 Each command writes its section and CSV files to OUT/speed/, and puts the sections together as OUT/speed.md. This
 process imports neither torch nor scalefl: what is measured shares no memory with it.
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,14 +31,14 @@ from speed_peers.programs import HERE, PROGRAMS, QUIET, Environments, Resident
 from speed_peers.works import CHECK, SMALL, WORKS, Work
 
 MIB = 2**20
-ORDER = ("peers", "small", "stages", "stages-last", "formats", "at-once", "tried", "profile", "scaling")
+ORDER = ("peers", "whole", "small", "stages", "stages-last", "formats", "at-once", "tried", "profile", "scaling")
 
 # Beside other simulators.
 
 OURS = "scalefl"
 CACHED_EPOCHS = 5
-WHOLE = WORKS[0]
-"""The work of which Flower's whole runs are timed: its simulation is no resident."""
+WHOLE, WHOLE_ROUNDS = WORKS[0], 30
+"""The work of which whole runs are timed, and for how long: Flower's simulation is no resident."""
 CHECK_ROUNDS, CHECK_TOLERANCE = 3, 1e-3
 
 
@@ -112,22 +112,38 @@ def small(folder: Path, options: argparse.Namespace) -> None:
     compare(folder, "small", SMALL, options)
 
 
+def whole(folder: Path, options: argparse.Namespace) -> None:
+    """Flower's simulation and ScaleFL, from launch to the last weights."""
+    names, measured = (OURS, "flower"), Measured()
+    with bench_of([WHOLE], names, options) as bench:
+        for pair in range(options.pairs):
+            for name in names[:: -1 if pair % 2 else 1]:
+                measured.turns.append(take_whole_run(bench, name, pair, measured))
+        for name in names:
+            measured.of(WHOLE.name, name).peak = peak_of(bench, WHOLE, name)
+    write_peers(folder, "whole", measured, options)
+
+
 def compare(folder: Path, name: str, works: Sequence[Work], options: argparse.Namespace) -> None:
     """All programs at some works, side by side."""
     works = [work for work in works if work.name in options.works]
     measured = Measured()
-    with tempfile.TemporaryDirectory(prefix="scalefl-speed-") as home:
-        bench = Bench(Environments(options.environments), Path(home))
-        bench.export([*works, CHECK])
-        check_same_work(bench, options.programs)
+    with bench_of(works, options.programs, options) as bench:
         for work in works:
             names = [name for name in work.programs if name in options.programs]
             take_turns(bench, work, names, options.pairs, measured)
             measure_alone(bench, work, names, options.starts, measured)
             write_peers(folder, name, measured, options)
-        if WHOLE in works and "flower" in options.programs:
-            take_whole_runs(bench, options.flower_pairs, options.flower_rounds, measured)
-            write_peers(folder, name, measured, options)
+
+
+@contextlib.contextmanager
+def bench_of(works: Sequence[Work], names: Sequence[str], options: argparse.Namespace) -> Iterator[Bench]:
+    """Where these works lie written down, and where these programs were seen to do the same."""
+    with tempfile.TemporaryDirectory(prefix="scalefl-speed-") as home:
+        bench = Bench(Environments(options.environments), Path(home))
+        bench.export([*works, CHECK])
+        check_same_work(bench, names)
+        yield bench
 
 
 def write_peers(folder: Path, name: str, measured: Measured, options: argparse.Namespace) -> None:
@@ -205,20 +221,16 @@ def peak_of(bench: Bench, work: Work, name: str) -> Peak:
     return peak
 
 
-def take_whole_runs(bench: Bench, pairs: int, rounds: int, measured: Measured) -> None:
-    """Interleaved pairs of runs from launch to the last weights; evaluation is not timed."""
-    work = WHOLE.name + "-whole"
-    for pair in range(pairs):
-        for name in (OURS, "flower")[:: -1 if pair % 2 else 1]:
-            with bench.launch(WHOLE, name) as resident, resident.family.watched():
-                measured.versions |= resident.ready()
-                _, end = resident.run(rounds)
-                turn = Turn(work, pair, name, rounds, end - resident.launched, resident.family.cpu_seconds())
-                measured.turns.append(turn)
-                measured.of(work, name).score = resident.score()
-            print(turn, flush=True)
-    for name in (OURS, "flower"):
-        measured.of(work, name).peak = peak_of(bench, WHOLE, name)
+def take_whole_run(bench: Bench, name: str, pair: int, measured: Measured) -> Turn:
+    """A run from launch to the last weights; evaluation is not timed."""
+    with bench.launch(WHOLE, name) as resident, resident.family.watched():
+        measured.versions |= resident.ready()
+        _, end = resident.run(WHOLE_ROUNDS)
+        seconds, cpu_seconds = end - resident.launched, resident.family.cpu_seconds()
+        measured.of(WHOLE.name, name).score = resident.score()
+    turn = Turn(WHOLE.name, pair, name, WHOLE_ROUNDS, seconds, cpu_seconds)
+    print(turn, flush=True)
+    return turn
 
 
 def summary(measured: Measured) -> list[dict[str, Any]]:
@@ -260,17 +272,27 @@ def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float
 
 def section(name: str, rows: Sequence[dict[str, Any]], versions: dict[str, str], options: argparse.Namespace) -> str:
     """The section's text."""
-    lines = _prose(options) if name == "peers" else _prose_of_small()
+    lines = {"peers": _prose, "whole": _prose_of_whole, "small": _prose_of_small}[name](options)
     for work in (*WORKS, *SMALL):
         mine = [row for row in rows if row["work"] == work.name]
-        lines += _table(work, mine) if mine else []
-    whole = [row for row in rows if row["work"] == f"{WHOLE.name}-whole"]
-    lines += _whole_table(whole, options.flower_rounds) if whole else []
+        if mine:
+            lines += _whole_table(mine) if name == "whole" else _table(work, mine)
     about = ", ".join(f"{name} {number}" for name, number in sorted(versions.items()))
     return "\n".join([*lines, f"{machine()}. {about}."])
 
 
-def _prose_of_small() -> list[str]:
+def _prose_of_whole(options: argparse.Namespace) -> list[str]:
+    return [
+        f"## Beside Flower's simulation, {WHOLE_ROUNDS} rounds from launch to the last weights",
+        "",
+        f"{WHOLE.name} as above: all that a process does before, between and after rounds counts, but no evaluation. "
+        "*Flower's simulation*: `flwr.serverapp.strategy.FedAvg`, a ClientApp with the bare loop's training, one node "
+        f"for each user, Ray with two actors of one core. {options.pairs} pairs of runs, and who goes first changes.",
+        "",
+    ]
+
+
+def _prose_of_small(_options: argparse.Namespace) -> list[str]:
     return [
         "## Beside other simulators, small models",
         "",
@@ -343,14 +365,8 @@ def _told(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "title": PROGRAMS[row["program"]].title, "times": _ratio(row), "percent": 100 * row["accuracy"]}
 
 
-def _whole_table(rows: Sequence[dict[str, Any]], rounds: int) -> list[str]:
+def _whole_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [
-        f"### {WHOLE.name}, {rounds} rounds from launch to the last weights",
-        "",
-        "*Flower's simulation*: `flwr.serverapp.strategy.FedAvg`, a ClientApp with the bare loop's training, one node "
-        "for each user, Ray with two actors of one core. All that a process does before, between and after rounds "
-        "counts, but no evaluation.",
-        "",
         *_markdown(
             {
                 "program": "{title}",
@@ -362,8 +378,8 @@ def _whole_table(rows: Sequence[dict[str, Any]], rounds: int) -> list[str]:
             (
                 {
                     **_told(row),
-                    "seconds": rounds * row["seconds_a_round"],
-                    "cpu_seconds": rounds * row["cpu_seconds_a_round"],
+                    "seconds": WHOLE_ROUNDS * row["seconds_a_round"],
+                    "cpu_seconds": WHOLE_ROUNDS * row["cpu_seconds_a_round"],
                 }
                 for row in rows
             ),
@@ -629,6 +645,7 @@ def _write_section(folder: Path, name: str, text: str) -> None:
 
 COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
     "peers": peers,
+    "whole": whole,
     "small": small,
     "stages": stages,
     "stages-last": stages_last,
@@ -640,6 +657,12 @@ COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
 }
 
 
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=[name for name in ORDER if name in COMMANDS])
@@ -649,11 +672,9 @@ def main() -> None:
     parser.add_argument(
         "--programs", nargs="+", choices=list(PROGRAMS), default=list(PROGRAMS), help="for peers; and ours"
     )
-    parser.add_argument("--pairs", type=int, default=10, help="of turns, for peers")
-    parser.add_argument("--repeats", type=int, default=9, help="of each step, for stages and formats")
-    parser.add_argument("--starts", type=int, default=3, help="of each program alone, for peers")
-    parser.add_argument("--flower-pairs", type=int, default=3, help="of whole runs, for peers")
-    parser.add_argument("--flower-rounds", type=int, default=30, help="of each whole run, for peers")
+    parser.add_argument("--pairs", type=_at_least_one, default=10, help="of turns, for peers; of runs, for whole")
+    parser.add_argument("--repeats", type=_at_least_one, default=9, help="of each step, for stages and formats")
+    parser.add_argument("--starts", type=_at_least_one, default=3, help="of each program alone, for peers")
     parser.add_argument(
         "--environments", type=Path, default=Path("~/.cache/scalefl-speed").expanduser(), help="of peers, kept here"
     )

@@ -179,7 +179,7 @@ def test_a_real_trial_finds_out_who_can():
     experiment = Experiment(settings(**small, clients_per_round=12, rounds=10**4))
     crew = experiment.settle_engine()
     assert crew is not None and crew.clients_at_once == experiment.config.engine.clients_at_once > 1
-    assert "% for each client" in described(crew) and "clients at once:" in described(crew)
+    assert "clients at once:" in described(crew) and "% of that each" in described(crew)
     small["model_arguments"] = {"dropout": 0.5}
     crew = Experiment(settings(**small, clients_per_round=12, rounds=10**4)).settle_engine()
     assert crew is not None and crew.clients_at_once == 1 and "at once" not in described(crew)

@@ -170,8 +170,9 @@ class _Costs(NamedTuple):
         """In words."""
         found = ", ".join(f"{1000 * s:.0f} ms on {_counted(count, 'thread')}" for count, s in self.seconds.items())
         if self.at_once is not None:
-            start, each = (100 * part for part in self.at_once)
-            found += f"; at once {start:.0f} % of that to start, and {each:.0f} % for each client"
+            start, each = self.at_once
+            shares = f"take {100 * each:.0f} % of that each, and {100 * start:.0f} % to start"
+            found += f"; clients at once {shares if each < 1 else 'gain nothing'}"
         return f"the longest task takes {found}"
 
 
