@@ -37,10 +37,22 @@ ASKED_CLIENTS = 1000
 
 @dataclass(frozen=True)
 class RunProgress:
-    """A round that is done: its journal line, and how many there are in all."""
+    """A round that is done.
+
+    Attributes:
+        line: of the journal.
+        rounds: how many there are in all.
+        epochs: for which a client trains on its examples.
+    """
 
     line: Mapping[str, Any]
     rounds: int
+    epochs: int
+
+    @property
+    def samples(self) -> int:
+        """Examples that clients trained on, in each epoch; none where they don't tell."""
+        return self.epochs * int(self.line.get("num_examples", 0))
 
 
 class Keeper:
@@ -96,7 +108,7 @@ class Keeper:
         if state.round % config.save_every == 0 or state.round == config.rounds:
             save_state(self._files.state, state, deployed)
         self._tracking.add(line)
-        return RunProgress(line, config.rounds)
+        return RunProgress(line, config.rounds, config.work.epochs)
 
 
 class _Tested(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -37,6 +38,8 @@ from scalefl.steps import full_step
 from scalefl.tracing import num_outputs
 from scalefl.tracking import check_installed
 from scalefl.types import Method, Population, RoundPlan, ServerState
+
+_log = logging.getLogger("scalefl")
 
 LOW_MEMORY_CLIENTS = 1000
 """So many clients, drawn at random, are asked at most for the label distribution of low-memory clients."""
@@ -95,7 +98,7 @@ class Experiment:
         return self.method.init(self.model, self.problem, seed=self.config.seed, smallest_memory_bytes=smallest)
 
     def settle_engine(self) -> Crew | None:
-        """Decide what the config leaves to "auto", and reduce workers that this machine has no room for.
+        """Decide what the config leaves to "auto"; reduce workers that this machine has no room for, and warn of it.
 
         Returns:
             Who trains, where that is not simply what the config says.
@@ -117,6 +120,7 @@ class Experiment:
         crew = Crew(workers, threads, found.why, at_once)
         if workers > most:
             why = f"{workers} workers were asked for, and there is room for {most}"
+            _log.warning("%s", why)
             crew = crew._replace(workers=most, why=why)
         engine = replace(settings, workers=crew.workers, threads=crew.threads, clients_at_once=at_once)
         if engine == settings:

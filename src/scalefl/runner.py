@@ -62,8 +62,7 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
     device_of(config.engine.device)  # refused before anything is written
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
-    if crew := experiment.settle_engine():  # resumed where there is less room
-        _log.warning("%s", described(crew))
+    experiment.settle_engine()  # resumed, maybe where there is less room
     with (
         Tracking(config.tracking, files) as tracking,
         engine_of(experiment) as engine,
@@ -179,7 +178,8 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
             "or give this one another name (--set name=...)"
         )
     state = first_state(experiment)
-    experiment.settle_engine()
+    if crew := experiment.settle_engine():
+        _log.info("engine: %s", described(crew))
     if isinstance(experiment.population, DeclaredPopulation):
         write_json(files.clients, {"clients": [_declared(client) for client in experiment.population.clients]})
     write_json(files.plan, experiment.plan(state).to_json())

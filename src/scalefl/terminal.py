@@ -23,6 +23,9 @@ PLAIN_WIDTH = 120
 PLAIN_SECONDS = 30.0
 """Where the output is no terminal, a line is printed at least so often, and after each tenth of the rounds."""
 
+_FIELDS, _WIDE = ("loss", "accuracy", "privacy", "moved", "speed"), 100
+"""What stands beside a run's bar, and from how many columns on there is room for all of it."""
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with what to say about it."""
@@ -30,15 +33,22 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class _Totals:
-    """What a run has come to."""
+    """What a run has come to; `samples` and `seconds` of the rounds that are done here, not before a resumption."""
 
     bytes_moved: int = 0
     accuracy: float | None = None
+    samples: int = 0
+    seconds: float = 0.0
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Count a line of the journal."""
         self.bytes_moved += line.get("bytes_down", 0) + line.get("bytes_up", 0)
         self.accuracy = line.get("validation", {}).get("accuracy", self.accuracy)
+
+    def clock(self, progress: RunProgress) -> None:
+        """Count what a round has trained on, and how long it took."""
+        self.samples += progress.samples
+        self.seconds += progress.line.get("seconds", 0.0)
 
     def describe(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """The words beside the bar."""
@@ -46,8 +56,10 @@ class _Totals:
         return {
             "loss": "" if loss is None else f"loss {loss:.3f}",
             "accuracy": "" if self.accuracy is None else f"val. acc. {100 * self.accuracy:.1f} %",
-            # Bytes would tell how many clients take part.
-            "moved": privacy(line["privacy"]) if "privacy" in line else f"{mib(self.bytes_moved)} MiB moved",
+            # Of private runs no bytes, which would tell how many clients take part.
+            "privacy": privacy(line["privacy"]) if "privacy" in line else "",
+            "moved": "" if "privacy" in line else f"{mib(self.bytes_moved)} MiB moved",
+            "speed": f"{self.samples / self.seconds:,.0f} samples/s" if self.samples and self.seconds else "",
         }
 
 
@@ -59,6 +71,7 @@ def _described(rounds: Iterator[RunProgress], folder: Path) -> Iterator[tuple[Ru
         totals = totals or _Totals()
         for line in lines:
             totals.add(line)
+        totals.clock(progress)
         yield progress, totals.describe(progress.line)
 
 
@@ -68,8 +81,10 @@ def follow(console: Console, rounds: Iterator[RunProgress], folder: Path) -> Non
 
 
 def _follow_live(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
-    with bar_beside(console, "loss", "accuracy", "moved") as bar:
-        task = bar.add_task("preparing", total=None, loss="", accuracy="", moved="")
+    fields = [name for name in _FIELDS if name != "moved" or console.width >= _WIDE]
+    with bar_beside(console, *fields) as bar:
+        nothing: dict[str, Any] = dict.fromkeys(_FIELDS, "")
+        task = bar.add_task("preparing", total=None, **nothing)
         started = False
         for progress, words in _described(rounds, folder):
             done, stage = progress.line["round"], progress.line["stage"]

@@ -231,6 +231,20 @@ def test_a_run_tells_what_it_did(home: Path) -> None:
     assert all(str(home / "runs" / "tiny" / name) in output for name in written)
 
 
+def test_the_engine_is_told_and_too_many_workers_are_a_warning(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scalefl.engines.trial.num_cores", lambda: 2)
+    settings = ("--set", "rounds=1", "--set", "engine.threads=1")
+    result = invoke("run", home / "tiny.toml", "--runs", tmp_path / "few", *settings)
+    assert result.exit_code == 0 and not result.stderr, result.output
+    assert "\nEngine: this process, 1 thread: the longest task takes " in result.stdout
+    result = invoke("run", home / "tiny.toml", "--runs", tmp_path / "many", *settings, "--set", "engine.workers=5000")
+    assert result.exit_code == 0, result.output
+    reason = "5000 workers were asked for, and there is room for 2"
+    assert result.stderr == f"warning: {reason}\n" and reason in result.stdout
+
+
 def test_settings_from_the_command_line(home: Path, tmp_path: Path) -> None:
     settings = [word for text in ("rounds=1", "name=other", "method.name=sbt") for word in ("--set", text)]
     result = invoke("run", home / "tiny.toml", "--runs", tmp_path, *settings)

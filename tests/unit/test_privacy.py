@@ -625,7 +625,7 @@ def test_clients_on_nodes_give_the_same_run(tmp_path):
 
 def test_reports_and_progress_tell_epsilon(tmp_path):
     runs = run_rounds(Experiment(private(name="private")), tmp_path / "private")
-    words = [words["moved"] for _, words in _described(runs, tmp_path / "private")]
+    words = [words["privacy"] for _, words in _described(runs, tmp_path / "private")]
     assert words[0].startswith("ε = ") and words[0].endswith(" at δ = 0.001") and len(set(words)) == 3
     line = RunFolder(tmp_path / "private").read_journal()[-1]
     told = {"predicted_peak_bytes", "privacy/epsilon", "privacy/delta", "privacy/releases"}

@@ -226,6 +226,22 @@ def test_more_workers_than_room_are_reduced(monkeypatch):
     assert experiment.config.engine.workers == 3
 
 
+def test_who_runs_too_many_workers_is_warned_and_a_resumption_where_there_is_less_room_too(
+    tmp_path, monkeypatch, caplog
+):
+    cores = [3, 1]
+    monkeypatch.setattr("scalefl.engines.trial.num_cores", lambda: cores[0])
+    asked = settings(engine={"workers": 50, "threads": 1}, rounds=1)
+    with caplog.at_level("INFO", "scalefl"):
+        run(asked, tmp_path / "run")
+    warned = [(record.levelname, record.message) for record in caplog.records]
+    reason = "50 workers were asked for, and there is room for 3"
+    assert warned == [("WARNING", reason), ("INFO", f"engine: 3 workers of 1 thread each: {reason}")]
+    caplog.clear(), cores.pop(0)
+    run(asked, tmp_path / "run", resume=True)
+    assert [record.message for record in caplog.records] == ["50 workers were asked for, and there is room for 1"]
+
+
 def test_memory_is_room_too(monkeypatch):
     monkeypatch.setattr("scalefl.engines.trial.num_cores", lambda: 8)
     monkeypatch.setattr("scalefl.engines.trial.spare_bytes", lambda: 2**30)

@@ -98,7 +98,7 @@ def follow(deployment: Deployment, config: Config, run: str) -> Generator[RunPro
         lines = _lines(files)
         for line in lines[seen:]:
             if line["round"] > 0:
-                yield RunProgress(line, config.rounds)
+                yield RunProgress(line, config.rounds, config.work.epochs)
         seen = max(seen, len(lines))
         if is_over:
             if why:

@@ -68,10 +68,11 @@ def most_workers(peak_bytes: int) -> int:
     return num_cores()
 
 
-def room_for(peak_bytes: int) -> int:
-    """How many such tasks this machine has memory for at once, one at least."""
+def room_for(peak_bytes: int, device: torch.device = CPU) -> int:
+    """How many such tasks a device has memory for at once, one at least."""
     with contextlib.suppress(OSError):
-        return max(1, spare_bytes() // max(peak_bytes, 1))
+        spare = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else spare_bytes()
+        return max(1, spare // max(peak_bytes, 1))
     return MOST_AT_ONCE
 
 
@@ -101,7 +102,7 @@ def by_trial(
     cores = num_cores()
     tried = _powers(cores // max(1, workers) if workers != "auto" else cores) if threads == "auto" else [threads]
     group = max(_groups(plan), key=lambda tasks: sum(map(plan.flops, tasks)), default=[])
-    room = room_for(max(plan.costs[task.client_id].peak_bytes for task in group)) if group else 1
+    room = room_for(max(plan.costs[task.client_id].peak_bytes for task in group), device) if group else 1
     at_once = min(len(group), *((MOST_AT_ONCE, room) if clients_at_once == "auto" else (clients_at_once,)))
     costs = _Trial(method, state, plan, Residents(device, measured=False)).costs(examples, tried, group[:at_once])
 
