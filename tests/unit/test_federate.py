@@ -115,6 +115,13 @@ def test_a_client_that_fails_is_recorded_and_left_out(shared, workers, bad):
     assert identical(again.params, one_round(shared[0], 0, 1, 3, 5, state=wanted)[0].params)
 
 
+def test_a_client_over_which_a_worker_dies_is_asked_once_more(shared, caplog):
+    with caplog.at_level(logging.WARNING, "scalefl"):
+        _, record = one_round(shared[2], 0, 8, 2)
+    assert [loss["client"] for loss in record.lost] == [8]
+    assert [message.split(":")[0] for message in caplog.messages] == ["client 8 of round 1 is asked again"]
+
+
 @pytest.mark.parametrize(
     ("workers", "bad", "said"), [(0, 6, "in forward"), (1, 6, "in forward"), (1, 8, "Fatal Python error: Aborted")]
 )

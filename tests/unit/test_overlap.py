@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from test_trial import settings
 
 import scalefl.bookkeeping
+from scalefl.engines.local import LocalEngine
 from scalefl.errors import CheckpointError
 from scalefl.experiment import Experiment
 from scalefl.run_folder import RunFolder
@@ -31,6 +33,27 @@ def test_the_same_files_as_without(tmp_path):
     assert found["test"] == wanted["test"]
     state = "state.safetensors"
     assert (tmp_path / "beside" / state).read_bytes() == (tmp_path / "here" / state).read_bytes()
+
+
+def test_the_next_round_is_trained_meanwhile(tmp_path, monkeypatch):
+    """Who measures the first round waits for the second to begin; that would never be, if it waited for the measuring."""
+    begun, second = [], threading.Event()
+    fit_into, append = LocalEngine.fit_into, scalefl.bookkeeping.append
+
+    def fit(*arguments):
+        begun.append(arguments)
+        if len(begun) == 2:
+            second.set()
+        yield from fit_into(*arguments)
+
+    def waits(path: Path, line: dict[str, Any]) -> None:
+        if line["round"] == 1:
+            assert second.wait(60), "nobody trains meanwhile"
+        append(path, line)
+
+    monkeypatch.setattr(LocalEngine, "fit_into", fit)
+    monkeypatch.setattr(scalefl.bookkeeping, "append", waits)
+    assert run(settings(rounds=2, engine=BESIDE), tmp_path / "run")["rounds"] == 2 == len(begun)
 
 
 def test_each_round_is_told_once_and_in_order(tmp_path):

@@ -6,13 +6,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 import scalefl.engines.trial
 from scalefl.comparison import load_comparison
 from scalefl.config import make_config, to_plain
 from scalefl.engines.local import LocalEngine
-from scalefl.engines.trial import AtOnce, Crew, _Trial, by_trial, described, makespan, most_workers
+from scalefl.engines.trial import AtOnce, Crew, _Trial, by_trial, described, makespan, most_workers, room_for
 from scalefl.errors import ConfigError
 from scalefl.experiment import Experiment
 from scalefl.loop import federate
@@ -166,6 +167,13 @@ def test_as_many_at_once_as_there_is_memory_for(monkeypatch):
     peak = full_bytes(work=LocalWork(batch_size=4))
     monkeypatch.setattr("scalefl.engines.trial.spare_bytes", lambda: int(3.5 * peak))
     assert trial(monkeypatch, {1: 100}, further=0.1, most=1, cores=1).clients_at_once == 3
+
+
+def test_on_a_gpu_its_own_memory_is_the_room(monkeypatch):
+    monkeypatch.setattr("scalefl.engines.trial.spare_bytes", lambda: 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index * 100, 10**12))
+    assert [room_for(30, torch.device(name)) for name in ("cuda:1", "cuda:3", "cuda:0")] == [3, 10, 1]
+    assert room_for(10**8) == 10
 
 
 def softmax(num_classes: int, dropout: float = 0.0) -> nn.Module:
