@@ -36,7 +36,7 @@ def test_the_same_files_as_without(tmp_path):
 
 
 def test_the_next_round_is_trained_meanwhile(tmp_path, monkeypatch):
-    """Who measures the first round waits for the second to begin; that would never be, if it waited for the measuring."""
+    """Who measures the first round waits for the second to begin: it never would, if it waited for the measuring."""
     begun, second = [], threading.Event()
     fit_into, append = LocalEngine.fit_into, scalefl.bookkeeping.append
 
