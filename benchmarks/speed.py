@@ -116,12 +116,12 @@ def whole(folder: Path, options: argparse.Namespace) -> None:
     """Flower's simulation and ScaleFL, from launch to the last weights."""
     names, measured = (OURS, "flower"), Measured()
     with bench_of([WHOLE], names, options) as bench:
+        for name in names:
+            measured.of(WHOLE.name, name).peak = peak_of(bench, WHOLE, name)
         for pair in range(options.pairs):
             for name in names[:: -1 if pair % 2 else 1]:
                 measured.turns.append(take_whole_run(bench, name, pair, measured))
-        for name in names:
-            measured.of(WHOLE.name, name).peak = peak_of(bench, WHOLE, name)
-    write_peers(folder, "whole", measured, options)
+            write_peers(folder, "whole", measured, options)
 
 
 def compare(folder: Path, name: str, works: Sequence[Work], options: argparse.Namespace) -> None:

@@ -152,9 +152,11 @@ class Comparison:
             _, said = process.communicate()
             self._running.discard(process)
         path.unlink(missing_ok=True)
+        warnings = tuple(line for line in said.splitlines() if line.startswith("warning: "))
         if process.returncode != 0:
-            return Ended(job, said.strip() or f"exit status {process.returncode}")
-        return Ended(job, warnings=tuple(line for line in said.splitlines() if line.startswith("warning: ")))
+            rest = "\n".join(line for line in said.strip().splitlines() if line not in warnings)
+            return Ended(job, rest or f"exit status {process.returncode}", warnings=warnings)
+        return Ended(job, warnings=warnings)
 
 
 def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: Path) -> Comparison:

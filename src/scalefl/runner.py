@@ -62,7 +62,8 @@ def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Genera
     device_of(config.engine.device)  # refused before anything is written
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
-    experiment.settle_engine()  # resumed, maybe where there is less room
+    if again:
+        experiment.settle_engine()  # there may be less room here
     with (
         Tracking(config.tracking, files) as tracking,
         engine_of(experiment) as engine,

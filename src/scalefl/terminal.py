@@ -67,7 +67,10 @@ def _described(rounds: Iterator[RunProgress], folder: Path) -> Iterator[tuple[Ru
     """Each round with its words; totals count the rounds before a resumption too."""
     totals: _Totals | None = None
     for progress in rounds:
-        lines = [progress.line] if totals else RunFolder(folder).read_journal()
+        lines = [progress.line]
+        if totals is None:  # the journal may already have rounds that are told of later
+            journal = RunFolder(folder).read_journal()
+            lines = [line for line in journal if line["round"] <= progress.line["round"]]
         totals = totals or _Totals()
         for line in lines:
             totals.add(line)

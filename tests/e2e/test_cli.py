@@ -235,6 +235,7 @@ def test_the_engine_is_told_and_too_many_workers_are_a_warning(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scalefl.engines.trial.num_cores", lambda: 2)
+    monkeypatch.setattr("scalefl.engines.trial.spare_bytes", lambda: 2**40)
     settings = ("--set", "rounds=1", "--set", "engine.threads=1")
     result = invoke("run", home / "tiny.toml", "--runs", tmp_path / "few", *settings)
     assert result.exit_code == 0 and not result.stderr, result.output

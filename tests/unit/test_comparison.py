@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,28 @@ def test_what_runs_warn_of_is_shown(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "  warning: tracking: cannot write to mlflow (" in done.stdout
     assert f"lacks some of {tmp_path / 'runs' / 'both' / 'fedavg-3'}" in done.stdout
+
+
+@pytest.fixture
+def two_cores() -> Iterator[None]:
+    """Programs that are started have two cores at most."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(cores)[:2])
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_too_many_workers_are_a_warning_which_is_no_part_of_an_error(tmp_path):
+    asked = loaded(tmp_path, BASE, "compare.seeds=[3]", "engine.workers=5000")
+    good, bad = asked.jobs
+    (bad.folder / "unknown").mkdir(parents=True)
+    ended = {end.job.folder: end for end in asked.run()}
+    assert not ended[good.folder].error and ended[bad.folder].error.startswith("error: ")
+    assert all("is not empty" in end.error or not end.error for end in ended.values())
+    for end in ended.values():
+        (warning,) = end.warnings
+        assert warning.startswith("warning: 5000 workers were asked for, and there is room for ")
 
 
 def test_a_run_that_fails_stops_no_other(tmp_path):

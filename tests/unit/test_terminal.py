@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 import scalefl.terminal
-from scalefl.bookkeeping import RunProgress, append
+from scalefl.bookkeeping import RunProgress
 from scalefl.terminal import follow
 
 BYTES = {"bytes_down": 3 * 2**20, "bytes_up": 2**20}
@@ -29,18 +30,25 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def told(folder, lines, *, rounds, clock=None, takes=0.0, first=1, epochs=2, **console) -> str:
+def told(folder, lines, *, rounds, clock=None, takes=0.0, first=1, epochs=2, written_ahead=False, **console) -> str:
     """What is printed of rounds that take so long each; those before `first` were done before a resumption."""
     output = io.StringIO()
 
+    def write(each):
+        with (folder / "journal.jsonl").open("a") as journal:
+            print(json.dumps(each), file=journal)
+
     def done():
         for each in lines:
-            append(folder / "journal.jsonl", each)
+            if not written_ahead:
+                write(each)
             if each["round"] >= first:
                 if clock:
                     clock[0] += takes
                 yield RunProgress(each, rounds, epochs)
 
+    for each in lines if written_ahead else ():
+        write(each)
     follow(Console(file=output, **{"width": 120, **console}), done(), folder)
     return output.getvalue()
 
@@ -51,6 +59,12 @@ def test_samples_a_second_of_all_epochs_since_it_was_started(tmp_path):
     printed = told(tmp_path, lines, rounds=3, first=2).splitlines()
     assert printed[0] == "round 2/3, blocks 1-4, loss 1.250, val. acc. 50.0 %, 8.00 MiB moved, 50 samples/s"
     assert printed[1].endswith("12.0 MiB moved, 200 samples/s, 0 s left")
+
+
+def test_rounds_that_are_journalled_before_they_are_told_count_once(tmp_path):
+    """As when a round is written down while the one before is shown, or a server has got ahead."""
+    printed = told(tmp_path, [line(i) for i in range(1, 4)], rounds=3, written_ahead=True).splitlines()
+    assert [text.split(", ")[4] for text in printed] == ["4.00 MiB moved", "8.00 MiB moved", "12.0 MiB moved"]
 
 
 def test_private_runs_tell_no_speed(tmp_path):

@@ -227,6 +227,7 @@ def test_a_choice_changes_no_number(tmp_path):
 
 def test_more_workers_than_room_are_reduced(monkeypatch):
     monkeypatch.setattr("scalefl.engines.trial.num_cores", lambda: 3)
+    monkeypatch.setattr("scalefl.engines.trial.spare_bytes", lambda: 2**40)
     experiment = Experiment(settings(engine={"workers": 50, "threads": 1}))
     crew = experiment.settle_engine()
     assert crew is not None and (crew.workers, crew.threads) == (3, 1)
@@ -239,6 +240,7 @@ def test_who_runs_too_many_workers_is_warned_and_a_resumption_where_there_is_les
 ):
     cores = [3, 1]
     monkeypatch.setattr("scalefl.engines.trial.num_cores", lambda: cores[0])
+    monkeypatch.setattr("scalefl.engines.trial.spare_bytes", lambda: 2**40)
     asked = settings(engine={"workers": 50, "threads": 1}, rounds=1)
     with caplog.at_level("INFO", "scalefl"):
         run(asked, tmp_path / "run")
