@@ -168,8 +168,8 @@ def usable_bytes(budget_bytes: int) -> int:
     return max(0, budget_bytes - max(math.ceil(MARGIN_SHARE * budget_bytes), MARGIN_BYTES))
 
 
-_SPARED_SHARE = 0.05
-"""Of the machine's memory: what an automatic budget leaves to everything else."""
+SPARED_SHARE = 0.05
+"""Of a machine's or a GPU's memory: what is left to everything else."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -187,7 +187,7 @@ def spare_bytes() -> int:
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
         held = int((_CGROUP / "memory.current").read_text()) - int(stat["inactive_file"])
         total, free = min(total, limit), min(free, limit - held)
-    return max(0, free - int(_SPARED_SHARE * total))
+    return max(0, free - int(SPARED_SHARE * total))
 
 
 @contextlib.contextmanager

@@ -171,8 +171,9 @@ def test_as_many_at_once_as_there_is_memory_for(monkeypatch):
 
 def test_on_a_gpu_its_own_memory_is_the_room(monkeypatch):
     monkeypatch.setattr("scalefl.engines.trial.spare_bytes", lambda: 10**9)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index * 100, 10**12))
-    assert [room_for(30, torch.device(name)) for name in ("cuda:1", "cuda:3", "cuda:0")] == [3, 10, 1]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index * 100, 400))
+    # A twentieth of all of it is left to others.
+    assert [room_for(20, torch.device(name)) for name in ("cuda:1", "cuda:3", "cuda:0")] == [4, 14, 1]
     assert room_for(10**8) == 10
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scalefl.client import Residents, run_task
 from scalefl.coords import extract
-from scalefl.measure import spare_bytes
+from scalefl.measure import SPARED_SHARE, spare_bytes
 from scalefl.params import CPU, moved
 from scalefl.problem import Batch, num_rows
 from scalefl.types import ClientTask, Method, RoundPlan, ServerState, Step
@@ -71,9 +71,15 @@ def most_workers(peak_bytes: int) -> int:
 def room_for(peak_bytes: int, device: torch.device = CPU) -> int:
     """How many such tasks a device has memory for at once, one at least."""
     with contextlib.suppress(OSError):
-        spare = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else spare_bytes()
-        return max(1, spare // max(peak_bytes, 1))
+        return max(1, _spare_bytes(device) // max(peak_bytes, 1))
     return MOST_AT_ONCE
+
+
+def _spare_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return spare_bytes()
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, free - int(SPARED_SHARE * total))
 
 
 def by_trial(
