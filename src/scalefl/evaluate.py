@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scalefl.client import Residents
 from scalefl.data.partitioners import largest_remainder
-from scalefl.hsic import Form, centred_kernel, normalised
+from scalefl.hsic import Form, inner_product, normalised_kernel
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, moved
 from scalefl.partition import Cut
@@ -109,23 +109,23 @@ def nhsic_plane(
         mask = problem.mask(probe)
 
         def kernel(pieces: Iterable[Tensor]) -> Tensor:
-            return centred_kernel(without_padding(torch.cat(list(pieces)), mask))
+            return normalised_kernel(without_padding(torch.cat(list(pieces)), mask), form)
 
         kernels_z = [kernel(zs[i] for _, zs in seen) for i in range(len(cuts))]
         kernel_x = kernel(x for x, _ in seen)
-        kernel_y = centred_kernel(problem.y_features(probe).float())
+        kernel_y = normalised_kernel(problem.y_features(probe).float(), form)
     draw = generator(seed, "permutation")
     orders = [torch.randperm(num_rows(probe), generator=draw) for _ in range(PERMUTATIONS)]
 
     def permuted(kernel: Tensor, kernel_z: Tensor) -> float:
-        return statistics.fmean(float(normalised(kernel[order][:, order], kernel_z, form)) for order in orders)
+        return statistics.fmean(float(inner_product(kernel[order][:, order], kernel_z)) for order in orders)
 
     return [
         {
             "cut": cut.module,
             "num_samples": num_rows(probe),
-            "x": float(normalised(kernel_x, k, form)),
-            "y": float(normalised(kernel_y, k, form)),
+            "x": float(inner_product(kernel_x, k)),
+            "y": float(inner_product(kernel_y, k)),
             "x_permuted": permuted(kernel_x, k),
             "y_permuted": permuted(kernel_y, k),
         }

@@ -11,10 +11,12 @@ Shapes: B samples, D features.
 from __future__ import annotations
 
 import contextlib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from scalefl.torch_private import is_transformed
 
 Form = Literal["cka", "cca"]
 
@@ -30,19 +32,41 @@ def centred_kernel(features: Tensor, sigma: float = SIGMA) -> Tensor:
         features: any shape; flattened to [B, D].
         sigma: bandwidth, in units of √D.
     """
+    a_BD = _flat(features)
+    return _centred(_kernel_less_one(_shifted(a_BD), _scale(a_BD, sigma)))
+
+
+def _flat(features: Tensor) -> Tensor:
     a_BD = features.flatten(1)
-    a_BD = a_BD.to(torch.promote_types(a_BD.dtype, torch.float32))
-    # Shifting all samples changes no distance and keeps the cancellation in ‖a‖² + ‖b‖² − 2ab small.
-    a_BD = a_BD - a_BD.detach().mean(0)
+    return a_BD.to(torch.promote_types(a_BD.dtype, torch.float32))
+
+
+def _scale(a_BD: Tensor, sigma: float) -> float:
+    """Of squared distances in the kernel's exponent."""
+    return -1 / (2 * sigma**2 * a_BD.shape[1])
+
+
+def _shifted(a_BD: Tensor) -> Tensor:
+    """It changes no distance between samples, and keeps the cancellation in ‖a‖² + ‖b‖² − 2ab small."""
+    return a_BD - a_BD.detach().mean(0)
+
+
+def _kernel_less_one(a_BD: Tensor, scale: float) -> Tensor:
+    """K − 1: centring takes any constant away, and next to 1 a kernel of near samples would lose its digits."""
     with _without_autocast(a_BD):
-        half_BB = a_BD @ a_BD.detach().T
-    # The gradient by way of the second factor is that of the transpose: to add it so takes one product less.
-    gram_BB = half_BB + half_BB.T - half_BB.detach()
+        gram_BB = a_BD @ a_BD.detach().T
+    if torch.is_grad_enabled():  # vmap hides whether anything has a gradient
+        # The gradient by way of the second factor is that of the transpose: to add it so takes one product less.
+        gram_BB = gram_BB + gram_BB.T - gram_BB.detach()
     squares_B = gram_BB.diagonal()
-    distances_BB = (squares_B[:, None] + squares_B - 2 * gram_BB).clamp(min=0)
-    # K − 1: centring takes any constant away, and next to 1 a kernel of near samples would lose its digits.
-    less_BB = torch.expm1(distances_BB / (-2 * sigma**2 * a_BD.shape[1]))
-    return less_BB - less_BB.mean(0) - less_BB.mean(1, keepdim=True) + less_BB.mean()
+    distances_BB = torch.sub(squares_B[:, None] + squares_B, gram_BB, alpha=2).clamp(min=0)
+    return distances_BB.mul_(scale).expm1_()
+
+
+def _centred(k_BB: Tensor) -> Tensor:
+    """H K H with H = I − 11ᵀ/B, for a symmetric K."""
+    means_B = k_BB.mean(0)
+    return k_BB - means_B - (means_B - means_B.mean())[:, None]
 
 
 def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -54,7 +78,7 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]
 
 
 def nhsic(a: Tensor, b: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Tensor:
-    """nHSIC of two representations of the same batch: a scalar, differentiable in both.
+    """nHSIC of two representations of the same batch: a scalar, differentiable in both (once, where b has no gradient).
 
     A batch that a representation cannot tell apart (one class, one sample) has a zero kernel: the value is 0
     and so is its gradient.
@@ -64,34 +88,84 @@ def nhsic(a: Tensor, b: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Ten
         form: the normalisation.
         sigma: kernel bandwidth, in units of √D.
     """
-    return normalised(centred_kernel(a, sigma), centred_kernel(b, sigma), form)
+    return likeness(a, normalised_kernel(b, form, sigma), form, sigma)
 
 
-def normalised(ka_BB: Tensor, kb_BB: Tensor, form: Form = "cka") -> Tensor:
-    """nHSIC from two centred kernels."""
-    dtype = torch.promote_types(ka_BB.dtype, kb_BB.dtype)
-    ka_BB, kb_BB = ka_BB.to(dtype), kb_BB.to(dtype)
-    return _cka(ka_BB, kb_BB) if form == "cka" else _cca(ka_BB, kb_BB)
+def likeness(features: Tensor, target_BB: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Tensor:
+    """The inner product of a batch's normalised kernel with another one, or with a weighted sum of several: a scalar.
+
+    Of a weighted sum it is that of several nHSIC. Differentiable once, unless the target has a gradient.
+
+    Args:
+        features: [B, ...].
+        target_BB: normalised kernels of other representations, by the same form.
+        form: the normalisation.
+        sigma: bandwidth, in units of √D.
+    """
+    a_BD = _flat(features)
+    trains = a_BD.requires_grad and torch.is_grad_enabled()
+    if not trains or form != "cka" or target_BB.requires_grad or target_BB.dtype != a_BD.dtype or is_transformed(a_BD):
+        return inner_product(normalised_kernel(a_BD, form, sigma), target_BB)
+    value: Tensor = _Likeness.apply(a_BD, target_BB, _scale(a_BD, sigma))  # type: ignore[no-untyped-call]
+    return value
 
 
-def _cka(ka_BB: Tensor, kb_BB: Tensor) -> Tensor:
-    # Samples this close differ by the rounding of the layers before, not by structure: nothing to compare.
-    floor = len(ka_BB) * 4 * torch.finfo(ka_BB.dtype).eps
-    return (ka_BB * kb_BB).sum() * _scale(ka_BB, floor) * _scale(kb_BB, floor)
+class _Likeness(torch.autograd.Function):
+    """Differentiated by hand: for a small client, to start operations is what they cost, and autograd starts 50."""
+
+    @staticmethod
+    def forward(ctx: Any, a_BD: Tensor, target_BB: Tensor, scale: float) -> Tensor:
+        shifted_BD = _shifted(a_BD)
+        less_BB = _kernel_less_one(shifted_BD, scale)
+        k_BB = _centred(less_BB)
+        inverse = _inverse_norm(k_BB)
+        value = k_BB.flatten().dot(target_BB.flatten()) * inverse
+        ctx.scale = scale
+        ctx.save_for_backward(shifted_BD, less_BB, k_BB, inverse, value, target_BB)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():  # create_graph: what is done here would be left out of it
+            raise RuntimeError("nHSIC can be differentiated once only where its other side has no gradient")
+        shifted_BD, less_BB, k_BB, inverse, value, target_BB = ctx.saved_tensors
+        # By K̄: (T − K̄ ⟨K̄, T⟩ / ‖K̄‖²) / ‖K̄‖; by K that centred, of which rounding has left something to do. By
+        # distances ‖a_i − a_j‖²: W, symmetric. By a_i: 4 Σ_j W_ij (a_i − a_j).
+        pull_BB = _centred(torch.addcmul(target_BB, k_BB, value * inverse, value=-1)).mul_(less_BB + 1)
+        pull_BB = pull_BB * (gradient * inverse * (-4 * ctx.scale))
+        pull_BB.diagonal().sub_(pull_BB.sum(1))
+        with _without_autocast(pull_BB):
+            return pull_BB @ shifted_BD, None, None
 
 
-def _scale(k_BB: Tensor, floor: float) -> Tensor:
+def normalised_kernel(features: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Tensor:
+    """What enters nHSIC of a batch [B, ...], [B, B]: K̄ / ‖K̄‖ for "cka", R for "cca".
+
+    Args:
+        features: any shape; flattened to [B, D].
+        form: the normalisation.
+        sigma: bandwidth, in units of √D.
+    """
+    k_BB = centred_kernel(features, sigma)
+    return k_BB * _inverse_norm(k_BB) if form == "cka" else _regularised(k_BB)
+
+
+def inner_product(ra_BB: Tensor, rb_BB: Tensor) -> Tensor:
+    """nHSIC from two normalised kernels, which are symmetric: tr(R_A R_B) = ⟨R_A, R_B⟩."""
+    dtype = torch.promote_types(ra_BB.dtype, rb_BB.dtype)
+    return ra_BB.to(dtype).flatten().dot(rb_BB.to(dtype).flatten())
+
+
+def _inverse_norm(k_BB: Tensor) -> Tensor:
     """1/‖K‖, or 0 for a kernel that is zero up to rounding, whose gradient is then exactly 0."""
-    total = k_BB.square().sum()
+    # Samples this close differ by the rounding of the layers before, not by structure: nothing to compare.
+    floor = len(k_BB) * 4 * torch.finfo(k_BB.dtype).eps
+    flat = k_BB.flatten()
+    total = flat.dot(flat)
     return torch.where(total > floor**2, total, torch.inf).rsqrt()
 
 
 # Paper: Ma et al., eq. 3. Deviation: the authors of ScaleFL train with "cka" only.
-def _cca(ka_BB: Tensor, kb_BB: Tensor) -> Tensor:
-    ra_BB, rb_BB = _regularised(ka_BB), _regularised(kb_BB)
-    return (ra_BB * rb_BB.T).sum()
-
-
 def _regularised(k_BB: Tensor) -> Tensor:
     m = len(k_BB)
     ridge_BB = EPSILON * m * torch.eye(m, dtype=k_BB.dtype, device=k_BB.device)

@@ -15,7 +15,7 @@ import msgspec
 from torch import Tensor
 
 from scalefl.errors import check_range
-from scalefl.hsic import SIGMA, Form, centred_kernel, normalised
+from scalefl.hsic import SIGMA, Form, likeness, normalised_kernel
 from scalefl.models.output import Projection
 from scalefl.parts import Taps
 from scalefl.problem import Batch, Problem, Weighted, without_padding
@@ -144,18 +144,15 @@ class MentorLoss:
         z_x, z_y = (taps.z, taps.z) if mentor.tap == "cut" else (taps.late, taps.projected)
         # Deviation: the paper has no tokens. What stands where an example has ended says nothing of it.
         mask = problem.mask(batch)
-        kernels: dict[int, Tensor] = {}
-
-        def kernel(features: Tensor) -> Tensor:
-            """Made once where both terms read the same."""
-            if id(features) not in kernels:
-                kernels[id(features)] = centred_kernel(without_padding(features, mask), mentor.sigma)
-            return kernels[id(features)]
-
-        terms = []
+        form, sigma = mentor.form, mentor.sigma
+        wanted = []  # features, and what their kernel is to be like
         if self.lambda_x:
-            terms.append(-self.lambda_x * normalised(kernel(taps.x), kernel(z_x), mentor.form))
+            kernel_x = normalised_kernel(without_padding(taps.x, mask), form, sigma)
+            wanted.append((z_x, self.lambda_x * kernel_x))
         if self.gamma_y:
-            kernel_y = centred_kernel(problem.y_features(batch).to(z_y.dtype), mentor.sigma)
-            terms.append(-self.gamma_y * normalised(kernel_y, kernel(z_y), mentor.form))
+            kernel_y = normalised_kernel(problem.y_features(batch).to(z_y.dtype), form, sigma)
+            wanted.append((z_y, self.gamma_y * kernel_y))
+        if len(wanted) == 2 and z_x is z_y:  # one kernel and one product do for both terms
+            wanted = [(z_x, wanted[0][1] + wanted[1][1])]
+        terms = [-likeness(without_padding(z, mask), target, form, sigma) for z, target in wanted]
         return sum(terms[1:], terms[0]) if terms else None

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scalefl.hsic import EPSILON, SIGMA, Form, centred_kernel, nhsic
+from scalefl.hsic import (
+    EPSILON,
+    SIGMA,
+    Form,
+    centred_kernel,
+    inner_product,
+    likeness,
+    nhsic,
+    normalised_kernel,
+)
 
 MODEST = settings(max_examples=60, deadline=None)
 SEEDS = st.integers(0, 2**40)
@@ -197,6 +206,41 @@ def test_gradients_of_several_batches_at_once_are_those_of_each(form: Form) -> N
     for x, z in zip(a, alone, strict=True):
         nhsic(x, z, form).backward()
     torch.testing.assert_close(together.grad, alone.grad)
+
+
+@MODEST
+@given(SEEDS, BATCHES, st.integers(1, 12), st.sampled_from([0.5, 5.0]))
+def test_the_gradient_by_hand_is_that_of_autograd(seed, m, d, sigma):
+    """For a weighted sum of two terms, as the mentor asks for it; two samples coincide."""
+    a, b = related(seed, m, d)
+    a[-1] = a[0]
+    target = 3 * normalised_kernel(b, sigma=sigma) - 2 * normalised_kernel(features(seed + 5, m, 4), sigma=sigma)
+    by_hand, by_autograd = (a.clone().requires_grad_() for _ in range(2))
+    value, expected = (
+        likeness(by_hand, target, sigma=sigma),
+        inner_product(normalised_kernel(by_autograd, sigma=sigma), target),
+    )
+    assert value.grad_fn is not None and "Likeness" in value.grad_fn.name()
+    torch.testing.assert_close(value, expected)
+    (7 * value).backward()
+    (7 * expected).backward()
+    torch.testing.assert_close(by_hand.grad, by_autograd.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_leaves_the_gradient_alone(dtype):
+    b = features(2, 16, 30, dtype=torch.float32)
+    plain, cast = (features(1, 16, 40).to(dtype).requires_grad_() for _ in range(2))
+    nhsic(plain, b).backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        nhsic(cast, b).backward()
+    assert torch.equal(plain.grad, cast.grad) and plain.grad.any()
+
+
+def test_a_second_derivative_is_refused():
+    a = features(0, 6, 5).requires_grad_()
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(nhsic(a, features(1, 6, 4)), a, create_graph=True)
 
 
 def test_the_gradient_of_a_kernel_is_right_whatever_comes_after_it() -> None:
