@@ -26,7 +26,7 @@ EPSILON = 1e-5
 
 
 def centred_kernel(features: Tensor, sigma: float = SIGMA) -> Tensor:
-    """The centred Gaussian kernel of a batch [B, ...], [B, B], in float32 at least.
+    """The centred Gaussian kernel of a batch [B, ...], [B, B], in float32 at least; differentiable once.
 
     Args:
         features: any shape; flattened to [B, D].
@@ -78,7 +78,7 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]
 
 
 def nhsic(a: Tensor, b: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Tensor:
-    """nHSIC of two representations of the same batch: a scalar, differentiable in both (once, where b has no gradient).
+    """nHSIC of two representations of the same batch: a scalar, differentiable in both, once.
 
     A batch that a representation cannot tell apart (one class, one sample) has a zero kernel: the value is 0
     and so is its gradient.
@@ -94,11 +94,11 @@ def nhsic(a: Tensor, b: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Ten
 def likeness(features: Tensor, target_BB: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Tensor:
     """The inner product of a batch's normalised kernel with another one, or with a weighted sum of several: a scalar.
 
-    Of a weighted sum it is that of several nHSIC. Differentiable once, unless the target has a gradient.
+    Of a weighted sum it is that of several nHSIC. Differentiable once.
 
     Args:
         features: [B, ...].
-        target_BB: normalised kernels of other representations, by the same form.
+        target_BB: normalised kernels of other representations, by the same form; symmetric, as they are.
         form: the normalisation.
         sigma: bandwidth, in units of √D.
     """
@@ -119,19 +119,19 @@ class _Likeness(torch.autograd.Function):
         less_BB = _kernel_less_one(shifted_BD, scale)
         k_BB = _centred(less_BB)
         inverse = _inverse_norm(k_BB)
-        value = k_BB.flatten().dot(target_BB.flatten()) * inverse
+        value = (k_BB * target_BB).sum() * inverse
         ctx.scale = scale
-        ctx.save_for_backward(shifted_BD, less_BB, k_BB, inverse, value, target_BB)
+        ctx.save_for_backward(shifted_BD, less_BB, k_BB, inverse, value * inverse, target_BB)
         return value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():  # create_graph: what is done here would be left out of it
-            raise RuntimeError("nHSIC can be differentiated once only where its other side has no gradient")
-        shifted_BD, less_BB, k_BB, inverse, value, target_BB = ctx.saved_tensors
+            raise RuntimeError("nHSIC can be differentiated once only")
+        shifted_BD, less_BB, k_BB, inverse, share, target_BB = ctx.saved_tensors
         # By K̄: (T − K̄ ⟨K̄, T⟩ / ‖K̄‖²) / ‖K̄‖; by K that centred, of which rounding has left something to do. By
         # distances ‖a_i − a_j‖²: W, symmetric. By a_i: 4 Σ_j W_ij (a_i − a_j).
-        pull_BB = _centred(torch.addcmul(target_BB, k_BB, value * inverse, value=-1)).mul_(less_BB + 1)
+        pull_BB = _centred(torch.addcmul(target_BB, k_BB, share, value=-1)).mul_(less_BB + 1)
         pull_BB = pull_BB * (gradient * inverse * (-4 * ctx.scale))
         pull_BB.diagonal().sub_(pull_BB.sum(1))
         with _without_autocast(pull_BB):
@@ -153,15 +153,14 @@ def normalised_kernel(features: Tensor, form: Form = "cka", sigma: float = SIGMA
 def inner_product(ra_BB: Tensor, rb_BB: Tensor) -> Tensor:
     """nHSIC from two normalised kernels, which are symmetric: tr(R_A R_B) = ⟨R_A, R_B⟩."""
     dtype = torch.promote_types(ra_BB.dtype, rb_BB.dtype)
-    return ra_BB.to(dtype).flatten().dot(rb_BB.to(dtype).flatten())
+    return (ra_BB.to(dtype) * rb_BB.to(dtype)).sum()
 
 
 def _inverse_norm(k_BB: Tensor) -> Tensor:
     """1/‖K‖, or 0 for a kernel that is zero up to rounding, whose gradient is then exactly 0."""
     # Samples this close differ by the rounding of the layers before, not by structure: nothing to compare.
     floor = len(k_BB) * 4 * torch.finfo(k_BB.dtype).eps
-    flat = k_BB.flatten()
-    total = flat.dot(flat)
+    total = k_BB.square().sum()  # not a dot product, which loses digits of many samples
     return torch.where(total > floor**2, total, torch.inf).rsqrt()
 
 

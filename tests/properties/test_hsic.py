@@ -237,6 +237,20 @@ def test_autocast_leaves_the_gradient_alone(dtype):
     assert torch.equal(plain.grad, cast.grad) and plain.grad.any()
 
 
+def test_sums_over_many_samples_keep_their_digits():
+    a = features(0, 1200, 40, dtype=torch.float32)
+    assert float(nhsic(a, a)) == pytest.approx(1, abs=5e-7)
+
+
+def test_the_value_may_be_changed_in_place():
+    a, b = features(0, 6, 5).requires_grad_(), features(1, 6, 4)
+    (expected,) = torch.autograd.grad(nhsic(a, b), a)
+    value = nhsic(a, b)
+    value += 1
+    value.backward()
+    assert torch.equal(a.grad, expected)
+
+
 def test_a_second_derivative_is_refused():
     a = features(0, 6, 5).requires_grad_()
     with pytest.raises(RuntimeError, match="differentiated once only"):
