@@ -33,7 +33,7 @@ def centred_kernel(features: Tensor, sigma: float = SIGMA) -> Tensor:
         sigma: bandwidth, in units of √D.
     """
     a_BD = _flat(features)
-    return _centred(_kernel_less_one(_shifted(a_BD), _scale(a_BD, sigma)))
+    return _centred(_kernel_less_one(_shifted(a_BD), _exponent_scale(a_BD, sigma)))
 
 
 def _flat(features: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def _flat(features: Tensor) -> Tensor:
     return a_BD.to(torch.promote_types(a_BD.dtype, torch.float32))
 
 
-def _scale(a_BD: Tensor, sigma: float) -> float:
-    """Of squared distances in the kernel's exponent."""
+def _exponent_scale(a_BD: Tensor, sigma: float) -> float:
+    """By what the kernel's exponent is a squared distance."""
     return -1 / (2 * sigma**2 * a_BD.shape[1])
 
 
@@ -55,7 +55,7 @@ def _kernel_less_one(a_BD: Tensor, scale: float) -> Tensor:
     """K − 1: centring takes any constant away, and next to 1 a kernel of near samples would lose its digits."""
     with _without_autocast(a_BD):
         gram_BB = a_BD @ a_BD.detach().T
-    if torch.is_grad_enabled():  # vmap hides whether anything has a gradient
+    if is_transformed(a_BD) or (a_BD.requires_grad and torch.is_grad_enabled()):  # transforms hide what has a gradient
         # The gradient by way of the second factor is that of the transpose: to add it so takes one product less.
         gram_BB = gram_BB + gram_BB.T - gram_BB.detach()
     squares_B = gram_BB.diagonal()
@@ -88,6 +88,8 @@ def nhsic(a: Tensor, b: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Ten
         form: the normalisation.
         sigma: kernel bandwidth, in units of √D.
     """
+    if b.requires_grad and not a.requires_grad:  # nHSIC is symmetric, and `likeness` is fast by its features
+        a, b = b, a
     return likeness(a, normalised_kernel(b, form, sigma), form, sigma)
 
 
@@ -98,7 +100,8 @@ def likeness(features: Tensor, target_BB: Tensor, form: Form = "cka", sigma: flo
 
     Args:
         features: [B, ...].
-        target_BB: normalised kernels of other representations, by the same form; symmetric, as they are.
+        target_BB: normalised kernels of other representations, by the same form; that they are symmetric is not
+            checked.
         form: the normalisation.
         sigma: bandwidth, in units of √D.
     """
@@ -106,7 +109,7 @@ def likeness(features: Tensor, target_BB: Tensor, form: Form = "cka", sigma: flo
     trains = a_BD.requires_grad and torch.is_grad_enabled()
     if not trains or form != "cka" or target_BB.requires_grad or target_BB.dtype != a_BD.dtype or is_transformed(a_BD):
         return inner_product(normalised_kernel(a_BD, form, sigma), target_BB)
-    value: Tensor = _Likeness.apply(a_BD, target_BB, _scale(a_BD, sigma))  # type: ignore[no-untyped-call]
+    value: Tensor = _Likeness.apply(a_BD, target_BB, _exponent_scale(a_BD, sigma))  # type: ignore[no-untyped-call]
     return value
 
 
@@ -120,22 +123,21 @@ class _Likeness(torch.autograd.Function):
         k_BB = _centred(less_BB)
         inverse = _inverse_norm(k_BB)
         value = (k_BB * target_BB).sum() * inverse
-        ctx.scale = scale
-        ctx.save_for_backward(shifted_BD, less_BB, k_BB, inverse, value * inverse, target_BB)
+        # The gradient by K̄: (T − K̄ ⟨K̄, T⟩ / ‖K̄‖²) / ‖K̄‖. By K: that, centred; it is already, but for rounding.
+        by_kernel_BB = _centred(torch.addcmul(target_BB, k_BB, value * inverse, value=-1))
+        # By distances ‖a_i − a_j‖²: W, symmetric. By a_i: 4 Σ_j W_ij (a_i − a_j).
+        pull_BB = by_kernel_BB.mul_(less_BB + 1).mul_(-4 * scale * inverse)
+        pull_BB.diagonal().sub_(pull_BB.sum(1))
+        ctx.save_for_backward(pull_BB, shifted_BD)
         return value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():  # create_graph: what is done here would be left out of it
             raise RuntimeError("nHSIC can be differentiated once only")
-        shifted_BD, less_BB, k_BB, inverse, share, target_BB = ctx.saved_tensors
-        # By K̄: (T − K̄ ⟨K̄, T⟩ / ‖K̄‖²) / ‖K̄‖; by K that centred, of which rounding has left something to do. By
-        # distances ‖a_i − a_j‖²: W, symmetric. By a_i: 4 Σ_j W_ij (a_i − a_j).
-        pull_BB = _centred(torch.addcmul(target_BB, k_BB, share, value=-1)).mul_(less_BB + 1)
-        pull_BB = pull_BB * (gradient * inverse * (-4 * ctx.scale))
-        pull_BB.diagonal().sub_(pull_BB.sum(1))
+        pull_BB, shifted_BD = ctx.saved_tensors
         with _without_autocast(pull_BB):
-            return pull_BB @ shifted_BD, None, None
+            return (gradient * pull_BB) @ shifted_BD, None, None
 
 
 def normalised_kernel(features: Tensor, form: Form = "cka", sigma: float = SIGMA) -> Tensor:

@@ -120,6 +120,11 @@ def test_a_batch_without_structure_gives_exactly_zero(form, dtype, rows):
         grads = torch.autograd.grad(value, (z, other))
         assert all(bool(grad.isfinite().all()) for grad in grads)
         assert bool((grads[0] == 0).all())
+    if form == "cka":  # by hand, too
+        for trained, constant in ((z, other.detach()), (other, z.detach())):
+            value = nhsic(trained, constant)
+            (grad,) = torch.autograd.grad(value, trained)
+            assert value.item() == 0 and bool((grad == 0).all())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -160,6 +165,12 @@ def test_float32_is_accurate(form, m, d, scale, shift):
     error = 1e-4 if form == "cka" else 5e-3
     exact = float(nhsic(a, b, form))
     assert float(nhsic(a.float(), b.float(), form)) == pytest.approx(exact, rel=error)
+    gradients = []
+    for features_a, features_b in ((a, b), (a.float(), b.float())):
+        trained = features_a.clone().requires_grad_()
+        nhsic(trained, features_b, form).backward()
+        gradients.append(trained.grad.double())
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < error
 
 
 @pytest.mark.parametrize("classes", [10, 100, 1000, 20000])
@@ -189,6 +200,27 @@ def test_the_biased_estimator_falls_with_more_samples():
     """Independent noise, 512 against 3072 dimensions: .98, .93, .88 at 16, 64 and 128 samples (method.md)."""
     values = [float(nhsic(features(0, m, 512), features(1, m, 3072))) for m in (16, 64, 128)]
     assert values == pytest.approx([0.98, 0.93, 0.88], abs=0.01)
+
+
+@pytest.mark.parametrize("m", [2, 3, 7])
+@pytest.mark.parametrize("first", [True, False])
+def test_gradcheck_by_hand(m, first):
+    a, b = related(5, m, 4)
+    a.requires_grad_()
+    value = (lambda a: nhsic(a, b)) if first else (lambda a: nhsic(b, a))
+    assert "Likeness" in value(a).grad_fn.name()
+    assert torch.autograd.gradcheck(value, [a], atol=1e-6, rtol=1e-5, check_batched_grad=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of what jvp imports
+def test_forward_mode_without_gradients():
+    a, b = related(5, 6, 4)
+    tangent = features(9, 6, 4)
+    a.requires_grad_()
+    (gradient,) = torch.autograd.grad(nhsic(a, b), a)
+    with torch.no_grad():
+        _, found = torch.func.jvp(lambda a: nhsic(a, b), (a.detach(),), (tangent,))
+    torch.testing.assert_close(found, (gradient * tangent).sum())
 
 
 def test_autocast_leaves_the_value_alone():
