@@ -42,7 +42,7 @@ def _flat(features: Tensor) -> Tensor:
 
 
 def _exponent_scale(a_BD: Tensor, sigma: float) -> float:
-    """By what the kernel's exponent is a squared distance."""
+    """What makes a squared distance the kernel's exponent."""
     return -1 / (2 * sigma**2 * a_BD.shape[1])
 
 
