@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scalefl.coords import add
 from scalefl.errors import BadUpdate
-from scalefl.params import Params
+from scalefl.params import Params, real
 from scalefl.types import ClientTask, ClientUpdate, Coords, Window
 
 FINE = 2.0**-47
@@ -66,7 +66,7 @@ class Total:
         """Add a client's tensors, finite and at most `LIMIT` in size, with its weight; `largest` as `check` returns."""
         fine = dict.fromkeys(name for name in params if coords[name] is None and largest[name] <= FINE_LIMIT)
         sums = [self._sum(name, windowed=False) for name in fine]
-        add_fine([total.fine for total in sums], [params[name] for name in fine], weight, self.scale)
+        add_fine([total.fine for total in sums], [real(params[name]) for name in fine], weight, self.scale)
         for total in sums:
             total.weight += weight
         for name in params:
@@ -90,6 +90,9 @@ class Total:
 
     def _add(self, name: str, tensor: Tensor, weight: int, window: Window | None, largest: float) -> None:
         total = self._sum(name, windowed=window is not None)
+        if tensor.is_complex():
+            window = None if window is None else (*window, None)
+        tensor = real(tensor)
         if window is not None and not isinstance(total.weight, Tensor):
             total.weight = torch.full(total.fine.shape, total.weight, dtype=torch.int64)
         value = tensor.to(torch.float64, copy=True).mul_(weight / self.scale)
@@ -107,12 +110,14 @@ class Total:
 
     def _sum(self, name: str, *, windowed: bool) -> _Sum:
         if name not in self._sums:
-            shape = self._reference[name].shape
+            shape = real(self._reference[name]).shape
             weight = torch.zeros(shape, dtype=torch.int64) if windowed else 0
             self._sums[name] = _Sum(torch.zeros(shape, dtype=torch.float64), None, weight)
         return self._sums[name]
 
     def _mean(self, base: Tensor, total: _Sum) -> Tensor:
+        if base.is_complex():
+            return torch.view_as_complex(self._mean(torch.view_as_real(base), total))
         # Powers of 2 go to the divisor, where they change no bit and cost no pass over the tensor.
         unit, value = FINE * self.scale, total.fine
         if total.coarse is None and not isinstance(total.weight, Tensor):
@@ -170,7 +175,7 @@ def _divided(sums: Tensor, divisor: float, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integers (counters of batches) become the rounded mean."""
+    """Integers (counters of batches) become the rounded mean, and booleans what most of the weight says."""
     return value.to(dtype) if dtype.is_floating_point else value.round_().to(dtype)
 
 
@@ -178,7 +183,7 @@ def largest(tensor: Tensor) -> float:
     """The largest size of a value, NaN if there is one; not by `abs`, which the smallest integer overflows."""
     if not tensor.numel():
         return 0.0
-    low, high = tensor.aminmax()
+    low, high = real(tensor).aminmax()
     return max(-float(low), float(high))
 
 
@@ -216,9 +221,15 @@ def check(
             raise refuse(name, f"{tensor.dtype} {tuple(tensor.shape)}, not {wanted.dtype} {tuple(wanted.shape)}")
         sizes[name] = largest(tensor)
         if not sizes[name] < LIMIT:
-            raise refuse(name, "holds NaN, infinity or values beyond 4e12")
+            raise refuse(name, f"holds NaN, infinity or values beyond 4e12: {_DIVERGES}")
         if name.endswith(VARIANCE) and bool((tensor < 0).any()):
             raise refuse(name, "a negative variance")
         if name in trained and sizes[name] > DIVERGED and sizes[name] > DIVERGED * largest(wanted):
-            raise refuse(name, f"has grown to {sizes[name]:.2g}: the client's training has diverged")
+            raise refuse(name, f"has grown to {sizes[name]:.2g}: {_DIVERGES}")
     return sizes
+
+
+_DIVERGES = (
+    "the client's training has diverged. Lower work.lr, clip gradients (work.clip_norm), or bring the inputs to a "
+    "scale near 1"
+)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
-from scalefl.errors import UncuttableModel
+from scalefl.effects import Effects, effects
+from scalefl.errors import ConfigError, UncuttableModel
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.partition import Cut, Entry, Partition, partition
 from scalefl.parts import Part, Stretch
 from scalefl.problem import Problem
-from scalefl.starting import proven
+from scalefl.starting import Proof, proven
+from scalefl.tracing import output_shape
+
+_log = logging.getLogger("scalefl")
 
 Layer = tuple[str, tuple[str, ...]]
 """A module that owns parameters, and their names."""
@@ -56,6 +61,25 @@ class Blocks:
         """The span of all blocks."""
         return Span(0, len(self) - 1)
 
+    @property
+    def gives_labels(self) -> bool:
+        """Whether the model says one thing of each example, [B, K]: what an output module can do in its place."""
+        return len(output_shape(self.model, self.problem)) == 1
+
+    def check_outputs(self) -> None:
+        """Refuse output modules where they have no meaning.
+
+        Raises:
+            ConfigError: the model gives more than one vector of logits for each example.
+        """
+        if len(self) > 1 and not self.gives_labels:
+            shape = ", ".join(map(str, ("B", *output_shape(self.model, self.problem))))
+            raise ConfigError(
+                f"model {self.model.name} returns [{shape}], and an output module [B, K], one label for each example: "
+                'none can stand in for the blocks that a client does not run. Train by method "scalefl" with tails, '
+                'or by "fedavg"'
+            )
+
     def spans(self) -> list[Span]:
         """All of them, shortest first."""
         return sorted((Span(a, b) for a in range(len(self)) for b in range(a, len(self))), key=len)
@@ -80,6 +104,25 @@ class Blocks:
         start = self.ends[span.first - 1] + 1 if span.first else 0
         return range(start, self.ends[span.last] + 1)
 
+    def training_units(self, span: Span) -> range:
+        """The units of a span from the first on that runs as in training.
+
+        Frozen units that lead to it belong to the prefix, in eval mode, like the blocks before. Where the whole model
+        trains, its numbers are to be those of plain training: then only if train mode would change nothing in them.
+        """
+        units, found = self.units(span), self.partition
+        trained = {found.unit_of[name] for name in found.parameters}
+        start = units[0]
+        while start not in trained and start < units[-1] and not found.writes(start):
+            if span == self.whole and not self._proof.same_in_training[start]:
+                break
+            start += 1
+        return range(start, units[-1] + 1)
+
+    @property
+    def _proof(self) -> Proof:
+        return proven(self.model, self.problem, self.partition.entries)
+
     def held(self, span: Span) -> list[str]:
         """Tensors that training the span needs: those of its prefix and its own."""
         last = self.ends[span.last]
@@ -95,11 +138,12 @@ class Blocks:
     def active(self, span: Span, coadapted_layers: int = 0) -> tuple[str, ...]:
         """Modules that run in train mode: those of the span, and the co-adapted layers with their norms."""
         near = {path for path, _ in self._coadapted(span, coadapted_layers)}
-        return tuple(sorted({path for path in self._running(span) if not self._straddles(path, span)} | near))
+        running = {path for path in self._running(span) if not self._straddles(path, span)}
+        return self._in_train_mode(running | near)
 
     def straddling(self, span: Span) -> tuple[str, ...]:
         """Modules that run both in the span and before it."""
-        return tuple(sorted(path for path in self._running(span) if self._straddles(path, span)))
+        return self._in_train_mode({path for path in self._running(span) if self._straddles(path, span)})
 
     def statistics(self, active: Sequence[str]) -> frozenset[str]:
         """Buffers that norms in train mode update."""
@@ -115,15 +159,15 @@ class Blocks:
         along: Sequence[Layer] = (),
     ) -> Part:
         """What a step that trains the span runs; with its `tail`, also what follows, of which layers train `along`."""
-        first = self.units(span)[0]
+        first = self.training_units(span)[0]
         near = [name for _, names in self._coadapted(span, coadapted_layers) for name in names]
         runs = self._with_tail(span) if tail else span
         part = self._part(runs, output, min((self.partition.unit_of[name] for name in near), default=first))
         active = self.active(span, coadapted_layers)
         return replace(
             part,
-            active=tuple(sorted({*active, *(path for path, _ in along)})),
-            start=self.cut(span.first - 1) if span.first else None,
+            active=self._in_train_mode({*active, *(path for path, _ in along)}),
+            start=self.partition.cuts[first - 1] if first else None,
             straddling=self.straddling(span),
         )
 
@@ -134,16 +178,16 @@ class Blocks:
         names = self.trainable_of(layers)
         runs = self._with_tail(span) if tail else span
         part = self._part(runs, output, min(self.partition.unit_of[name] for name in names))
-        return replace(part, active=tuple(sorted(path for path, _ in layers)))
+        return replace(part, active=self._in_train_mode({path for path, _ in layers}))
 
     def trainable_of(self, layers: Sequence[Layer]) -> frozenset[str]:
         """The parameters of some layers."""
         return frozenset(name for _, names in layers for name in names) & self.partition.parameters
 
     def layer_groups(self, span: Span) -> list[tuple[Layer, ...]]:
-        """The weight layers of a span in order of execution, each with the norms that follow it."""
+        """The weight layers of a span that train, in order of execution, each with the norms that follow it."""
         units, groups = self.units(span), list[list[Layer]]()
-        for path, names in self.partition.layers:
+        for path, names in self._trained_layers():
             own = tuple(name for name in names if self.partition.unit_of[name] in units)
             if not own:
                 continue
@@ -154,13 +198,23 @@ class Blocks:
                 groups.append([(path, own)])
         return [tuple(group) for group in groups]
 
+    def _trained_layers(self) -> list[Layer]:
+        """Modules that own trainable parameters, in order of execution, with their names."""
+        trained = self.partition.parameters
+        own = ((path, tuple(name for name in names if name in trained)) for path, names in self.partition.layers)
+        return [layer for layer in own if layer[1]]
+
+    def _in_train_mode(self, paths: Collection[str]) -> tuple[str, ...]:
+        """Those modules among `paths` that the model itself trains in train mode."""
+        return tuple(sorted(self.partition.train_mode.intersection(paths)))
+
     def _with_tail(self, span: Span) -> Span:
         return Span(span.first, len(self) - 1)
 
     def _part(self, span: Span, output: OutputSpec | None, first_trained_unit: int) -> Part:
         stop, last, before = self.cut(span.last), self.ends[span.last], first_trained_unit - 1
         feature = stop or self.partition.feature
-        entries = proven(self.model, self.problem, self.partition.entries)
+        entries, does = self._proof.entries, effects(self.model, self.problem)
         entry = entries[before] if before >= 0 else None
         inner = self._inner(entries[before + 1 : last], span, feature)
         return Part(
@@ -171,14 +225,23 @@ class Blocks:
             source=self.partition.source,
             source_blank=self.partition.source_blank,
             active=(),
-            static_norms=not self.partition.static_norms.isdisjoint(self._running(span)),
+            couples=self._couples(span, does),
             held=tuple(self.held(span)),
+            written=tuple(sorted(does.written_in_training | does.written_in_evaluation)),
+            copies_inputs=does.writes_inputs,
             prefix=self._stretches(entries, before) if entry else (),
             entry=entry,
             own=self._needed(entry, last),
             inner=inner,
             needed=self._needed_between(entry, inner, last),
         )
+
+    def _couples(self, span: Span, does: Effects) -> bool:
+        """Whether examples are seen to depend on each other in training, by more than norms with statistics."""
+        found = self.partition
+        if not found.static_norms.isdisjoint(self._running(span)):
+            return True
+        return does.couples and not found.static_norms and found.train_mode.isdisjoint(found.statistics)
 
     def _inner(self, entries: Sequence[Entry | None], span: Span, feature: Cut | None) -> tuple[Entry, ...]:
         """Those of the cuts inside a span at which a run can start, and that come by the feature."""
@@ -216,12 +279,12 @@ class Blocks:
         )
 
     def _running(self, span: Span) -> list[str]:
-        units = self.units(span)
+        units = self.training_units(span)
         runs = self.partition.module_units.items()
         return [path for path, (enter, leave) in runs if enter <= units[-1] and leave >= units[0]]
 
     def _straddles(self, path: str, span: Span) -> bool:
-        return self.partition.module_units[path][0] < self.units(span)[0]
+        return self.partition.module_units[path][0] < self.training_units(span)[0]
 
     def _coadapted(self, span: Span, count: int) -> list[tuple[str, tuple[str, ...]]]:
         """The last `count` weight layers before the span and the norms that follow them.
@@ -232,7 +295,7 @@ class Blocks:
             return []
         block = self.units(Span(span.first - 1, span.first - 1))
         found: list[tuple[str, tuple[str, ...]]] = []
-        for path, names in reversed(self.partition.layers):
+        for path, names in reversed(self._trained_layers()):
             layer = (path, tuple(name for name in names if self.partition.unit_of[name] in block))
             if not layer[1]:
                 continue
@@ -251,24 +314,25 @@ def _passes(entry: Entry, feature: Cut | None) -> bool:
 
 @lru_cache(maxsize=64)
 def blocks_by_count(model: ModelSpec, problem: Problem, count: int) -> Blocks:
-    """Cut into `count` blocks that hold weight layers as evenly as may be.
+    """Cut into `count` blocks that hold weight layers as evenly as may be; into fewer where there is less to train.
 
     Deviation: the authors cut ResNets between their stages, which a count finds for ResNet-18, but not for ResNet-34.
 
     Raises:
-        UncuttableModel: there are fewer units than blocks.
+        UncuttableModel: the model has no place to cut.
     """
     found = partition(model, problem)
-    if not 1 <= count <= found.num_units:
-        raise UncuttableModel(
-            f"model {model.name} has {found.num_units} units: it can be cut into 1 to {found.num_units} blocks, "
-            f"not {count}"
-        )
-    loads = [
-        sum(found.unit_of[names[0]] == unit and path not in found.norms for path, names in found.layers)
-        for unit in range(found.num_units)
-    ]
-    return Blocks(model, problem, found, _even_ends(tuple(loads), count))
+    ends = found.block_ends
+    units = [found.unit_of[trained[0]] for path, trained in _weight_layers(found)]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    loads = tuple(sum(start <= unit <= end for unit in units) for start, end in zip(starts, ends, strict=True))
+    return Blocks(model, problem, found, tuple(ends[i] for i in _even_ends(loads, min(count, len(ends)))))
+
+
+def _weight_layers(found: Partition) -> list[Layer]:
+    """Layers that train, but for norms."""
+    own = ((path, tuple(n for n in names if n in found.parameters)) for path, names in found.layers)
+    return [(path, names) for path, names in own if names and path not in found.norms]
 
 
 @lru_cache(maxsize=64)
@@ -278,17 +342,36 @@ def blocks_by_hand(model: ModelSpec, problem: Problem, cuts: tuple[str, ...]) ->
     return Blocks(model, problem, found, tuple(range(found.num_units)))
 
 
+@lru_cache(maxsize=64)
 def blocks_as_asked(model: ModelSpec, problem: Problem, blocks: int | tuple[str, ...]) -> Blocks:
-    """So many blocks, or those between the modules that are named; see `blocks_by_count` and `blocks_by_hand`."""
+    """So many blocks, or those between the modules that are named; see `blocks_by_count` and `blocks_by_hand`.
+
+    Where the model can't be cut so often it is in fewer blocks, or in one, and a warning says why.
+
+    Raises:
+        UncuttableModel: the modules that are named are no places to cut.
+    """
     if isinstance(blocks, tuple):
         return blocks_by_hand(model, problem, blocks)
-    return blocks_by_count(model, problem, blocks)
+    try:
+        found = blocks_by_count(model, problem, blocks)
+    except UncuttableModel as error:
+        if blocks > 1:
+            _log.warning("model %s can't be cut, and trains as one block: %s", model.name, error)
+        return blocks_by_hand(model, problem, ())
+    if len(found) < blocks:
+        what = "units that train" if len(found.partition.block_ends) < found.partition.num_units else "units"
+        _log.warning(
+            "model %s has %d %s: it is cut into %d blocks, not %d", model.name, len(found), what, len(found), blocks
+        )
+    return found
 
 
 @lru_cache(maxsize=1024)
 def blocks_from_ends(model: ModelSpec, problem: Problem, ends: tuple[int, ...]) -> Blocks:
-    """Blocks that end with the given units of the automatic partition."""
-    return Blocks(model, problem, partition(model, problem), ends)
+    """Blocks that end with the given units of the automatic partition; the whole model where there is one."""
+    found = blocks_as_asked(model, problem, 1).partition if len(ends) == 1 else partition(model, problem)
+    return Blocks(model, problem, found, ends)
 
 
 def _even_ends(loads: tuple[int, ...], count: int) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import torch
 
 from scalefl.checkpoint import save_state, write_whole
 from scalefl.client import Residents
+from scalefl.effects import effects
 from scalefl.engines.gauge import device_of
 from scalefl.errors import CheckpointError
 from scalefl.evaluate import accuracy_over_clients, evaluate, evaluate_groups, nhsic_plane
@@ -135,6 +136,7 @@ class Observer:
         # names cuts go: what is deployed may be made around it.
         for each in {model, state.model} if is_drawn else {model}:
             self._residents.make(each)
+            effects(each, self._experiment.problem)
         cuts = self._experiment.plane_cuts(state.model) if is_drawn else ((), None)
 
         def found() -> dict[str, Any]:

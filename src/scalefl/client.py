@@ -226,16 +226,17 @@ def train_batch(
     pull = None
     if len(micros) > 1 and objective.coupled:
         pull = _pull_of_batch(runner, batch, micros, problem, objective, prefix)
-    divisor, total_weight = pull.weight if pull else num_rows(batch), 0
+    divisor, total_weight = pull.weight if pull else num_rows(batch), 0.0
     for number, (micro, micro_rows) in enumerate(micros):
         if pull:
             set_rng_state(pull.rng_states[number])  # dropout as in the first pass
         taps = runner(micro, problem, prefix(micro, micro_rows), recompute=means.recompute)
-        loss, weight = objective.sample_terms(taps, micro, problem)
+        loss, weighed = objective.sample_terms(taps, micro, problem)
+        weight = float(weighed)
         total_weight += weight
         if len(micros) == 1:
-            divisor = weight or 1
-        value = loss / max(divisor, 1)
+            divisor = weight
+        value = loss / (divisor or 1)
         coupled = pull.on(taps, number) if pull else objective.batch_terms(taps, micro, problem) if weight else None
         if coupled is not None:
             value = value + coupled
@@ -261,12 +262,12 @@ class _Pull(NamedTuple):
 
     Attributes:
         gradients: tap -> its gradient for each micro-batch.
-        weight: of the batch.
+        weight: of the batch; any positive number, as for class weights.
         rng_states: torch's generator before each micro-batch.
     """
 
     gradients: Mapping[str, tuple[Tensor, ...]]
-    weight: int
+    weight: float
     rng_states: list[RngState]
 
     def on(self, taps: Taps, number: int) -> Tensor | None:
@@ -287,15 +288,17 @@ def _pull_of_batch(
 
     nHSIC is no sum over samples. Exact where no layer couples samples either: batch norm does, in each micro-batch.
     """
-    states, weight, start = [], 0, 0
+    states, weight, start = [], 0.0, 0
     leaves: dict[str, Tensor] = {}
     with torch.no_grad(), runner.keep_statistics():
         for micro, rows in micros:
             states.append(rng_state())
             taps = runner(micro, problem, prefix(micro, rows))
-            weight += objective.sample_terms(taps, micro, problem)[1]
+            weight += float(objective.sample_terms(taps, micro, problem)[1])
             for name in ("x", *objective.coupled):
                 piece = getattr(taps, name)
+                if piece is None:
+                    continue
                 if name not in leaves:
                     # Room for the whole batch at once: to join pieces takes twice as much.
                     leaves[name] = piece.new_empty(num_rows(batch), *piece.shape[1:])

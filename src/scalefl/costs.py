@@ -6,21 +6,21 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scalefl.blocks import blocks_as_asked
 from scalefl.client import held_by, holding, make_optimizer, train_batch
-from scalefl.errors import UncuttableModel
 from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, Slices, cost_of, predict, profile, slices
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, is_attachment
-from scalefl.partition import partition
 from scalefl.parts import Features, Part, Resident, Taps
 from scalefl.prefix import CHUNK, Prefix, from_input
-from scalefl.problem import Batch, Problem, num_rows
+from scalefl.problem import Batch, Problem, Weighted, num_rows
 from scalefl.profile_store import stored
 from scalefl.steps import full_step
 from scalefl.types import OWN, LocalWork, Objective, PrefixMode, Step
@@ -123,10 +123,7 @@ def _profile(step: Step, problem: Problem, objective: Objective, splits: bool) -
 
 def _fingerprint(model: ModelSpec, problem: Problem) -> str | None:
     """What tells a model from others in every process; None where it can't be traced in units."""
-    try:
-        found = _slices(model, problem)
-    except UncuttableModel:
-        return None
+    found = _slices(model, problem)
     return None if found is None else found.fingerprint
 
 
@@ -164,7 +161,8 @@ def _traced(step: Step, problem: Problem, objective: Objective) -> Callable[[Led
             with ledger.counting_as("activations"):
                 batch = problem.example(step.work.batch_size)
             watched = _Watched(objective, ledger)
-            train_batch(runner, optimizer, batch, problem, watched, step.means, _waiting(step.part, ledger))
+            looked_at = cast(Problem, _WatchedProblem(problem, ledger))
+            train_batch(runner, optimizer, batch, looked_at, watched, step.means, _waiting(step.part, ledger))
 
     return run
 
@@ -256,8 +254,10 @@ class _Watched:
     def coupled(self) -> tuple[str, ...]:
         return self.objective.coupled
 
-    def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> tuple[Tensor, int]:
-        found = self.objective.sample_terms(taps, batch, problem)
+    def sample_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Weighted:
+        with self.ledger.reading():
+            loss, weight = self.objective.sample_terms(taps, batch, problem)
+            found = loss, float(weight)
         if torch.is_grad_enabled():
             self.ledger.settle()
         return found
@@ -265,6 +265,22 @@ class _Watched:
     def batch_terms(self, taps: Taps, batch: Batch, problem: Problem) -> Tensor | None:
         with self.ledger.counting_as("mentor"):
             return self.objective.batch_terms(taps, batch, problem)
+
+
+class _WatchedProblem:
+    """A problem whose metrics may take numbers out of fake tensors."""
+
+    def __init__(self, problem: Problem, ledger: Ledger) -> None:
+        self._problem, self._ledger = problem, ledger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._problem, name)
+
+    def metrics(self, output: Tensor, batch: Batch) -> dict[str, Weighted]:
+        with self._ledger.reading():
+            return {
+                name: (value, float(weight)) for name, (value, weight) in self._problem.metrics(output, batch).items()
+            }
 
 
 @contextlib.contextmanager
@@ -349,7 +365,7 @@ def _passing(step: Step, units: range, found: Slices, problem: Problem) -> int:
     if not step.means.recompute:
         return found.peak(units, rows)
     # Each stretch between two starts runs alone, beside the tensors that those before it left.
-    cuts = partition(step.part.model, problem).cuts
+    cuts = blocks_as_asked(step.part.model, problem, 1).partition.cuts
     if any(inner.cut not in cuts for inner in step.part.inner):
         return 0  # cut by hand inside a unit, of which nothing is known but the whole
     kept, start, highest = 0, units[0], 0
@@ -368,10 +384,7 @@ def _passing(step: Step, units: range, found: Slices, problem: Problem) -> int:
 def _units_of(step: Step, problem: Problem) -> range:
     """The first run of units of which a step trains all."""
     part, nothing = step.part, range(0)
-    try:
-        found = partition(part.model, problem)
-    except UncuttableModel:
-        return nothing
+    found = blocks_as_asked(part.model, problem, 1).partition
     if (part.entry and part.entry.cut not in found.cuts) or (part.stop and part.stop not in found.cuts):
         return nothing
     first = found.cuts.index(part.entry.cut) + 1 if part.entry else 0
@@ -387,7 +400,7 @@ def _units_of(step: Step, problem: Problem) -> range:
 @lru_cache(maxsize=64)
 def _slices(model: ModelSpec, problem: Problem) -> Slices | None:
     """What each unit of a model takes while it trains whole."""
-    cuts = partition(model, problem).cuts
+    cuts = blocks_as_asked(model, problem, 1).partition.cuts
     step = full_step(model, problem, LocalWork(batch_size=WHOLE.batch, momentum=0))
     step = replace(step, part=replace(step.part, inner=()))
     run = _traced(step, problem, TaskLoss())

@@ -3,6 +3,7 @@
     ScaleFLError
     ├── ConfigError        a setting is unknown, of the wrong type, or contradicts another
     ├── DataError          a data set lacks a column, a split or examples
+    ├── ModelDoesNotRun    the model fails on an example batch of the data
     ├── UncuttableModel    no place, or not the place asked for, splits the model into blocks
     ├── UnsliceableModel   the model has no width to scale
     ├── BudgetError        no allowed means fits a memory budget
@@ -10,6 +11,7 @@
     ├── RoundFailed        every client of a round was lost
     ├── BadUpdate          a client sent something that must not enter the mean
     ├── NotAllowed         a server asks a node for something that is not on the node's list
+    ├── FrozenTensorWritten  a model has written into a tensor that others share
     └── CheckpointError    a saved run is truncated, foreign, newer, or cannot be written
 
 A message gives the fact, the numbers, and what to do. A client that is lost is data in the round's
@@ -53,6 +55,10 @@ class DataError(ScaleFLError):
     """A data set lacks a column, a split or examples."""
 
 
+class ModelDoesNotRun(ScaleFLError):
+    """The model fails on an example batch of the data."""
+
+
 class UncuttableModel(ScaleFLError):
     """No place, or not the place asked for, splits the model into blocks."""
 
@@ -83,6 +89,10 @@ class BadUpdate(ScaleFLError):
 
 class NotAllowed(ScaleFLError):
     """A server asks a node for a class or a factory that is not on the node's list."""
+
+
+class FrozenTensorWritten(ScaleFLError):
+    """A model has written into a frozen tensor, which others share: what the run has is not to be trusted any more."""
 
 
 class CheckpointError(ScaleFLError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from scalefl.client import Residents
 from scalefl.data.partitioners import largest_remainder
+from scalefl.effects import effects
 from scalefl.hsic import Form, inner_product, normalised_kernel
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, moved
@@ -45,7 +47,7 @@ def evaluate_groups(
         groups: rows of `examples`, [N_g] each; a row may be in several.
     """
     sums: list[dict[str, list[float]]] = [{} for _ in groups]
-    part = Part(model, None, None, None, None, active=(), held=tuple(params))
+    part = _whole(model, problem, params)
     with residents[model].holding(part, moved(params, residents.device)) as (runner, _), torch.no_grad():
         for start, batch in _slices(examples, residents.device):
             logits, count = runner(batch, problem).logits, num_rows(batch)
@@ -60,6 +62,22 @@ def evaluate_groups(
                     entry[0] += float(value)
                     entry[1] += weight
     return [{name: value / weight for name, (value, weight) in found.items()} for found in sums]
+
+
+def _whole(model: ModelSpec, problem: Problem, params: Params) -> Part:
+    """The whole model, in eval mode."""
+    does = effects(model, problem)
+    return Part(
+        model,
+        None,
+        None,
+        None,
+        None,
+        active=(),
+        held=tuple(params),
+        written=tuple(sorted(does.written_in_evaluation)),
+        copies_inputs=does.writes_inputs,
+    )
 
 
 def accuracy_over_clients(of_label: Tensor, counts: Tensor) -> dict[str, float]:
@@ -102,7 +120,7 @@ def nhsic_plane(
         source: the module whose output stands for X (token models).
         seed: of the permutations.
     """
-    part = Part(model, None, None, None, source, active=(), held=tuple(params))
+    part = replace(_whole(model, problem, params), source=source)
     probe = moved(probe, residents.device)
     with residents[model].holding(part, moved(params, residents.device)) as (runner, _), torch.no_grad():
         seen = [runner.features(batch, problem, tuple(cuts)) for _, batch in _slices(probe, residents.device)]

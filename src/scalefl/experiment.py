@@ -35,7 +35,7 @@ from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import derive
 from scalefl.sampling import UniformSampler, everybody, shuffled
 from scalefl.steps import full_step
-from scalefl.tracing import num_outputs
+from scalefl.tracing import output_shape
 from scalefl.tracking import check_installed
 from scalefl.types import Method, Population, RoundPlan, ServerState
 
@@ -64,10 +64,10 @@ class Experiment:
         loaded = _load_data(config)
         self.problem: Problem = loaded.problem
         self.model: ModelSpec = config.make_model(self.problem)
-        outputs = num_outputs(self.model, self.problem)
-        if outputs < self.problem.num_classes:
+        shape = output_shape(self.model, self.problem)
+        if len(shape) == 1 and shape[0] < self.problem.num_classes:
             raise ConfigError(
-                f"model {self.model.name} has {outputs} outputs, the data {self.problem.num_classes} classes"
+                f"model {self.model.name} has {shape[0]} outputs, the data {self.problem.num_classes} classes"
             )
         self.remote = reach(self.problem) if reach else None
         self.data = self._data(loaded)

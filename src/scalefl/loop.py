@@ -185,6 +185,8 @@ def _reduce(method: Method, engine: Engine, state: ServerState, plan: RoundPlan,
     tasks = {task.client_id: task for task in plan.tasks}
     for answer in _answers(method, engine, _Orders(state, plan), plan, total):
         if isinstance(answer, ClientLoss):
+            if answer.has_spoilt:
+                raise RoundFailed(f"round {state.round + 1}: client {answer.client_id}: {answer.cause}")
             tally.lose(_explained(answer, plan))
             continue
         if answer.is_added:

@@ -167,6 +167,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._done = hashlib.sha256()
         self._fingerprint = fingerprint
         self._term: Term = "transients"
+        self._reads = False
         self._live = np.zeros((len(TERMS), SHAPES), dtype=np.int64)
         self._moments: list[Array] = []
         self._waiting: list[Array] = []
@@ -183,6 +184,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self._term = before
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside the block, numbers that are taken out of fake tensors are 1: there they are no control flow."""
+        self._reads = True
+        try:
+            yield
+        finally:
+            self._reads = False
 
     def file(self, tensors: Iterable[Tensor], term: Term) -> None:
         """File tensors, known or not, under `term`; also for the time that they have been there."""
@@ -249,6 +259,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls; autograd asks where its tensors are
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        if self._reads and func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return _one_of(args[0].dtype)
         if self._fingerprint:
             self._done.update(repr((str(func), *map(_shapes, (args, kwargs or {})))).encode())
         result = UNKNOWN if self._fakes is None else self._fakes.recall(func, args, kwargs or {})
@@ -340,6 +352,12 @@ def _watched(
     with mode, ledger:
         step(ledger)
         return ledger.profile()
+
+
+def _one_of(dtype: torch.dtype) -> bool | int | float:
+    if dtype is torch.bool:
+        return True
+    return 1.0 if dtype.is_floating_point else 1
 
 
 def _scratch(func: Any, args: tuple[Any, ...], outputs: Any) -> list[list[Tensor]]:

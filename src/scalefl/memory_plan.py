@@ -19,7 +19,7 @@ from scalefl.objectives import TaskLoss
 from scalefl.planner import budget_error, fit, least, least_of
 from scalefl.problem import Classification, Column, Problem
 from scalefl.steps import full_step
-from scalefl.tracing import num_outputs
+from scalefl.tracing import output_shape
 from scalefl.types import (
     NO_MEANS,
     Choice,
@@ -174,7 +174,7 @@ def _problem_for(model: ModelSpec, example: Tensor | Mapping[str, Tensor]) -> Pr
     described = tuple(
         Column(name, tuple(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for name, t in columns.items()
     )
-    return Classification(num_outputs(model, Classification(2, described)), described)
+    return Classification(output_shape(model, Classification(2, described))[-1], described)
 
 
 def _row(

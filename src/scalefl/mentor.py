@@ -14,7 +14,7 @@ from typing import Literal, Protocol, runtime_checkable
 import msgspec
 from torch import Tensor
 
-from scalefl.errors import check_range
+from scalefl.errors import ConfigError, check_range
 from scalefl.hsic import SIGMA, Form, likeness, normalised_kernel
 from scalefl.models.output import Projection
 from scalefl.parts import Taps
@@ -147,6 +147,11 @@ class MentorLoss:
         form, sigma = mentor.form, mentor.sigma
         wanted = []  # features, and what their kernel is to be like
         if self.lambda_x:
+            if taps.x is None:
+                raise ConfigError(
+                    "the mentor compares features with the input, and this model has token ids for one, of which no "
+                    "module makes numbers alone: set method.mentor.lambda_max = 0"
+                )
             kernel_x = normalised_kernel(without_padding(taps.x, mask), form, sigma)
             wanted.append((z_x, self.lambda_x * kernel_x))
         if self.gamma_y:

@@ -35,6 +35,11 @@ def collecting(module: nn.Module) -> Iterator[None]:
             _tensor(norm.running_var).copy_(found.second / found.num_examples)
 
 
+def collectable(module: nn.Module) -> frozenset[str]:
+    """Names of the statistics that `collecting` can collect, counters of batches included."""
+    return frozenset(f"{path}.{name}" for path, norm in _norms(module) for name, _ in norm.named_buffers(recurse=False))
+
+
 def centred(module: nn.Module, collected: Params) -> dict[str, Tensor]:
     """Collected statistics with variances where second moments were.
 

@@ -49,6 +49,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(content)
 
 
+def real(tensor: Tensor) -> Tensor:
+    """A complex tensor [...] as its real and imaginary parts [..., 2], in the same memory; others as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
 def select(params: Params, names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors under `names`, not copied."""
     return {name: params[name] for name in names}

@@ -12,12 +12,13 @@ open how to find it; the search for dominators is ours.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from torch import nn
 
+from scalefl.effects import effects
 from scalefl.errors import UncuttableModel, nearest
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
@@ -76,8 +77,10 @@ class Partition:
         module_units: the first and last unit in which each module runs.
         layers: modules that own parameters, in order of execution, with the parameters' names.
         parameters: names of the trainable parameters; the user's own frozen ones are not among them.
+        train_mode: paths of the modules that train in train mode: those that the model's own `train()` leaves in it.
         norms: those of `layers` that own vectors only (norms, scales): they go with the layer before them.
-        statistics: names of the buffers that each norm with running statistics updates in train mode.
+        statistics: names of the tensors that each module writes while it runs in train mode: running statistics of
+            norms, and what else a forward pass was seen to change.
         static_norms: batch norms without running statistics.
         source: the module whose output is the input features (token models); None where the input is.
         source_blank: what that output looks like.
@@ -92,6 +95,7 @@ class Partition:
     module_units: Mapping[str, tuple[int, int]]
     layers: tuple[tuple[str, tuple[str, ...]], ...]
     parameters: frozenset[str]
+    train_mode: frozenset[str]
     norms: frozenset[str]
     statistics: Mapping[str, tuple[str, ...]]
     static_norms: frozenset[str]
@@ -104,6 +108,19 @@ class Partition:
     def num_units(self) -> int:
         """Number of units."""
         return len(self.cuts) + 1
+
+    @property
+    def block_ends(self) -> tuple[int, ...]:
+        """The units with which a block may end, so that there is something to train in each: frozen ones lead on to
+        the next that trains, and those after the last belong to it.
+        """
+        trained = sorted({self.unit_of[name] for name in self.parameters})
+        return (*trained[:-1], self.num_units - 1)
+
+    def writes(self, unit: int) -> bool:
+        """Whether anything that runs in a unit writes into the model's tensors while it trains."""
+        writing = (self.module_units[path] for path in self.statistics if path in self.train_mode)
+        return any(first <= unit <= last for first, last in writing)
 
     def shapes_after(self, unit: int) -> list[tuple[int, ...]]:
         """The shapes that the one tensor takes in the units after `unit`."""
@@ -120,11 +137,14 @@ def partition(model: ModelSpec, problem: Problem, cuts: tuple[str, ...] | None =
     Raises:
         UncuttableModel: there is no such place, or a named module is missing, runs more than once, or has
             no single floating-point output, or a block would be left with nothing to train.
+        ModelDoesNotRun, ConfigError: see `traced`.
     """
     trace = traced(model, problem)
+    if trace.why_uncuttable and cuts != ():
+        raise UncuttableModel(trace.why_uncuttable)
     graph = Graph(trace)
     chosen = _automatic(trace, graph) if cuts is None else _by_hand(trace, graph, cuts)
-    return _partition(trace, graph, chosen)
+    return _partition(trace, graph, chosen, effects(model, problem).written_in_training)
 
 
 @dataclass(frozen=True)
@@ -154,16 +174,16 @@ def _automatic(trace: Trace, graph: Graph) -> list[_Place]:
             f"{culprit} is used on both sides of every possible cut (tied weights?): untie it, or name the cut "
             'points by hand, as module paths: blocks = ["layer1", ...]'
         )
-    return _before_weights(trace, graph, kept, trace.trainable)
+    return _before_weights(trace, graph, kept)
 
 
 def _dominating_places(trace: Trace, graph: Graph) -> list[_Place]:
     """One place for each dominator that is some module's output: the outermost such module."""
     wanted = {id(graph.nodes[i]) for i in graph.dominators} - {id(trace.sink)}
     found = [
-        _Place(path, call, *carried)
+        _Place(path, call, carried.position, carried.node, carried.shape)
         for path, call in trace.calls.items()
-        if (carried := call.carried()) is not None and id(carried[1]) in wanted
+        if (carried := graph.carried(call)) is not None and id(carried.node) in wanted
     ]
     best: dict[int, _Place] = {}
     for place in _on_time(trace, graph, found):
@@ -216,19 +236,16 @@ def _without_sharing(trace: Trace, graph: Graph, places: list[_Place]) -> tuple[
     return [place for c, place in enumerate(places) if c not in bad], culprit
 
 
-def _before_weights(
-    trace: Trace, graph: Graph, places: list[_Place], names: Collection[str] | None = None
-) -> list[_Place]:
+def _before_weights(trace: Trace, graph: Graph, places: list[_Place]) -> list[_Place]:
     """Keep the cuts that a unit with weights of its own follows: norms and activations stay with what they follow.
 
-    So do position embeddings and the like, which belong to a container that the cut lies in. Only weights among
-    `names` count, where they are given.
+    So do position embeddings and the like, which belong to a container that the cut lies in.
     """
     unit = graph.units([place.node for place in places])
     weights: dict[int, list[str]] = {}
     for i, node in enumerate(graph.nodes):
         name = trace.parameter(node)
-        if name is not None and node.variable.ndim >= 2 and (names is None or name in names):
+        if name is not None and node.variable.ndim >= 2:
             weights.setdefault(unit[i], []).append(name)
     return [
         place
@@ -246,7 +263,7 @@ def _starts_after(trace: Trace, name: str, place: _Place) -> bool:
 def _by_hand(trace: Trace, graph: Graph, paths: tuple[str, ...]) -> list[_Place]:
     if len(set(paths)) < len(paths):
         raise UncuttableModel(f"cut points {list(paths)} name a module twice")
-    places = sorted((_named_place(trace, path) for path in paths), key=lambda place: place.call.exit)
+    places = sorted((_named_place(trace, graph, path) for path in paths), key=lambda place: place.call.exit)
     needed = _needed(trace, graph.units([place.node for place in places]), graph)
     for number, place in enumerate(places):
         if early := _too_early(trace, needed, place, number):
@@ -264,23 +281,24 @@ def _by_hand(trace: Trace, graph: Graph, paths: tuple[str, ...]) -> list[_Place]
     return places
 
 
-def _named_place(trace: Trace, path: str) -> _Place:
+def _named_place(trace: Trace, graph: Graph, path: str) -> _Place:
     call = trace.calls.get(path)
     if call is None:
         raise UncuttableModel(f"cut point {path!r} names no module that runs{nearest(path, trace.calls, 3)}")
-    carried = call.carried()
+    carried = graph.carried(call)
     if carried is None:
         times = "once" if call.times == 1 else f"{call.times} times"
+        inside = ", inside of the model's own activation checkpointing" if call.is_checkpointed else ""
         raise UncuttableModel(
-            f"cut point {path!r} runs {times} and returns {len(call.outputs)} floating-point tensors: "
-            "a cut needs a module that runs once and returns one tensor with a gradient"
+            f"cut point {path!r} runs {times}{inside} and returns {len(call.outputs)} tensors with a gradient: "
+            "a cut needs a module that runs once and returns one that what follows uses"
         )
-    if carried[1] is trace.sink:
+    if carried.node is trace.sink:
         raise UncuttableModel(f"cut point {path!r} is the model's own output: nothing would follow it")
-    return _Place(path, call, *carried)
+    return _Place(path, call, carried.position, carried.node, carried.shape)
 
 
-def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
+def _partition(trace: Trace, graph: Graph, places: list[_Place], written: frozenset[str]) -> Partition:
     unit = graph.units([place.node for place in places])
     exits = [place.call.exit for place in places]
     module = trace.module
@@ -298,7 +316,8 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
             owner = owner.rpartition(".")[0]
         unit_of[name] = module_units[owner][0]
     unit_of |= _needed(trace, unit, graph)
-    shared = _shared(trace, graph, unit, module_units)
+    statistics = _statistics(module, written - trace.trainable, module_units)
+    shared = _shared(trace, graph, unit, [module_units[path] for path in statistics])
     everywhere = _dominating_places(trace, graph)
     features = _before_weights(trace, graph, everywhere)
     return Partition(
@@ -308,8 +327,9 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
         module_units=module_units,
         layers=_layers(trace),
         parameters=trace.trainable,
+        train_mode=trace.train_mode,
         norms=_norms(trace),
-        statistics=_statistics(module),
+        statistics=statistics,
         static_norms=_static_norms(module),
         source=graph.source_module,
         source_blank=_source_blank(trace, graph.source_module),
@@ -318,11 +338,12 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
     )
 
 
-def _shared(trace: Trace, graph: Graph, unit: list[int], module_units: Mapping[str, tuple[int, int]]) -> set[int]:
-    """Cuts (made by hand) with tensors on both sides that training changes: parameters, and statistics of norms."""
+def _shared(trace: Trace, graph: Graph, unit: list[int], writing: Sequence[tuple[int, int]]) -> set[int]:
+    """Cuts with tensors on both sides that training changes: parameters (of cuts by hand), and what `writing` modules
+    write, whose first and last units these are.
+    """
     uses = ((i, graph.order[id(p)]) for i, node in enumerate(graph.nodes) for p in parents(node) if trace.parameter(p))
-    spans = [(unit[j], unit[i]) for i, j in uses]
-    spans += [module_units[path] for path in _statistics(trace.module) if path in module_units]
+    spans = [*((unit[j], unit[i]) for i, j in uses), *writing]
     return {cut for first, last in spans for cut in range(first, last)}
 
 
@@ -361,12 +382,21 @@ def _own_parameters(module: nn.Module, path: str) -> tuple[str, ...]:
     return tuple(f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters(recurse=False))
 
 
-def _statistics(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    return {
-        path: tuple(f"{path}.{name}" for name, _ in child.named_buffers(recurse=False))
-        for path, child in module.named_modules()
-        if getattr(child, "track_running_stats", False)
-    }
+def _statistics(
+    module: nn.Module, written: frozenset[str], module_units: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[str, ...]]:
+    """What modules write, by the module that runs and owns it, or has it in a container that never runs itself."""
+    found = set(written)
+    for path, child in module.named_modules():
+        if getattr(child, "track_running_stats", False):
+            found |= {f"{path}.{name}" for name, _ in child.named_buffers(recurse=False)}
+    owned: dict[str, list[str]] = {}
+    for name in sorted(found):
+        owner = name.rpartition(".")[0]
+        while owner not in module_units:
+            owner = owner.rpartition(".")[0]
+        owned.setdefault(owner, []).append(name)
+    return {path: tuple(names) for path, names in owned.items()}
 
 
 def _static_norms(module: nn.Module) -> frozenset[str]:

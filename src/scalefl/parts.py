@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scalefl.errors import ConfigError, FrozenTensorWritten
 from scalefl.models.output import OutputModule, OutputSpec, empty_output
 from scalefl.models.pooling import speed_up
 from scalefl.models.skeleton import Skeleton, tensors
@@ -66,8 +67,11 @@ class Part:
         start: the cut where the frozen prefix ends; None where there is none.
         straddling: modules that run on both sides of `start` (a shared dropout, the model itself): in eval mode
             before it and in train mode after it.
-        static_norms: whether batch norms without statistics run in what trains: they see the batch in any mode.
+        couples: whether what trains couples the examples of a batch otherwise than by norms with statistics: norms
+            without them see the batch in any mode.
         held: names of the model's own tensors that the run needs.
+        written: names of the tensors that forward passes of the model write: they are copied where they don't move.
+        copies_inputs: whether the model writes into what it is given, and so is given copies.
         prefix: the frozen prefix in stretches that can run one by one; none where it must run with the rest.
         entry: where what trains can start from the prefix's features: `start`, or before co-adapted layers.
         own: names of the model's own tensors that a run from `entry` needs.
@@ -89,7 +93,9 @@ class Part:
     source_blank: Blank | None = None
     start: Cut | None = None
     straddling: tuple[str, ...] = ()
-    static_norms: bool = False
+    couples: bool = False
+    written: tuple[str, ...] = ()
+    copies_inputs: bool = False
     prefix: tuple[Stretch, ...] = ()
     entry: Entry | None = None
     own: tuple[str, ...] = ()
@@ -117,8 +123,9 @@ class Taps:
     """What a run shows to an objective; B examples.
 
     Args:
-        logits: [B, K].
-        x: the input features [B, ...], without a gradient.
+        logits: [B, K]; of another shape where the problem's labels are.
+        x: the input features [B, ...], without a gradient; None where nothing that comes in is a number, and no
+            module's output stands for it.
         z: the feature at the part's cut [B, ...].
         late: the features after the output module's light layers [B, ...]; z where there is none.
         projected: the projection head's output [B, d]; z where there is none.
@@ -126,7 +133,7 @@ class Taps:
     """
 
     logits: Tensor
-    x: Tensor
+    x: Tensor | None
     z: Tensor
     late: Tensor
     projected: Tensor
@@ -184,7 +191,8 @@ class Resident:
         names = frozenset(part.own if without_prefix else part.held).difference(*passing)
         with contextlib.ExitStack() as undo:
             undo.callback(self._skeleton.clear)
-            trained = self._skeleton.lay({name: params[name] for name in sorted(names)}, trainable, moving)
+            laid = {name: params[name] for name in sorted(names)}
+            trained = self._skeleton.lay(laid, trainable, moving, part.written)
             outputs = {}
             for spec in part.outputs:
                 outputs[spec], skeleton = self._output(spec)
@@ -197,7 +205,11 @@ class Resident:
             _set_modes(self._module, part.active)
             for first in first_convolutions(self._module) if part.channels_last else ():
                 undo.callback(first.register_forward_hook(_turn).remove)
-            yield PartRunner(self._module, self._skeleton, part, outputs, params, moving, passing), trained
+            runner = PartRunner(self._module, self._skeleton, part, outputs, params, moving - trainable, passing)
+            frozen = _Versions(self._skeleton, names - moving - trainable)
+            yield runner, trained
+            runner.take_in()
+            frozen.check()
 
     def changeable(self, part: Part) -> frozenset[str]:
         """The model's buffers that a run of `part` may write into: those of modules in train mode."""
@@ -250,12 +262,12 @@ class PartRunner:
         part: Part,
         outputs: Mapping[OutputSpec, OutputModule],
         params: Params,
-        moving: frozenset[str],
+        statistics: frozenset[str],
         passing: tuple[frozenset[str], ...],
     ) -> None:
         self._module, self._skeleton, self._part, self._outputs = module, skeleton, part, outputs
         self._params, self._passing = params, passing
-        self._statistics = [t for name, t in module.named_buffers() if name in moving]
+        self._statistics = {name: skeleton.laid(name) for name in sorted(statistics)}
         self._seen: dict[str, Tensor] = {}
         self._exits: list[Tensor] = []
         self._again: list[_Rerun] = []
@@ -278,7 +290,7 @@ class PartRunner:
             recompute: keep no activations of the units before the last: once a loss has gone backward,
                 `complete_backward` runs them again, one by one.
         """
-        args, kwargs = problem.inputs(batch)
+        args, kwargs = self._inputs(batch, problem)
         self._seen.clear()
         self._exits.clear()
         self._again.clear()
@@ -321,9 +333,34 @@ class PartRunner:
                     again.backward(self._run)
         set_rng_state(after)
 
-    def keep_statistics(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the block, runs leave the norms' statistics as they were."""
-        return _kept(self._statistics)
+    @contextlib.contextmanager
+    def keep_statistics(self) -> Iterator[None]:
+        """Inside the block, runs leave what norms and other modules note as it was."""
+        self.take_in()
+        held = list(self._statistics.values())
+        before = [t.clone() for t in held]
+        yield
+        self.take_in()
+        if held:  # data: autograd need not know, what saw the statistics has done with them
+            torch._foreach_copy_([t.data for t in held], before)
+
+    def exchange(self, values: Params) -> None:
+        """Take values in the place of tensors that move without being trained for those tensors: see `Resident`."""
+        self._statistics = {name: values[name] for name in self._statistics if name in values}
+
+    def take_in(self) -> None:
+        """Take what a forward pass has put in the place of a tensor that moves into that tensor."""
+        for name, tensor in self._statistics.items():
+            found = self._skeleton.laid(name)
+            if found is not tensor:
+                if found.shape != tensor.shape:
+                    raise ConfigError(
+                        f"the model puts a tensor of shape {list(found.shape)} in the place of {name}, which has "
+                        f"{list(tensor.shape)}: what clients average keeps its shape"
+                    )
+                with torch.no_grad():
+                    tensor.copy_(found.detach())
+                self._skeleton.exchange({name: tensor})
 
     def collecting(self) -> contextlib.AbstractContextManager[None]:
         """Inside the block, norms in train mode collect their statistics anew; see `norm_statistics`."""
@@ -332,12 +369,12 @@ class PartRunner:
     def prefix_features(self, batch: Batch, problem: Problem) -> Features:
         """What the frozen prefix, laid out with the rest, gives for a batch."""
         assert self._part.entry is not None
-        args, kwargs = problem.inputs(batch)
+        args, kwargs = self._inputs(batch, problem)
         return self._frozen(args, kwargs, None, [], self._part.entry.cut)
 
     def streamed_features(self, batch: Batch, problem: Problem) -> Features:
         """The same, with the tensors of one stretch of the prefix held at a time."""
-        args, kwargs = problem.inputs(batch)
+        args, kwargs = self._inputs(batch, problem)
         given: list[Tensor] = []
         x = None
         for stretch in self._part.prefix:
@@ -451,10 +488,16 @@ class PartRunner:
 
         return hook
 
-    def _x(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _inputs(self, batch: Batch, problem: Problem) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = problem.inputs(batch)
+        if not self._part.copies_inputs:
+            return args, kwargs
+        return tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}
+
+    def _x(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         if "x" in self._seen:
             return self._seen["x"]
-        return floating([*args, *kwargs.values()])[0]
+        return next(iter(floating([*args, *kwargs.values()])), None)
 
 
 class _Rerun(NamedTuple):
@@ -481,12 +524,29 @@ class _Rerun(NamedTuple):
             end.flatten().dot(gradient.flatten()).backward()  # type: ignore[no-untyped-call]
 
 
-@contextlib.contextmanager
-def _kept(held: list[Tensor]) -> Iterator[None]:
-    before = [t.clone() for t in held]
-    yield
-    if held:  # data: autograd need not know, what saw the statistics has done with them
-        torch._foreach_copy_([t.data for t in held], before)
+class _Versions:
+    """Holds against a model that it left the frozen parameters as they were: others may share their memory."""
+
+    def __init__(self, skeleton: Skeleton, names: Iterable[str]) -> None:
+        self._laid = {name: skeleton.laid(name) for name in names}
+        self._before = {name: t._version for name, t in self._laid.items()}
+
+    def check(self) -> None:
+        """Raise if one was written in place.
+
+        Raises:
+            FrozenTensorWritten: names it.
+        """
+        for name, tensor in self._laid.items():
+            if isinstance(tensor, nn.Parameter) and tensor._version != self._before[name]:
+                raise FrozenTensorWritten(
+                    f"forward writes in place into {name}, which is frozen, and did not in the trial before the run: "
+                    "the global model may have changed with it. Write into a buffer, or into a copy"
+                )
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _keep(found: dict[Cut, Tensor], cut: Cut) -> Any:

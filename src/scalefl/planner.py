@@ -272,11 +272,15 @@ def output_module(
     part that it stands in for: with the projection that is asked for if one can have it, else with a narrower one.
     Where nothing costs so little, the module with the lowest peak.
 
+    Raises:
+        ConfigError: the model says more than one thing of an example, which no output module can.
+
     Deviation: the authors hold output modules to no limit, and do not say how they predict a peak; ours is traced.
     """
     cut = blocks.cut(block)
     if cut is None:
         return None
+    blocks.check_outputs()
     later = blocks.partition.shapes_after(blocks.ends[block])
     spec = OutputSpec(cut.module, cut.shape, light_targets(cut.shape, later), problem.num_classes, normed=normed)
     through = span_step(blocks, Span(block, len(blocks) - 1), None, work)

@@ -260,8 +260,11 @@ def check_plan(plan: RoundPlan, state: ServerState) -> None:
 
 
 def _check_step(step: Step, state: ServerState) -> None:
-    if step.statistics or step.part.static_norms:
-        raise ConfigError(_statistics(state))
+    if step.statistics or step.part.couples:
+        raise ConfigError(_statistics(state, min(step.statistics, default="")))
+    for name in sorted(step.trained):
+        if state.params[name].is_complex():
+            raise ConfigError(f"[privacy]: {name} is complex, and noise is made for real numbers only")
     if step.own:
         raise ConfigError(_OWN_TENSORS)
     if step.classes is not None:
@@ -276,8 +279,9 @@ _OWN_TENSORS = (
 )
 
 
-def _statistics(state: ServerState) -> str:
+def _statistics(state: ServerState, name: str = "") -> str:
+    what = f"running statistics ({name})" if name else "statistics of the batch"
     return (
-        f"[privacy]: norms of {state.model.name} have running statistics, which tell of clients' data and which no "
+        f"[privacy]: norms of {state.model.name} have {what}, which tell of clients' data and which no "
         'noise covers: take norms without (model_arguments.norm = "group" in the built-in models)'
     )

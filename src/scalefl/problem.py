@@ -18,8 +18,8 @@ from scalefl.errors import ConfigError
 Batch = Mapping[str, Tensor]
 """Named columns of equal length; the first dimension counts examples."""
 
-Weighted = tuple[Tensor, int]
-"""A sum over examples and the weight to divide it by."""
+Weighted = tuple[Tensor, float | Tensor]
+"""A sum over examples and the weight to divide it by: a number, or a tensor of one."""
 
 
 def num_rows(batch: Batch) -> int:
@@ -101,6 +101,14 @@ class Problem(Protocol):
         ...
 
     @property
+    def couples_examples(self) -> bool:
+        """Whether the loss of a batch is more than the sum of its examples', as a contrastive one is.
+
+        Clients then keep whole batches together.
+        """
+        ...
+
+    @property
     def augments(self) -> bool:
         """Whether `augment` changes batches."""
         ...
@@ -125,6 +133,7 @@ class Classification:
         mean, std: per-channel normalisation of an integer image column after division by 255.
         augmentation: "crop" (4 pixels of padding, then a random window) and "flip" (left-right),
             drawn for each example of an image batch.
+        couples_examples: whether the loss (of a subclass) compares the examples of a batch with each other.
     """
 
     num_classes: int
@@ -133,6 +142,7 @@ class Classification:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     augmentation: tuple[Augmentation, ...] = ()
+    couples_examples: bool = False
 
     def __post_init__(self) -> None:
         if self.augmentation and len(self.columns[0].shape) != 3:
@@ -151,10 +161,13 @@ class Classification:
         return (self._normalised(batch[self.columns[0].name]),), {}
 
     def output(self, raw: Any) -> Tensor:
-        """The logits [B, K] in what the model returned: a tensor, or an object with `logits`."""
-        logits = getattr(raw, "logits", raw)
+        """The logits [B, K] in what the model returned: a tensor, or an object or a mapping with `logits`."""
+        logits = raw.get("logits") if isinstance(raw, Mapping) else getattr(raw, "logits", raw)
         if not isinstance(logits, Tensor):
-            raise ConfigError(f"the model returned {type(raw).__name__}: expected a tensor or `.logits`")
+            raise ConfigError(
+                f"the model returned {_told(raw)}: expected a tensor, or an object or dict with `logits`. A Problem of "
+                "your own (a subclass of Classification) can say in `output` which of it is the prediction"
+            )
         return logits
 
     def loss(self, output: Tensor, batch: Batch) -> Weighted:
@@ -204,6 +217,15 @@ class Classification:
             return x
         mean, std = (_of_channels(values, x) for values in (self.mean, self.std))
         return x.float().div_(255).sub_(mean).div_(std)
+
+
+def _told(raw: Any) -> str:
+    """What a model returned, for messages."""
+    if isinstance(raw, Mapping):
+        return f"a {type(raw).__name__} with {', '.join(map(repr, raw)) or 'nothing in it'}"
+    if isinstance(raw, tuple | list):
+        return f"a {type(raw).__name__} of {len(raw)}"
+    return type(raw).__name__
 
 
 def _of_channels(values: tuple[float, ...], x: Tensor) -> Tensor | float:

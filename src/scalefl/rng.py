@@ -75,9 +75,14 @@ def undrawn() -> Iterator[None]:
         raise RuntimeError("something draws random numbers")
 
 
-def _drawn_so_far() -> tuple[object, ...]:
+def drawn_by_python() -> tuple[object, ...]:
+    """Where Python's and NumPy's global generators stand: equal to an earlier value if nothing was drawn since."""
     _, keys, *place = np.random.get_state()
-    return random.getstate(), np.asarray(keys).tobytes(), place, torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), np.asarray(keys).tobytes(), place
+
+
+def _drawn_so_far() -> tuple[object, ...]:
+    return *drawn_by_python(), torch.get_rng_state().numpy().tobytes()
 
 
 class RngState(NamedTuple):

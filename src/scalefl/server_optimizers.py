@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scalefl.errors import check_range
+from scalefl.params import real
 from scalefl.types import RoundPlan, ServerState, Totals
 
 
@@ -84,11 +85,12 @@ def apply_mean(
     for name, mean in total.mean(state.params).items():
         if name in trained:
             before, held = _history(history, name), total.held(name)
-            own = dict(before)
-            params[name] = optimizer.update(state.params[name], mean, own)
+            own, old = dict(before), real(state.params[name])
+            new = optimizer.update(old, real(mean), own)
             if held is not None:  # momentum rests where nobody trained
-                params[name] = torch.where(held, params[name], state.params[name])
+                new = torch.where(held, new, old)
                 own = {kind: torch.where(held, t, before.get(kind, t)) for kind, t in own.items()}
+            params[name] = torch.view_as_complex(new) if mean.is_complex() else new
             history.update({f"server.{kind}.{name}": t for kind, t in own.items()})
         else:
             params[name] = mean

@@ -134,6 +134,9 @@ class SGD:
         moving = [i for i, p in enumerate(self._parameters) if p.grad is not None]
         if not moving:
             return
+        for i in moving:
+            if _gradient(self._parameters[i]).is_sparse:  # of an embedding; weight decay makes it dense anyway
+                self._parameters[i].grad = _gradient(self._parameters[i]).to_dense()
         self._pull_to_start(moving)
         if self._work.clip_norm:
             # Paper: FedProx, eq. 2: the pull is part of the gradient, so it is there before the norm is taken.
@@ -162,6 +165,8 @@ class SGD:
         def apply(p: Tensor) -> None:
             if p.grad is None:  # it has moved already, or nothing has come back
                 return
+            if p.grad.is_sparse:
+                p.grad = p.grad.to_dense()
             self._pull_to_start([i])
             self._move([i])
             p.grad = None

@@ -15,8 +15,8 @@ from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import Template, filled, floating
 from scalefl.partition import Entry
 from scalefl.problem import Batch, Problem
-from scalefl.rng import generator, seeded
-from scalefl.tracing import PROBE_EXAMPLES
+from scalefl.rng import seeded
+from scalefl.tracing import PROBE_EXAMPLES, random_batch
 
 NUM_EXAMPLES = PROBE_EXAMPLES + 1
 """Of the proof: another number than the probe's, so that a stand-in of a fixed size shows."""
@@ -72,9 +72,21 @@ def _set_training(modules: Sequence[nn.Module], *, training: bool) -> None:
         module.training = training
 
 
+class Proof(NamedTuple):
+    """What was found out about entries.
+
+    Attributes:
+        entries: those from which a run ends in the same logits, bit for bit, as one from the input; None for the others.
+        same_in_training: for each, whether what comes before it gives the same in train mode as in eval mode.
+    """
+
+    entries: tuple[Entry | None, ...]
+    same_in_training: tuple[bool, ...]
+
+
 @lru_cache(maxsize=64)
-def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]) -> tuple[Entry | None, ...]:
-    """The entries from which a run ends in the same logits, bit for bit, as one from the input; None for the others.
+def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]) -> Proof:
+    """Which entries give the numbers of a run from the input.
 
     Tried for real, on random examples and initial weights, in eval and in train mode: something besides the one
     tensor may pass a cut without a gradient (a mask that a skipped module computes), the modules after it may write
@@ -84,11 +96,12 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
     found = list(entries)
     try:
         module = model.build(0)
-        batch = _random(problem.example(NUM_EXAMPLES))
+        batch = random_batch(problem, NUM_EXAMPLES)
         fewer = _whole_run(module.eval(), {n: column[:-1] for n, column in batch.items()}, problem, entries)
-        for training in (False, True):
+        in_modes = [_whole_run(module.train(training), batch, problem, entries) for training in (False, True)]
+        same = [i in in_modes[0].kept and _same(in_modes[0].kept[i], in_modes[1].kept[i]) for i in range(len(entries))]
+        for training, whole in zip((False, True), in_modes, strict=True):
             module.train(training)
-            whole = _whole_run(module, batch, problem, entries)
             following: int | None = None
             for i, entry in reversed(list(enumerate(found))):
                 reached = entry is not None and i in whole.kept
@@ -98,8 +111,8 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
                 else:
                     found[i] = None
     except Exception:  # a model that only runs on real data: it then runs from the input
-        return (None,) * len(entries)
-    return tuple(found)
+        return Proof((None,) * len(entries), (False,) * len(entries))
+    return Proof(tuple(found), tuple(same))
 
 
 class _Kept(NamedTuple):
@@ -208,20 +221,3 @@ def _same(one: _Kept, other: _Kept) -> bool:
 def _logits(module: nn.Module, batch: Batch, problem: Problem) -> Tensor:
     args, kwargs = problem.inputs(batch)
     return problem.output(module(*args, **kwargs))
-
-
-def _random(batch: Batch) -> Batch:
-    """Random values for a batch of zeros; token ids and masks stay 0 or 1, and start with 1."""
-    draw = generator(0, "starting in the middle")
-    return {name: _random_like(column, draw) for name, column in batch.items()}
-
-
-def _random_like(column: Tensor, draw: torch.Generator) -> Tensor:
-    if column.is_floating_point():
-        return torch.randn(column.shape, generator=draw).to(column.dtype)
-    if column.dtype == torch.uint8:
-        return torch.randint(0, 256, column.shape, dtype=torch.uint8, generator=draw)
-    values = torch.randint(0, 2, column.shape, generator=draw).to(column.dtype)
-    if values.ndim > 1:
-        values[:, 0] = 1
-    return values

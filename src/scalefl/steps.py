@@ -4,38 +4,32 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scalefl.blocks import Blocks, Layer, Span, blocks_by_count, blocks_by_hand
-from scalefl.errors import UncuttableModel
+from scalefl.blocks import Blocks, Layer, Span, blocks_as_asked
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
+from scalefl.norm_statistics import collectable
 from scalefl.problem import Problem
 from scalefl.types import LocalWork, Step
 
 
 def full_step(model: ModelSpec, problem: Problem, work: LocalWork) -> Step:
     """Training of the whole model."""
-    blocks = _one_block(model, problem)
+    blocks = blocks_as_asked(model, problem, 1)  # with all cuts inside it: units can be recomputed
     return span_step(blocks, blocks.whole, None, work)
 
 
 def collecting_step(model: ModelSpec, problem: Problem, work: LocalWork) -> Step | None:
     """One run of the whole model over a client's data, in which norms collect statistics and nothing trains.
 
-    None where no norm has statistics.
+    None where no norm has statistics that can be collected.
     """
-    blocks = _one_block(model, problem)
-    step = span_step(blocks, blocks.whole, None, replace(work, epochs=1))
-    if not step.statistics:
+    step = full_step(model, problem, replace(work, epochs=1))
+    names = collectable(model.skeleton()) & step.statistics
+    if not names:
         return None
-    part = replace(step.part, active=tuple(sorted(blocks.partition.statistics)), inner=())
-    return replace(step, part=part, trainable=frozenset(), moving=step.statistics)
-
-
-def _one_block(model: ModelSpec, problem: Problem) -> Blocks:
-    try:
-        return blocks_by_count(model, problem, 1)  # with all cuts inside it: units can be recomputed
-    except UncuttableModel:
-        return blocks_by_hand(model, problem, ())
+    norms = sorted({name.rpartition(".")[0] for name in names})
+    part = replace(step.part, active=tuple(norms), inner=())
+    return replace(step, part=part, trainable=frozenset(), moving=names)
 
 
 def span_step(

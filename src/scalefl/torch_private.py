@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _dispatch_key_parse, _dispatch_keys, _functorch
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -22,6 +23,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "inside_checkpoint",
     "is_transformed",
     "on_meta",
     "quiet_fakes",
@@ -37,6 +39,11 @@ def is_transformed(tensor: Tensor) -> bool:
     """Whether a tensor may be more than its numbers: one for many, as under vmap, or in forward-mode autograd."""
     runs = bool(_are_functorch_transforms_active()) or forward_ad._current_level >= 0
     return runs or _dispatch_keys(tensor).has(_BATCHED)
+
+
+def inside_checkpoint() -> bool:
+    """Whether what autograd saves goes through somebody's hooks, as inside of `torch.utils.checkpoint`."""
+    return _top_saved_tensors_default_hooks(True) is not None
 
 
 @contextlib.contextmanager

@@ -6,53 +6,83 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from scalefl.errors import ScaleFLError, UncuttableModel
+from scalefl.errors import ConfigError, ModelDoesNotRun, ScaleFLError
 from scalefl.models.skeleton import lay_fakes
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import NoTemplate, Template, floating, template_of
-from scalefl.problem import Problem
-from scalefl.rng import seeded
-from scalefl.torch_private import FakeTensorMode, quiet_fakes
+from scalefl.problem import Batch, Problem
+from scalefl.rng import drawn_by_python, generator, seeded
+from scalefl.torch_private import FakeTensorMode, inside_checkpoint, quiet_fakes
 
 T = TypeVar("T")
 
 PROBE_EXAMPLES = 2
 
+NUM_RUNS = 8
+"""Of a model whose structure may depend on data or on random numbers, so many runs are compared."""
+
 Node = Any  # a node of the autograd graph; torch has no public type for it
+
+
+class Carried(NamedTuple):
+    """An output of a module that carries the graph.
+
+    Attributes:
+        position: among the module's floating-point outputs.
+        node: of the graph, and which of its results the output is.
+        shape: of the output.
+    """
+
+    position: int
+    node: Node
+    result: int
+    shape: tuple[int, ...]
 
 
 @dataclass
 class Call:
-    """What the probe saw of one module: when it ran, the graph nodes of its output, and what stands in for it."""
+    """What the probe saw of one module: when it ran, the graph nodes of its output, and what stands in for it.
+
+    `is_checkpointed` modules run again while gradients are taken, as the user's model recomputes them itself.
+    """
 
     enter: int
     exit: int = -1
     times: int = 0
-    outputs: list[tuple[Node | None, tuple[int, ...]]] = field(default_factory=list)
+    outputs: list[Carried] = field(default_factory=list)
     template: Template = None
     has_template: bool = False
-
-    def carried(self) -> tuple[int, Node, tuple[int, ...]] | None:
-        """Position, node and shape of the one output that carries the graph, if there is just one."""
-        grads = [(i, node, shape) for i, (node, shape) in enumerate(self.outputs) if node is not None]
-        return grads[0] if self.times == 1 and len({id(node) for _, node, _ in grads}) == 1 else None
+    is_checkpointed: bool = False
 
 
 @dataclass
 class Trace:
-    """One watched run: the graph is read from `sink`, the node of the logits."""
+    """One watched run: the graph is read from `sink`, the node of the logits.
+
+    Attributes:
+        module: what ran.
+        trainable: names of the parameters that the user lets train.
+        train_mode: paths of the modules that train in train mode: those that `train()` leaves in it.
+        calls: what was seen of each module.
+        inputs: the leaves that the floating-point inputs were made of.
+        sink: the node of the logits.
+        output_shape: of the logits of one example.
+        why_uncuttable: why no part of the model can be told from the others; None where it can.
+    """
 
     module: nn.Module
     trainable: frozenset[str]
+    train_mode: frozenset[str]
     calls: dict[str, Call]
     inputs: list[Tensor]
     sink: Node
-    num_outputs: int
+    output_shape: tuple[int, ...]
+    why_uncuttable: str | None = None
 
     def __post_init__(self) -> None:
         self._names = {id(p): name for name, p in self.module.named_parameters()}
@@ -63,18 +93,21 @@ class Trace:
 
 
 @lru_cache(maxsize=64)
-def num_outputs(model: ModelSpec, problem: Problem) -> int:
-    """The number of logits that the model gives for an example."""
-    return traced(model, problem).num_outputs
+def output_shape(model: ModelSpec, problem: Problem) -> tuple[int, ...]:
+    """The shape of the logits for one example: (K,) where each example has one label."""
+    return traced(model, problem).output_shape
 
 
 def traced(model: ModelSpec, problem: Problem) -> Trace:
     """Run a model on a tiny batch, on fake tensors where it can be, and note what happens.
 
+    The graph is that of a run in eval mode; a run in train mode has to call the same modules.
+
     Raises:
-        UncuttableModel: it does not run, or its output does not depend on its input and parameters.
+        ModelDoesNotRun: it does not run, or its output does not depend on its input and parameters.
+        ConfigError: it does not return what the problem can read, or trains nothing.
     """
-    return _watching(model, lambda module: _probe(module, problem))
+    return _watching(model, lambda module, is_fake: _probe(module, problem, is_fake=is_fake))
 
 
 @lru_cache(maxsize=64)
@@ -84,45 +117,135 @@ def rewritten(model: ModelSpec, problem: Problem) -> frozenset[str]:
     What is computed from such an output on the side needs a copy: autograd won't go back through what has changed.
 
     Raises:
-        UncuttableModel: the model does not run.
+        ModelDoesNotRun: the model does not run.
     """
-    return _watching(model, lambda module: _rewritten(module, problem))
+    return _watching(model, lambda module, is_fake: _rewritten(module, problem))
 
 
-def _watching(model: ModelSpec, watch: Callable[[nn.Module], T]) -> T:
-    """What `watch` sees of a model: on fake tensors where it can be run on them."""
+def random_batch(problem: Problem, num_examples: int, seed: int = 0) -> Batch:
+    """Random values in the shapes of real data; token ids, masks and labels are 0 or 1, and start with 1."""
+    draw = generator(seed, "random batch")
+    return {name: _random_like(column, draw) for name, column in problem.example(num_examples).items()}
+
+
+def _random_like(column: Tensor, draw: torch.Generator) -> Tensor:
+    if column.is_floating_point():
+        return torch.randn(column.shape, generator=draw).to(column.dtype)
+    if column.dtype == torch.uint8:
+        return torch.randint(0, 256, column.shape, dtype=torch.uint8, generator=draw)
+    values = torch.randint(0, 2, column.shape, generator=draw).to(column.dtype)
+    if values.ndim > 1:
+        values[:, 0] = 1
+    return values
+
+
+def _watching(model: ModelSpec, watch: Callable[[nn.Module, bool], T]) -> T:
+    """What `watch` sees of a model: on fake tensors, of which its second argument tells, where it can be run on them."""
     try:
         module = model.skeleton()
         with quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
             lay_fakes(module)
-            return watch(module)
+            return watch(module, True)
     except ScaleFLError:
         raise
-    except Exception as fake_error:  # control flow that depends on data, or an operator without a fake
+    except Exception:  # control flow that depends on data, or an operator without a fake
         try:
-            return watch(model.build(0))
+            return watch(model.build(0), False)
         except ScaleFLError:
             raise
         except Exception as error:
-            raise UncuttableModel(
-                f"model {model.name} does not run on an example batch of the data: {error}"
-            ) from fake_error
+            raise ModelDoesNotRun(
+                f"model {model.name} does not run on an example batch of the data: {type(error).__name__}: {error}"
+            ) from error
 
 
-def _probe(module: nn.Module, problem: Problem) -> Trace:
-    args, kwargs = problem.inputs(problem.example(PROBE_EXAMPLES))
-    inputs = [t.requires_grad_() for t in floating([*args, *kwargs.values()])]
+class _DependsOnChance(Exception):  # control flow, not an error
+    """Python's or NumPy's random numbers are drawn, which may decide what runs: fake tensors show one case only."""
+
+
+def _probe(module: nn.Module, problem: Problem, *, is_fake: bool) -> Trace:
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
+    if not trainable:
+        raise ConfigError("every parameter of the model is frozen (requires_grad = False): there is nothing to train")
     for p in module.parameters():
-        if p.is_floating_point():
+        if p.is_floating_point() or p.is_complex():
             p.requires_grad_()
-    calls: dict[str, Call] = {}
+    train_mode = frozenset(path for path, child in module.train().named_modules() if child.training)
+    batches = [problem.example(PROBE_EXAMPLES)]
+    if not is_fake:  # what runs may depend on the data: then it has to be the same for all
+        batches += [random_batch(problem, PROBE_EXAMPLES, seed) for seed in range(NUM_RUNS)]
+    trained = [_watched_run(module, batch, problem, seed) for seed, batch in enumerate(batches)]
+    if is_fake and trained[0].draws:
+        raise _DependsOnChance
     module.eval()
-    with _watched(module, calls), torch.enable_grad():
-        logits = problem.output(module(*args, **kwargs))
+    run = _watched_run(module, batches[0], problem)
+    why = _why_uncuttable(module, run, trained)
+    return Trace(module, trainable, train_mode, run.calls, run.inputs, run.sink, run.output_shape, why)
+
+
+class _Run(NamedTuple):
+    """What is seen of one run; see `Trace`. It `draws` if it takes random numbers from Python or NumPy."""
+
+    calls: dict[str, Call]
+    inputs: list[Tensor]
+    sink: Node
+    output_shape: tuple[int, ...]
+    draws: bool
+
+
+def _watched_run(module: nn.Module, batch: Batch, problem: Problem, seed: int = 0) -> _Run:
+    """One run with a graph, in the mode in which the module is.
+
+    Raises:
+        ConfigError: the model does not return what the problem can read.
+        ModelDoesNotRun: its output does not depend on its input and parameters.
+    """
+    args, kwargs = problem.inputs(batch)
+    inputs: list[Tensor] = []
+    when = "while training, " if module.training else ""
+
+    def tracked(value: Any) -> Any:
+        """A copy that carries the graph, and into which a model may write."""
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            return value.clone()
+        inputs.append(value.detach().requires_grad_())
+        return inputs[-1].clone()
+
+    args, kwargs = tuple(map(tracked, args)), {name: tracked(value) for name, value in kwargs.items()}
+    calls: dict[str, Call] = {}
+    with _watched(module, calls), torch.enable_grad(), seeded(seed):
+        before = drawn_by_python()
+        try:
+            logits = problem.output(module(*args, **kwargs))
+        except ConfigError as error:
+            raise ConfigError(f"{when}{error}") from error
+        draws = drawn_by_python() != before
     if logits.grad_fn is None:
-        raise UncuttableModel("the model's output does not depend on its input or parameters")
-    return Trace(module, trainable, calls, inputs, logits.grad_fn, logits.shape[-1])
+        raise ModelDoesNotRun(f"{when}the model's output does not depend on its input or parameters")
+    return _Run(calls, inputs, logits.grad_fn, tuple(logits.shape[1:]), draws)
+
+
+def _why_uncuttable(module: nn.Module, run: _Run, trained: Sequence[_Run]) -> str | None:
+    """Why a run in eval mode does not tell what runs in training; None where it does."""
+    names = {id(p): name for name, p in module.named_parameters()}
+
+    def structure(one: _Run) -> dict[str, int]:
+        """How often each module and each parameter is used."""
+        used = {name: 1 for node in _topological(one.sink) if (name := names.get(id(getattr(node, "variable", None))))}
+        return used | {path: call.times for path, call in one.calls.items()}
+
+    def differing(one: dict[str, int], other: dict[str, int]) -> str:
+        return min((name for name in {*one, *other} if one.get(name) != other.get(name)), default="")
+
+    first, *others = map(structure, trained)
+    for other in others:
+        if name := differing(first, other):
+            return f"whether {name!r} is used depends on the data or on chance"
+    if name := differing(first, structure(run)):
+        return f"{name!r} is used otherwise in training than in evaluation"
+    return None
 
 
 def _rewritten(module: nn.Module, problem: Problem) -> frozenset[str]:
@@ -151,6 +274,7 @@ def _watched(module: nn.Module, calls: dict[str, Call]) -> Iterator[None]:
         def hook(_module: nn.Module, _args: Any) -> None:
             call = calls.setdefault(path, Call(next(clock)))
             call.times += 1
+            call.is_checkpointed |= inside_checkpoint()
 
         return hook
 
@@ -158,7 +282,9 @@ def _watched(module: nn.Module, calls: dict[str, Call]) -> Iterator[None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             call = calls[path]
             call.exit = next(clock)
-            call.outputs = [(t.grad_fn, tuple(t.shape)) for t in floating(output)]
+            call.outputs = [
+                Carried(i, t.grad_fn, t.output_nr, tuple(t.shape)) for i, t in enumerate(floating(output)) if t.grad_fn
+            ]
             with contextlib.suppress(NoTemplate):
                 call.template, call.has_template = template_of(output, PROBE_EXAMPLES), True
 
@@ -187,6 +313,8 @@ class Graph:
     def __init__(self, trace: Trace) -> None:
         self.nodes = _topological(trace.sink)
         self.order = {id(node): i for i, node in enumerate(self.nodes)}
+        self._used = {(id(n), result) for node in self.nodes for n, result in node.next_functions if n is not None}
+        self._used.add((id(trace.sink), 0))
         self.source_module: str | None = None
         self.dominators = self._dominators(self._sources(trace))
 
@@ -198,11 +326,24 @@ class Graph:
         # Token ids carry no gradient, nor does what runs under no_grad: the first module with a differentiable
         # output stands for the input.
         for path, call in sorted(trace.calls.items(), key=lambda item: item[1].exit):
-            carried = call.carried()
-            if carried is not None and id(carried[1]) in self.order:
+            carried = self.carried(call)
+            if carried is not None:
                 self.source_module = path
-                return {self.order[id(carried[1])]}
+                return {self.order[id(carried.node)]}
         return set()
+
+    def carried(self, call: Call) -> Carried | None:
+        """The one output of a module that leads to the logits; None where several do, or it runs more than once.
+
+        What else it returns (the last state of a recurrent layer) may carry a graph of its own that leads nowhere.
+        """
+        if call.times != 1 or call.is_checkpointed:
+            return None
+        leading = {(id(each.node), each.result): each for each in call.outputs[::-1] if self._is_used(each)}
+        return next(iter(leading.values())) if len(leading) == 1 else None
+
+    def _is_used(self, carried: Carried) -> bool:
+        return (id(carried.node), carried.result) in self._used
 
     def _dominators(self, sources: set[int]) -> list[int]:
         # In topological order, a node is on every path exactly when no edge from an earlier node (that

@@ -262,7 +262,7 @@ class Step:
     @property
     def couples(self) -> bool:
         """Whether micro-batches change its numbers: norms that train see each of them as they would see a batch."""
-        return self.splits and (bool(self.statistics) or self.part.static_norms)
+        return self.splits and (bool(self.statistics) or self.part.couples)
 
     @property
     def largest_micro_batch(self) -> int:
@@ -386,6 +386,7 @@ class ClientLoss:
         receipt: what it took until then.
         traceback: for people who debug; it names this machine's files, so it stays out of the journal.
         out_of_memory: whether it asked for more than its budget, under a cap.
+        has_spoilt: whether it has written into tensors that others share, so that the run can't go on.
     """
 
     client_id: int
@@ -394,6 +395,7 @@ class ClientLoss:
     receipt: Receipt = Receipt()
     traceback: str = ""
     out_of_memory: bool = False
+    has_spoilt: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
@@ -75,7 +75,7 @@ def run_vectorized(
     seconds = (time.perf_counter() - start) / len(tasks)
     for row, i in enumerate(places):
         upload = {name: t[row] for name, t in uploads.items()}
-        sums = {name: (values[row], int(weights[row])) for name, (values, weights) in metrics.items()}
+        sums = {name: (values[row], float(weights[row])) for name, (values, weights) in metrics.items()}
         updates[i] = told_of(tasks[i], num_bytes(params[i]), upload, num_rows(examples[i]), sums, seconds)
     return [updates[i] for i in range(len(tasks))]
 
@@ -114,20 +114,21 @@ class _Group:
             runner, _ = stack.enter_context(holding(self._resident, step, {**self._shared, **first}))
             prefix = stack.enter_context(prefix_of(step, runner, examples[0], problem, self._device))
             run = _Run(self._resident, step, runner, prefix, objective, problem)
+            stack.callback(runner.exchange, {})
             for epoch in range(step.work.epochs):
                 run.tells = epoch == step.work.epochs - 1
                 of_epoch = [derive(seed, "epoch", epoch) for seed in seeds]
                 for rows, batch in _runs(examples, step.work.batch_size, of_epoch, problem):
                     for name, found in self._train(run, rows, moved(batch, self._device)).items():
                         if name not in metrics:
-                            metrics[name] = found.new_zeros(len(examples)), torch.zeros(len(examples))
+                            metrics[name] = found[0].new_zeros(len(examples)), torch.zeros(len(examples))
                         values, weights = metrics[name]
-                        values[rows] += found
-                        weights[rows] += run.weights[name]
+                        values[rows] += found[0]
+                        weights[rows] += found[1].float().cpu()
             self._optimizer.settle()
         return metrics
 
-    def _train(self, run: _Run, rows: list[int], batch: Batch) -> dict[str, Tensor]:
+    def _train(self, run: _Run, rows: list[int], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """An optimizer step of some clients, each on its batch of columns [clients, B, …]; summed metrics of each."""
         # The first ones are used where they lie; others are copied, and put back.
         first = rows == list(range(len(rows)))
@@ -156,7 +157,6 @@ class _Run:
 
     Attributes:
         tells: whether anybody asks for metrics.
-        weights: of the metrics, which are those of any client: they all have as many examples in their batch.
     """
 
     resident: Resident
@@ -166,20 +166,23 @@ class _Run:
     objective: Objective
     problem: Problem
     tells: bool = False
-    weights: dict[str, int] = field(default_factory=dict)
 
-    def __call__(self, values: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and summed metrics."""
+    def __call__(self, values: Params, batch: Batch) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The loss, and summed metrics with their weights."""
         self.resident.exchange(self.step.part, values)
+        self.runner.exchange(values)
         taps = self.runner(batch, self.problem, self.prefix(batch, _NO_ROWS))
+        self.runner.take_in()
         loss, weight = self.objective.sample_terms(taps, batch, self.problem)
-        loss = loss / max(weight, 1)
-        coupled = self.objective.batch_terms(taps, batch, self.problem) if weight else None
+        if isinstance(weight, Tensor):  # of each client: none of them is looked at
+            loss, has_weight = loss / weight.where(weight != 0, 1), True
+        else:
+            loss, has_weight = loss / (weight or 1), bool(weight)
+        coupled = self.objective.batch_terms(taps, batch, self.problem) if has_weight else None
         if coupled is not None:
             loss = loss + coupled
         metrics = self.problem.metrics(taps.logits.detach(), batch) if self.tells else {}
-        self.weights = {name: weight for name, (_, weight) in metrics.items()}
-        return loss, {name: value for name, (value, _) in metrics.items()}
+        return loss, {name: (value, torch.as_tensor(weight)) for name, (value, weight) in metrics.items()}
 
 
 _NO_ROWS = torch.arange(0)

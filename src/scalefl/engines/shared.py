@@ -257,7 +257,7 @@ class Ledger:
         """
         for name, tensor in params.items():
             if name not in self._sums:
-                self._sums[name] = self._arena.room_for(tensor, torch.float64)
+                self._sums[name] = self._arena.room_for(real(tensor), torch.float64)
                 self._arena.tensor(self._sums[name]).zero_()
         names = tuple(params)
         if names not in self._together:

@@ -22,11 +22,11 @@ from scalefl.engines.order import Assignment, Cap, Order, key_of
 from scalefl.engines.shared import Reader
 from scalefl.engines.spool import MappedExamples, TaskParams
 from scalefl.engines.wire import Channel, Incoming
-from scalefl.errors import BadUpdate
+from scalefl.errors import BadUpdate, FrozenTensorWritten
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import CPU, Params, moved
+from scalefl.params import CPU, Params, moved, real
 from scalefl.parts import Part
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.types import Adding, ClientLoss, ClientTask, ClientUpdate, LocalWork, Method, Objective, Receipt, Step
@@ -147,7 +147,7 @@ def _added(update: ClientUpdate, table: _Table, adding: Adding, reader: Reader) 
     weight = update.num_examples if adding.weight is None else adding.weight
     sums, steps = reader.tensors(table.brief.sums), reader.tensor(table.brief.steps)
     steps.add_(1)
-    add_fine([*sums.values()], [update.params[name] for name in sums], weight, adding.scale)
+    add_fine([*sums.values()], [real(update.params[name]) for name in sums], weight, adding.scale)
     steps.add_(1)
     return replace(update, params={}, is_added=True)
 
@@ -220,7 +220,8 @@ def lost(task: ClientTask, error: Exception) -> ClientLoss:
     """The record of a client that an exception has cost."""
     lines = str(error).strip().splitlines() or [""]
     cause, trace = f"{type(error).__name__}: {lines[0]}", "".join(traceback.format_exception(error))
-    return logged(ClientLoss(task.client_id, task.round, cause, traceback=trace))
+    has_spoilt = isinstance(error, FrozenTensorWritten)
+    return logged(ClientLoss(task.client_id, task.round, cause, traceback=trace, has_spoilt=has_spoilt))
 
 
 def cap_hit(task: ClientTask, cap_bytes: int, receipt: Receipt, trace: str = "") -> ClientLoss:

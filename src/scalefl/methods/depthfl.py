@@ -23,7 +23,7 @@ from scalefl.objectives import TaskLoss
 from scalefl.params import Params, is_attachment
 from scalefl.parts import Exit, Taps
 from scalefl.planner import least_of, output_module
-from scalefl.problem import Batch, Problem, Weighted
+from scalefl.problem import Batch, Problem, Weighted, num_rows
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
 from scalefl.steps import span_step
 from scalefl.tracing import rewritten
@@ -68,7 +68,9 @@ class MutualDistillation(TaskLoss):
         losses = [problem.loss(logits, batch) for logits in all_logits]
         total = sum((loss for loss, _ in losses[1:]), losses[0][0])
         if self.weight and len(all_logits) > 1:
-            total = total + self.weight * _divergence([logits.log_softmax(-1) for logits in all_logits])
+            # As a share of the loss's own weight, which may be more or less than the number of examples.
+            shares = self.weight * losses[-1][1] / num_rows(batch)
+            total = total + shares * _divergence([logits.log_softmax(-1) for logits in all_logits])
         return total, losses[-1][1]
 
 

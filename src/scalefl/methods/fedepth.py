@@ -124,4 +124,5 @@ def _skip_head(blocks: Blocks, block: int) -> OutputSpec | None:
     cut = blocks.cut(block)
     if cut is None:
         return None
+    blocks.check_outputs()
     return OutputSpec(cut.module, cut.shape, (), blocks.problem.num_classes, layers="bare")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import takewhile
 from typing import Any, Literal
 
-from scalefl.blocks import Blocks, Layer, Span, blocks_as_asked, blocks_by_count, blocks_by_hand, blocks_from_ends
+from scalefl.blocks import Blocks, Layer, Span, blocks_as_asked, blocks_by_hand, blocks_from_ends
 from scalefl.errors import ConfigError
 from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
 from scalefl.mentor import Mentor, MentorLoss
@@ -92,7 +93,9 @@ class ScaleFL:
         """The model's weights, and an output module after each block but the last."""
         blocks = self._first_blocks(model, problem, smallest_memory_bytes)
         params: dict[str, Any] = dict(initial_params(model, seed))
-        for block in range(len(blocks) - 1):
+        if not self.tails:
+            blocks.check_outputs()
+        for block in range(len(blocks) - 1) if blocks.gives_labels else ():
             params |= self._output(blocks, block).initial(seed)  # type: ignore[union-attr]
         values = {"growth": Progress().to_json(), "ends": list(blocks.ends)}
         return ServerState(model, problem, params, round=0, seed=seed, aux=Aux(values=values))
@@ -148,6 +151,8 @@ class ScaleFL:
 
     def blocks_of(self, state: ServerState) -> Blocks:
         """The blocks of a run."""
+        if isinstance(self.blocks, int):
+            return blocks_as_asked(state.model, state.problem, self.blocks)
         if isinstance(self.blocks, tuple):
             return blocks_by_hand(state.model, state.problem, self.blocks)
         return blocks_from_ends(state.model, state.problem, tuple(state.aux.values["ends"]))
@@ -250,7 +255,7 @@ class ScaleFL:
 
     def _ways(self, blocks: Blocks, last: int = 0) -> tuple[bool, ...]:
         """Whether spans that end with a block are trained with their tails, best first; that of the model is empty."""
-        ways = (True, False) if self.tails else (False,)
+        ways = (True, False)[0 if self.tails else 1 : None if blocks.gives_labels else 1]
         return ways[:1] if blocks.cut(last) is None else ways
 
     def _offer(self, blocks: Blocks, span: Span, tail: bool) -> Offer:
@@ -279,7 +284,8 @@ class ScaleFL:
 
     def _blocks_by_memory(self, model: ModelSpec, problem: Problem, budget: int) -> Blocks:
         """Each block in turn as long as its stage fits the budget: greedy, and so the fewest that can be."""
-        last = blocks_by_count(model, problem, 1).ends[0]
+        possible = blocks_as_asked(model, problem, 1).partition.block_ends
+        last = possible[-1]
 
         def fits(start: int, end: int) -> bool:
             return self._units(model, problem, start, end, last).cost.peak_bytes <= budget
@@ -287,15 +293,14 @@ class ScaleFL:
         ends: list[int] = []
         while not ends or ends[-1] < last:
             start = ends[-1] + 1 if ends else 0
+            left = [end for end in possible if end >= start]
             # The rest of the model first: it alone has no output module, and may fit where a shorter block does not.
-            end = last if fits(start, last) else start - 1
-            while end < last and fits(start, end + 1):
-                end += 1
-            if end < start:
-                floor = self._units(model, problem, start, start, last)
-                what = f"unit {start + 1} of {last + 1} of {model.name}"
+            fitting = [last] if fits(start, last) else list(takewhile(partial(fits, start), left))
+            if not fitting:
+                floor = self._units(model, problem, start, left[0], last)
+                what = f"unit {left[0] + 1} of {last + 1} of {model.name}"
                 raise budget_error(what, floor, problem, self.objective(floor.step), budget)
-            ends.append(end)
+            ends.append(fitting[-1])
         return blocks_from_ends(model, problem, tuple(ends))
 
     def _units(self, model: ModelSpec, problem: Problem, start: int, end: int, last: int) -> Choice:

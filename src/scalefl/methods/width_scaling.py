@@ -13,7 +13,7 @@ from scalefl.errors import ConfigError, check_range
 from scalefl.methods.common import first_that_fits, initial_params, make_plan
 from scalefl.models.scaler import with_scaler
 from scalefl.models.spec import ModelSpec
-from scalefl.norm_statistics import centred
+from scalefl.norm_statistics import centred, collectable
 from scalefl.objectives import OwnClasses, TaskLoss
 from scalefl.params import Params, without_attachments
 from scalefl.planner import fitting_collection, least_collection, least_of
@@ -149,9 +149,10 @@ class WidthScaling(ABC):
         if self.scaler and rate < 1:
             model = with_scaler(model, rate)
         step = full_step(model, state.problem, self._work.at_round(0))
-        if self.statistics == "collected" and step.statistics:
+        later = collectable(model.skeleton()) & step.statistics if self.statistics == "collected" else frozenset()
+        if later:
             # Norms see their own batch all the same, which micro-batches change.
-            step = replace(step, moving=step.trainable, part=replace(step.part, static_norms=True))
+            step = replace(step, moving=step.moving - later, part=replace(step.part, couples=True))
         return Offer(f"width {rate:g}", (("", step),), ladder_of(self.means))
 
     def _for(self, client: ClientInfo, choice: Choice) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,17 +42,23 @@ class Skeleton:
         self._names = _names_by_tensor(module)
 
     def lay(
-        self, params: Params, trainable: frozenset[str] = frozenset(), moving: frozenset[str] = frozenset()
+        self,
+        params: Params,
+        trainable: frozenset[str] = frozenset(),
+        moving: frozenset[str] = frozenset(),
+        written: Collection[str] = (),
     ) -> dict[str, nn.Parameter]:
         """Put `params` in place; return the parameters of `trainable`, which record gradients.
 
-        Buffers that are not to move are copied: a user's forward may change them.
+        Buffers that are not to move are copied, as a user's forward may change them, and so are those frozen
+        parameters that it is known to write.
         """
         trained: dict[str, nn.Parameter] = {}
         for name, tensor in params.items():
             value = tensor
             if isinstance(self._empty[name], nn.Parameter):
-                value = nn.Parameter(tensor, requires_grad=name in trainable)
+                shared = name in trainable or name in moving or name not in written
+                value = nn.Parameter(tensor if shared else tensor.clone(), requires_grad=name in trainable)
                 if name in trainable:
                     trained[name] = value
             elif name not in moving:
@@ -60,6 +66,13 @@ class Skeleton:
             for alias in self._names[name]:
                 self._put(alias, value)
         return trained
+
+    def laid(self, name: str) -> Tensor:
+        """The tensor that lies under a name: a forward pass may have put another in the place of a buffer."""
+        owner, attribute = self._slots[name]
+        table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
+        found: Tensor = table[attribute]
+        return found
 
     def exchange(self, values: Params) -> None:
         """Put values in the place of tensors that are laid, as they are."""

@@ -1,0 +1,143 @@
+"""What a forward pass does beside returning an output, found out by running it: what it writes, and what it couples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalefl.errors import ConfigError
+from scalefl.models.skeleton import tensors
+from scalefl.models.spec import ModelSpec
+from scalefl.problem import Batch, Problem
+from scalefl.rng import seeded
+from scalefl.tracing import random_batch
+
+NUM_EXAMPLES = 4
+"""Of a batch with which a model is tried."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What forward passes of a model were seen to do.
+
+    Args:
+        written_in_training: names of the tensors of the model whose values changed in train mode: running statistics,
+            vectors of a spectral norm, codebooks, counters.
+        written_in_evaluation: the same in eval mode.
+        writes_inputs: whether it writes into the tensors that it is given.
+        couples: whether the output for an example depends on the other examples of its batch, in train mode.
+    """
+
+    written_in_training: frozenset[str] = frozenset()
+    written_in_evaluation: frozenset[str] = frozenset()
+    writes_inputs: bool = False
+    couples: bool = False
+
+
+@lru_cache(maxsize=64)
+def effects(model: ModelSpec, problem: Problem) -> Effects:
+    """Run a model for real, in both modes, on random examples and its initial weights, and compare before and after.
+
+    Values are compared, since writes through `.data` leave no other trace.
+
+    Raises:
+        ConfigError: the model holds a sparse tensor, or changes its weights when it is set to train or eval mode.
+    """
+    module = model.build(0)
+    _check_kinds(module)
+    _check_modes(module)
+    try:
+        return _seen(module, random_batch(problem, NUM_EXAMPLES), problem)
+    except Exception:  # a model that runs on real data only
+        return Effects()
+
+
+def _seen(module: nn.Module, batch: Batch, problem: Problem) -> Effects:
+    module.train()
+    before = _copies(module)
+    output, writes = _run(module, batch, problem)
+    other = {name: torch.cat([column[:-1], column[:1]]) for name, column in batch.items()}
+    _run(module, batch, problem)
+    written = _changed(module, before)
+    _put_back(module, before)
+    first = slice(None, -1)
+    alone, _ = _run(module, other, problem)
+    _put_back(module, before)
+    couples = not _same(output[first], alone[first])
+    module.eval()
+    _run(module, batch, problem)
+    return Effects(written, _changed(module, before), writes, couples)
+
+
+def _run(module: nn.Module, batch: Batch, problem: Problem) -> tuple[Tensor, bool]:
+    """The output, and whether the tensors that the model was given have changed."""
+    args, kwargs = problem.inputs({name: column.clone() for name, column in batch.items()})
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    before = [t.clone() for t in given]
+    with seeded(0), torch.no_grad():
+        output = problem.output(module(*args, **kwargs)).clone()
+    return output, not all(map(_same, given, before))
+
+
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in tensors(module).items()}
+
+
+def _changed(module: nn.Module, before: Mapping[str, Tensor]) -> frozenset[str]:
+    return frozenset(name for name, t in tensors(module).items() if not _same(t, before[name]))
+
+
+def _put_back(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Give the model its first values again, so that what it does next does not depend on what it has done."""
+    for name, tensor in tensors(module).items():
+        tensor.copy_(before[name])
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or (
+        torch.equal(one.isnan(), other.isnan()) and torch.equal(_filled(one), _filled(other))
+    )
+
+
+def _filled(tensor: Tensor) -> Tensor:
+    return torch.where(tensor.isnan(), 0, tensor)
+
+
+def _check_kinds(module: nn.Module) -> None:
+    for name, tensor in tensors(module).items():
+        if tensor.layout is not torch.strided:
+            raise ConfigError(
+                f"{name} is a sparse tensor ({tensor.layout}), which is neither sent nor averaged: hold it dense "
+                f"(.to_dense()), or make it in forward"
+            )
+        if tensor.dtype is torch.complex128:
+            raise ConfigError(f"{name} is complex128, which is not saved: use complex64")
+        if tensor.is_quantized:
+            raise ConfigError(f"{name} is quantized ({tensor.dtype}), which is not averaged: hold it in float")
+
+
+def _check_modes(module: nn.Module) -> None:
+    """Refuse a model whose `train()` or `eval()` changes what it holds: parts of it are put into modes one by one.
+
+    Raises:
+        ConfigError: names the tensor.
+    """
+    before = _copies(module)
+    for mode in (False, True, False, True):
+        module.train(mode)
+        if changed := _changed(module, before) if before.keys() == tensors(module).keys() else _names(module, before):
+            raise ConfigError(
+                f"the model's {'train' if mode else 'eval'}() changes {min(changed)} (are adapters merged there?): "
+                "clients hold parts of a model in different modes. Switch that off for training"
+            )
+
+
+def _names(module: nn.Module, before: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(before.keys() ^ tensors(module).keys())
