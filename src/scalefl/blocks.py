@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property
 
+from scalefl.caches import remembered
 from scalefl.effects import Effects, effects
 from scalefl.errors import ConfigError, UncuttableModel
 from scalefl.models.output import OutputSpec
@@ -110,17 +111,11 @@ class Blocks:
         Frozen units that lead to it belong to the prefix, in eval mode, like the blocks before. Where the whole model
         trains, its numbers are to be those of plain training: then only if train mode would change nothing in them.
         """
-        units, found = self.units(span), self.partition
-        trained = {found.unit_of[name] for name in found.parameters}
-        start = units[0]
-        while start not in trained and start < units[-1] and not found.writes(start):
-            if span == self.whole and not self._proof.same_in_training[start]:
-                break
-            start += 1
-        return range(start, units[-1] + 1)
+        return _training_units(self, span)
 
-    @property
-    def _proof(self) -> Proof:
+    @cached_property
+    def proof(self) -> Proof:
+        """Where a run can start; see `starting`."""
         return proven(self.model, self.problem, self.partition.entries)
 
     def held(self, span: Span) -> list[str]:
@@ -214,7 +209,7 @@ class Blocks:
     def _part(self, span: Span, output: OutputSpec | None, first_trained_unit: int) -> Part:
         stop, last, before = self.cut(span.last), self.ends[span.last], first_trained_unit - 1
         feature = stop or self.partition.feature
-        entries, does = self._proof.entries, effects(self.model, self.problem)
+        entries, does = self.proof.entries, effects(self.model, self.problem)
         entry = entries[before] if before >= 0 else None
         inner = self._inner(entries[before + 1 : last], span, feature)
         return Part(
@@ -227,7 +222,7 @@ class Blocks:
             active=(),
             couples=self._couples(span, does),
             held=tuple(self.held(span)),
-            written=tuple(sorted(does.written_in_training | does.written_in_evaluation)),
+            written=tuple(sorted(does.touched)),
             copies_inputs=does.writes_inputs,
             prefix=self._stretches(entries, before) if entry else (),
             entry=entry,
@@ -307,12 +302,24 @@ class Blocks:
         return found
 
 
+@remembered(4096)
+def _training_units(blocks: Blocks, span: Span) -> range:
+    units, found = blocks.units(span), blocks.partition
+    trained = {found.unit_of[name] for name in found.parameters}
+    start = units[0]
+    while start not in trained and start < units[-1] and not found.writes(start):
+        if span == blocks.whole and not blocks.proof.same_in_training[start]:
+            break
+        start += 1
+    return range(start, units[-1] + 1)
+
+
 def _passes(entry: Entry, feature: Cut | None) -> bool:
     """Whether a run from `entry` would not come by the feature that objectives read."""
     return feature is not None and entry.covers(feature.module)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def blocks_by_count(model: ModelSpec, problem: Problem, count: int) -> Blocks:
     """Cut into `count` blocks that hold weight layers as evenly as may be; into fewer where there is less to train.
 
@@ -335,14 +342,14 @@ def _weight_layers(found: Partition) -> list[Layer]:
     return [(path, names) for path, names in own if names and path not in found.norms]
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def blocks_by_hand(model: ModelSpec, problem: Problem, cuts: tuple[str, ...]) -> Blocks:
     """Cut after the modules named in `cuts`; without any, the whole model is one block."""
     found = partition(model, problem, cuts)
     return Blocks(model, problem, found, tuple(range(found.num_units)))
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def blocks_as_asked(model: ModelSpec, problem: Problem, blocks: int | tuple[str, ...]) -> Blocks:
     """So many blocks, or those between the modules that are named; see `blocks_by_count` and `blocks_by_hand`.
 
@@ -367,7 +374,7 @@ def blocks_as_asked(model: ModelSpec, problem: Problem, blocks: int | tuple[str,
     return found
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def blocks_from_ends(model: ModelSpec, problem: Problem, ends: tuple[int, ...]) -> Blocks:
     """Blocks that end with the given units of the automatic partition; the whole model where there is one."""
     found = blocks_as_asked(model, problem, 1).partition if len(ends) == 1 else partition(model, problem)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.blocks import blocks_as_asked
+from scalefl.caches import remembered
 from scalefl.client import held_by, holding, make_optimizer, train_batch
 from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, Slices, cost_of, predict, profile, slices
 from scalefl.models.spec import ModelSpec
@@ -110,7 +111,7 @@ def _canonical(step: Step) -> Step:
     return replace(step, work=work, means=means, feddyn=float(step.feddyn > 0))
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def _profile(step: Step, problem: Problem, objective: Objective, splits: bool) -> Profile | None:
     """What training from the prefix's features takes; None where it can't run on fake tensors."""
     symbols = SPLIT if splits else WHOLE
@@ -181,7 +182,7 @@ def _waiting(part: Part, ledger: Ledger) -> Prefix:
     return lambda batch, rows: partial(features, num_rows(batch))
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile | None:
     """What running the frozen prefix takes beside what is held: its weights only where they are streamed."""
     resident = _resident(part.model)
@@ -205,7 +206,7 @@ def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile 
     return stored(fingerprint, ("prefix", part, problem, streamed), lambda: profile(run, WHOLE))
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _collecting_profile(part: Part, moving: frozenset[str], problem: Problem) -> Profile | None:
     run = _collecting(part, moving, problem, WHOLE.batch)
     return stored(_fingerprint(part.model, problem), ("collecting", part, problem), lambda: profile(run, WHOLE))
@@ -324,7 +325,7 @@ def _prefix_bytes(step: Step) -> int:
     return sum(sizes[name] for name in set(step.part.held) - set(step.part.own))
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def sizes_of(part: Part) -> dict[str, int]:
     """Bytes of each tensor that a part needs."""
     return {name: t.numel() * t.element_size() for name, t in _resident(part.model).empty(part).items()}
@@ -397,7 +398,7 @@ def _units_of(step: Step, problem: Problem) -> range:
     return nothing if part.entry and first == found.num_units - 1 else range(first, end)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _slices(model: ModelSpec, problem: Problem) -> Slices | None:
     """What each unit of a model takes while it trains whole."""
     cuts = blocks_as_asked(model, problem, 1).partition.cuts
@@ -412,6 +413,6 @@ def _slices(model: ModelSpec, problem: Problem) -> Slices | None:
     return slices(marked, WHOLE, len(cuts) + 1)
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _resident(model: ModelSpec) -> Resident:
     return Resident(model)

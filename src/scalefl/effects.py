@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.overrides import TorchFunctionMode
 
-from scalefl.errors import ConfigError
+from scalefl.caches import remembered
+from scalefl.errors import ConfigError, ScaleFLError
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Batch, Problem
@@ -28,22 +30,24 @@ class Effects:
     Args:
         written_in_training: names of the tensors of the model whose values changed in train mode: running statistics,
             vectors of a spectral norm, codebooks, counters.
-        written_in_evaluation: the same in eval mode.
+        touched: names of all tensors that a forward pass writes, in either mode, be it what was there before.
+        vocabularies: columns of the data that are looked up in embeddings, and the rows of the smallest for each.
         writes_inputs: whether it writes into the tensors that it is given.
         couples: whether the output for an example depends on the other examples of its batch, in train mode.
     """
 
     written_in_training: frozenset[str] = frozenset()
-    written_in_evaluation: frozenset[str] = frozenset()
+    touched: frozenset[str] = frozenset()
+    vocabularies: tuple[tuple[str, int], ...] = ()
     writes_inputs: bool = False
     couples: bool = False
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def effects(model: ModelSpec, problem: Problem) -> Effects:
     """Run a model for real, in both modes, on random examples and its initial weights, and compare before and after.
 
-    Values are compared, since writes through `.data` leave no other trace.
+    Values are compared beside versions, since writes through `.data` leave no other trace.
 
     Raises:
         ConfigError: the model holds a sparse tensor, or changes its weights when it is set to train or eval mode.
@@ -53,30 +57,40 @@ def effects(model: ModelSpec, problem: Problem) -> Effects:
     _check_modes(module)
     try:
         return _seen(module, random_batch(problem, NUM_EXAMPLES), problem)
+    except ScaleFLError:
+        raise
     except Exception:  # a model that runs on real data only
         return Effects()
 
 
 def _seen(module: nn.Module, batch: Batch, problem: Problem) -> Effects:
     module.train()
-    before = _copies(module)
-    output, writes = _run(module, batch, problem)
-    other = {name: torch.cat([column[:-1], column[:1]]) for name, column in batch.items()}
+    before, versions = _copies(module), _versions(module)
+    looked_up = _LookedUp()
+    with looked_up:
+        output, writes = _run(module, batch, problem, looked_up)
     _run(module, batch, problem)
     written = _changed(module, before)
+    touched = written | _touched(module, versions)
     _put_back(module, before)
-    first = slice(None, -1)
+    other = {name: torch.cat([column[:-1], column[:1]]) for name, column in batch.items()}
     alone, _ = _run(module, other, problem)
     _put_back(module, before)
+    first = slice(None, -1)
     couples = not _same(output[first], alone[first])
     module.eval()
+    versions = _versions(module)
     _run(module, batch, problem)
-    return Effects(written, _changed(module, before), writes, couples)
+    touched |= _changed(module, before) | _touched(module, versions)
+    return Effects(written, touched, tuple(sorted(looked_up.found.items())), writes, couples)
 
 
-def _run(module: nn.Module, batch: Batch, problem: Problem) -> tuple[Tensor, bool]:
+def _run(module: nn.Module, batch: Batch, problem: Problem, looked_up: _LookedUp | None = None) -> tuple[Tensor, bool]:
     """The output, and whether the tensors that the model was given have changed."""
-    args, kwargs = problem.inputs({name: column.clone() for name, column in batch.items()})
+    copies = {name: column.clone() for name, column in batch.items()}
+    args, kwargs = problem.inputs(copies)
+    if looked_up is not None:
+        looked_up.columns = copies
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     before = [t.clone() for t in given]
     with seeded(0), torch.no_grad():
@@ -84,12 +98,56 @@ def _run(module: nn.Module, batch: Batch, problem: Problem) -> tuple[Tensor, boo
     return output, not all(map(_same, given, before))
 
 
+class _LookedUp(TorchFunctionMode):
+    """Notes which columns of a batch are looked up in embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns: Batch = {}
+        self.found: dict[str, int] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.embedding, torch.embedding_bag) and len(args) > 1:
+            weight, indices = args[:2]
+            for name, column in self.columns.items():
+                if column.untyped_storage().data_ptr() == indices.untyped_storage().data_ptr():
+                    self.found[name] = min(len(weight), self.found.get(name, len(weight)))
+        return func(*args, **(kwargs or {}))
+
+
 def _copies(module: nn.Module) -> dict[str, Tensor]:
     return {name: t.clone() for name, t in tensors(module).items()}
 
 
 def _changed(module: nn.Module, before: Mapping[str, Tensor]) -> frozenset[str]:
-    return frozenset(name for name, t in tensors(module).items() if not _same(t, before[name]))
+    """Names of the tensors whose values have changed.
+
+    Raises:
+        ConfigError: one has changed its shape or its dtype.
+    """
+    now = tensors(module)
+    for name, tensor in now.items():
+        was = before[name]
+        if (tensor.shape, tensor.dtype) != (was.shape, was.dtype):
+            raise ConfigError(
+                f"forward makes {name} from {was.dtype} {list(was.shape)} to {tensor.dtype} {list(tensor.shape)}: what "
+                "clients average keeps its shape. Give it its final shape in the factory"
+            )
+    return frozenset(name for name, tensor in now.items() if not _same(tensor, before[name]))
+
+
+def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (id(t), t._version) for name, t in _every(module)}
+
+
+def _touched(module: nn.Module, before: Mapping[str, tuple[int, int]]) -> frozenset[str]:
+    return frozenset(name for name, version in _versions(module).items() if version != before[name])
+
+
+def _every(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _put_back(module: nn.Module, before: Mapping[str, Tensor]) -> None:
@@ -111,7 +169,12 @@ def _filled(tensor: Tensor) -> Tensor:
 
 
 def _check_kinds(module: nn.Module) -> None:
-    for name, tensor in tensors(module).items():
+    for name, tensor in _every(module):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise ConfigError(
+                f"{name} has no shape yet (a lazy module): run the model once on an example in its factory, before it "
+                "returns it"
+            )
         if tensor.layout is not torch.strided:
             raise ConfigError(
                 f"{name} is a sparse tensor ({tensor.layout}), which is neither sent nor averaged: hold it dense "

@@ -60,7 +60,7 @@ def evaluate_groups(
                 for name, (value, weight) in found.items():
                     entry = group_sums.setdefault(name, [0.0, 0.0])
                     entry[0] += float(value)
-                    entry[1] += weight
+                    entry[1] += float(weight)
     return [{name: value / weight for name, (value, weight) in found.items()} for found in sums]
 
 
@@ -75,7 +75,7 @@ def _whole(model: ModelSpec, problem: Problem, params: Params) -> Part:
         None,
         active=(),
         held=tuple(params),
-        written=tuple(sorted(does.written_in_evaluation)),
+        written=tuple(sorted(does.touched)),
         copies_inputs=does.writes_inputs,
     )
 
@@ -124,13 +124,15 @@ def nhsic_plane(
     probe = moved(probe, residents.device)
     with residents[model].holding(part, moved(params, residents.device)) as (runner, _), torch.no_grad():
         seen = [runner.features(batch, problem, tuple(cuts)) for _, batch in _slices(probe, residents.device)]
+        if seen[0][0] is None:  # nothing that could be compared with stands for the input
+            return []
         mask = problem.mask(probe)
 
         def kernel(pieces: Iterable[Tensor]) -> Tensor:
             return normalised_kernel(without_padding(torch.cat(list(pieces)), mask), form)
 
         kernels_z = [kernel(zs[i] for _, zs in seen) for i in range(len(cuts))]
-        kernel_x = kernel(x for x, _ in seen)
+        kernel_x = kernel(x for x, _ in seen if x is not None)
         kernel_y = normalised_kernel(problem.y_features(probe).float(), form)
     draw = generator(seed, "permutation")
     orders = [torch.randperm(num_rows(probe), generator=draw) for _ in range(PERMUTATIONS)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scalefl.blocks import blocks_by_count
+from scalefl.caches import forget_models
 from scalefl.config import Config
 from scalefl.costs import step_cost
 from scalefl.data import Dataset, FederatedData, Iid, Natural, PartitionedData, Partitioner, load
@@ -32,6 +33,7 @@ from scalefl.objectives import TaskLoss
 from scalefl.partition import Cut, partition
 from scalefl.privacy import Mechanism
 from scalefl.problem import Batch, Problem, num_rows, take
+from scalefl.rehearsal import check_vocabulary, rehearse, with_coupling
 from scalefl.rng import derive
 from scalefl.sampling import UniformSampler, everybody, shuffled
 from scalefl.steps import full_step
@@ -58,6 +60,7 @@ class Experiment:
     """
 
     def __init__(self, config: Config, reach: Reach | None = None) -> None:
+        forget_models()
         self.config = config
         check_installed(config.tracking)
         self.method: Method = config.make_method()
@@ -75,6 +78,8 @@ class Experiment:
         for split in ("validation", "test"):
             if not num_rows(getattr(self.data, split)):
                 raise DataError(f"the {split} data is empty: there is nothing to measure accuracy on")
+        check_vocabulary(self.model, self.problem, self.data)
+        self.problem = self._with_coupling()
         self.privacy: Mechanism | None = None
         if config.privacy is not None:
             self.privacy = config.privacy.for_clients(len(self.population), config.clients_per_round)
@@ -96,6 +101,22 @@ class Experiment:
         """The state before the first round, for a smallest client of so much memory: by default the smallest now."""
         smallest = self.offered.smallest_memory_bytes if smallest_memory_bytes is None else smallest_memory_bytes
         return self.method.init(self.model, self.problem, seed=self.config.seed, smallest_memory_bytes=smallest)
+
+    def rehearse(self, state: ServerState) -> None:
+        """Try what the first round will ask of clients, on a few examples; see `rehearsal`.
+
+        Raises:
+            ConfigError: it fails.
+        """
+        plan = self.planned(state)
+        if plan is not None:
+            rehearse(self.method, state, plan, self.data, device_of(self.config.engine.device))
+
+    def _with_coupling(self) -> Problem:
+        found = with_coupling(self.model, self.problem, self.data.validation)
+        if found is not self.problem:
+            _log.warning("the loss compares the examples of a batch with each other: clients keep whole batches")
+        return found
 
     def settle_engine(self) -> Crew | None:
         """Decide what the config leaves to "auto"; reduce workers that this machine has no room for, and warn of it.

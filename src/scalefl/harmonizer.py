@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import msgspec
 
 from scalefl.errors import check_range
-from scalefl.params import Params
+from scalefl.params import Params, real
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -113,6 +113,6 @@ GROWTHS = RoundRobin | Sequential | Converged
 
 def relative_movement(before: Params, after: Params, names: frozenset[str]) -> float:
     """‖after − before‖ / ‖before‖ over `names`."""
-    moved = sum(float((after[n].double() - before[n].double()).square().sum()) for n in sorted(names))
-    size = sum(float(before[n].double().square().sum()) for n in sorted(names))
+    moved = sum(float((real(after[n]).double() - real(before[n]).double()).square().sum()) for n in sorted(names))
+    size = sum(float(real(before[n]).double().square().sum()) for n in sorted(names))
     return float((moved / max(size, 1e-300)) ** 0.5)

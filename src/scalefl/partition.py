@@ -14,10 +14,10 @@ from __future__ import annotations
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from torch import nn
 
+from scalefl.caches import remembered
 from scalefl.effects import effects
 from scalefl.errors import UncuttableModel, nearest
 from scalefl.models.skeleton import tensors
@@ -127,7 +127,7 @@ class Partition:
         return [shape for where, shape in self.path if where > unit]
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def partition(model: ModelSpec, problem: Problem, cuts: tuple[str, ...] | None = None) -> Partition:
     """Cut a model at every place where one tensor carries everything, or at the modules named in `cuts`.
 

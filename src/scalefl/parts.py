@@ -191,8 +191,7 @@ class Resident:
         names = frozenset(part.own if without_prefix else part.held).difference(*passing)
         with contextlib.ExitStack() as undo:
             undo.callback(self._skeleton.clear)
-            laid = {name: params[name] for name in sorted(names)}
-            trained = self._skeleton.lay(laid, trainable, moving, part.written)
+            trained = self._skeleton.lay({n: params[n] for n in sorted(names)}, trainable, moving, part.written)
             outputs = {}
             for spec in part.outputs:
                 outputs[spec], skeleton = self._output(spec)
@@ -206,10 +205,10 @@ class Resident:
             for first in first_convolutions(self._module) if part.channels_last else ():
                 undo.callback(first.register_forward_hook(_turn).remove)
             runner = PartRunner(self._module, self._skeleton, part, outputs, params, moving - trainable, passing)
-            frozen = _Versions(self._skeleton, names - moving - trainable)
+            unmoved = _Unmoved(self._skeleton, part, names - moving - trainable, params)
             yield runner, trained
             runner.take_in()
-            frozen.check()
+            unmoved.check()
 
     def changeable(self, part: Part) -> frozenset[str]:
         """The model's buffers that a run of `part` may write into: those of modules in train mode."""
@@ -384,8 +383,8 @@ class PartRunner:
             del found
         return Features(given.pop(), x)
 
-    def features(self, batch: Batch, problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Tensor, list[Tensor]]:
-        """The input features and the tensor at each of `cuts`, in one run without a gradient."""
+    def features(self, batch: Batch, problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Tensor | None, list[Tensor]]:
+        """The input features (see `Taps.x`) and the tensor at each of `cuts`, in one run without a gradient."""
         found: dict[Cut, Tensor] = {}
         with contextlib.ExitStack() as hooks:
             for cut in cuts:
@@ -524,24 +523,38 @@ class _Rerun(NamedTuple):
             end.flatten().dot(gradient.flatten()).backward()  # type: ignore[no-untyped-call]
 
 
-class _Versions:
-    """Holds against a model that it left the frozen parameters as they were: others may share their memory."""
+class _Unmoved:
+    """Holds against a model that it left alone what does not move, as far as its trial run has shown that it does.
 
-    def __init__(self, skeleton: Skeleton, names: Iterable[str]) -> None:
-        self._laid = {name: skeleton.laid(name) for name in names}
-        self._before = {name: t._version for name, t in self._laid.items()}
+    Frozen parameters share their memory with others, and what is written into buffers is dropped.
+    """
+
+    def __init__(self, skeleton: Skeleton, part: Part, names: frozenset[str], params: Params) -> None:
+        self._skeleton, self._params = skeleton, params
+        self._active = {*part.active, *part.straddling}
+        self._laid = {name: skeleton.laid(name) for name in sorted(names.difference(part.written))}
+        self._versions = {name: t._version for name, t in self._laid.items()}
 
     def check(self) -> None:
-        """Raise if one was written in place.
+        """Raise if one was written.
 
         Raises:
-            FrozenTensorWritten: names it.
+            FrozenTensorWritten: a parameter, of which others may have a part.
+            ConfigError: a buffer of a module in train mode, whose new value nobody gets.
         """
         for name, tensor in self._laid.items():
-            if isinstance(tensor, nn.Parameter) and tensor._version != self._before[name]:
+            now = self._skeleton.laid(name)
+            if now is tensor and tensor._version == self._versions[name]:
+                continue
+            if isinstance(tensor, nn.Parameter):
                 raise FrozenTensorWritten(
-                    f"forward writes in place into {name}, which is frozen, and did not in the trial before the run: "
-                    "the global model may have changed with it. Write into a buffer, or into a copy"
+                    f"forward writes into {name}, which is frozen; it did not on random examples before the run, so "
+                    "that nobody was given a copy. Write into a buffer, and in each forward pass"
+                )
+            if name.rpartition(".")[0] in self._active and not torch.equal(now, self._params[name]):
+                raise ConfigError(
+                    f"forward writes into {name} while it trains; it did not on random examples before the run, so "
+                    "that the server does not ask for it. Write into it in each forward pass"
                 )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from torch import Tensor
 
 from scalefl.blocks import Blocks, Span
+from scalefl.caches import remembered
 from scalefl.costs import estimate, feature_bytes, may_fit, step_cost
 from scalefl.errors import BudgetError
 from scalefl.memory import Cost
@@ -62,7 +62,7 @@ def least(offer: Offer, problem: Problem, objective: Callable[[Step], Objective]
     return least_of((offer,), problem, objective)
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def least_of(offers: tuple[Offer, ...], problem: Problem, objective: Callable[[Step], Objective]) -> Choice:
     """The way to do any of the offers that needs least memory."""
     best: Choice | None = None
@@ -76,7 +76,7 @@ def least_of(offers: tuple[Offer, ...], problem: Problem, objective: Callable[[S
     return best
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def fitting_means(
     step: Step,
     problem: Problem,
@@ -129,7 +129,7 @@ def cheapest(step: Step, problem: Problem, objective: Objective, ladder: Ladder)
     return found
 
 
-@lru_cache(maxsize=4096)
+@remembered(4096)
 def _cheapest(
     step: Step, problem: Problem, objective: Objective, ladder: Ladder, below_bytes: int | None
 ) -> tuple[Step, Cost] | None:
@@ -148,7 +148,7 @@ def _cheapest(
 def _least_variants(step: Step, problem: Problem, ladder: Ladder) -> list[Step]:
     """Those of a step's variants that may need least memory, the likeliest first."""
     variants = list(_variants(step, problem, ladder, 0, 0))
-    sizes = ladder.micro_sizes(step.work.batch_size)
+    sizes = _micro_sizes(step, problem, ladder)
     allowed = {variant.means for variant in variants}
 
     def thriftier(means: Means) -> bool:
@@ -171,7 +171,7 @@ def _variants(step: Step, problem: Problem, ladder: Ladder, round: int, num_exam
         frozen.append(True)
     for means in (
         Means(size, recompute, prefix, free, bfloat16, frozen_statistics, stream)
-        for size in ladder.micro_sizes(step.work.batch_size)
+        for size in _micro_sizes(step, problem, ladder)
         for recompute in (_either(ladder.recompute) if step.part.inner else [False])
         for stream in (_either(ladder.stream_frozen) if recompute and any(step.frozen) else [False])
         for prefix in _prefixes(step, problem, ladder, num_examples)
@@ -183,6 +183,12 @@ def _variants(step: Step, problem: Problem, ladder: Ladder, round: int, num_exam
             continue  # accumulated gradients are needed together
         moving = step.moving - step.statistics if means.frozen_statistics else step.moving
         yield replace(step, means=means, moving=moving)
+
+
+def _micro_sizes(step: Step, problem: Problem, ladder: Ladder) -> list[int]:
+    """Micro-batches that may be tried, largest first: none but the batch where the loss compares its examples."""
+    coupled = getattr(problem, "couples_examples", False)
+    return [step.work.batch_size] if coupled else ladder.micro_sizes(step.work.batch_size)
 
 
 def _either(rung: bool | str) -> list[bool]:
@@ -255,7 +261,7 @@ def _lower(floor: Choice, problem: Problem, objective: Objective) -> list[tuple[
     return found
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def output_module(
     blocks: Blocks,
     block: int,

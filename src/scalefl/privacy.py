@@ -13,12 +13,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from scalefl.caches import remembered
 from scalefl.coords import add, take, within
 from scalefl.errors import ConfigError, check_range
 from scalefl.params import Params
@@ -126,7 +126,7 @@ class Mechanism:
         return int.from_bytes(drawn, "big") < self.rate * 2.0**64
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def epsilon(rate: float, noise_multiplier: float, delta: float, releases: int) -> float:
     """ε of so many Gaussian mechanisms on Poisson samples, by the privacy loss distribution."""
     import dp_accounting

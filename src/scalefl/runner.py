@@ -179,6 +179,7 @@ def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> Serve
             "or give this one another name (--set name=...)"
         )
     state = first_state(experiment)
+    experiment.rehearse(state)
     if crew := experiment.settle_engine():
         _log.info("engine: %s", described(crew))
     if isinstance(experiment.population, DeclaredPopulation):

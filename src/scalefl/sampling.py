@@ -46,7 +46,7 @@ class UniformSampler:
             if client.num_examples > 0 and client.memory_bytes >= floor_bytes:
                 cohort.append(client)
         if not cohort:
-            raise EmptyCohort(f"round {state.round + 1}: {_why_nobody(population, floor_bytes)}")
+            raise EmptyCohort(f"round {state.round + 1}: {_why_nobody(population, floor_bytes, state)}")
         return cohort
 
 
@@ -58,12 +58,26 @@ def everybody(population: Population, floor_bytes: int, state: ServerState) -> l
     """
     able = [client for i in range(len(population)) if (client := population[i]).memory_bytes >= floor_bytes]
     if not able:
-        raise EmptyCohort(f"round {state.round + 1}: {_why_nobody(population, floor_bytes)}")
+        raise EmptyCohort(f"round {state.round + 1}: {_why_nobody(population, floor_bytes, state)}")
     return able
 
 
-def _why_nobody(population: Population, floor_bytes: int) -> str:
+ASKED_CLIENTS = 1000
+"""So many clients at most are asked why none can take part."""
+
+
+def _why_nobody(population: Population, floor_bytes: int, state: ServerState) -> str:
     """Need and offer. Not the need by term: a gate knows bytes only (a run checks its budgets term by term before)."""
+    asked = [population[i] for i in range(min(len(population), ASKED_CLIENTS))]
+    with_data = [client for client in asked if client.num_examples > 0]
+    most = max((client.memory_bytes for client in with_data), default=0)
+    lowered = [client.id for client in with_data if client.id in state.tightened]
+    if lowered and most < floor_bytes:
+        return (
+            f"taking part needs {mib(floor_bytes)} MiB, and {len(lowered)} of {len(with_data)} clients with data have "
+            f"hit their memory caps, so that no more than {mib(most)} MiB is planned with for any of them: their tasks "
+            'took more than was predicted. Larger budgets, or engine.cap = "measured", let the run go on'
+        )
     offer = f"the largest of {len(population)} clients offers {mib(population.largest_memory_bytes)} MiB"
     if floor_bytes > population.largest_memory_bytes:
         return (

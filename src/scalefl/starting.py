@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from scalefl.caches import remembered
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import Template, filled, floating
@@ -76,7 +76,7 @@ class Proof(NamedTuple):
     """What was found out about entries.
 
     Attributes:
-        entries: those from which a run ends in the same logits, bit for bit, as one from the input; None for the others.
+        entries: those from which a run ends in the same logits, bit for bit, as one from the input; None for others.
         same_in_training: for each, whether what comes before it gives the same in train mode as in eval mode.
     """
 
@@ -84,7 +84,7 @@ class Proof(NamedTuple):
     same_in_training: tuple[bool, ...]
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]) -> Proof:
     """Which entries give the numbers of a run from the input.
 

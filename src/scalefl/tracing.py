@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from scalefl.caches import remembered
 from scalefl.errors import ConfigError, ModelDoesNotRun, ScaleFLError
 from scalefl.models.skeleton import lay_fakes
 from scalefl.models.spec import ModelSpec
@@ -92,7 +92,7 @@ class Trace:
         return self._names.get(id(getattr(node, "variable", None)))
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def output_shape(model: ModelSpec, problem: Problem) -> tuple[int, ...]:
     """The shape of the logits for one example: (K,) where each example has one label."""
     return traced(model, problem).output_shape
@@ -110,7 +110,7 @@ def traced(model: ModelSpec, problem: Problem) -> Trace:
     return _watching(model, lambda module, is_fake: _probe(module, problem, is_fake=is_fake))
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def rewritten(model: ModelSpec, problem: Problem) -> frozenset[str]:
     """The modules into whose output a later one writes in place while the model trains.
 
@@ -140,7 +140,7 @@ def _random_like(column: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def _watching(model: ModelSpec, watch: Callable[[nn.Module, bool], T]) -> T:
-    """What `watch` sees of a model: on fake tensors, of which its second argument tells, where it can be run on them."""
+    """What `watch` sees of a model: on fake tensors, as its second argument says, where it can be run on them."""
     try:
         module = model.skeleton()
         with quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True):

@@ -16,7 +16,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from scalefl.client import Residents, batches_of, holding, told_of, without_prefix
+from scalefl.client import Residents, Sums, batches_of, holding, told_of, without_prefix
 from scalefl.params import CPU, Params, moved, num_bytes
 from scalefl.parts import PartRunner, Resident
 from scalefl.prefix import Prefix, prefix_of
@@ -75,7 +75,7 @@ def run_vectorized(
     seconds = (time.perf_counter() - start) / len(tasks)
     for row, i in enumerate(places):
         upload = {name: t[row] for name, t in uploads.items()}
-        sums = {name: (values[row], float(weights[row])) for name, (values, weights) in metrics.items()}
+        sums: Sums = {name: (values[row], float(weights[row])) for name, (values, weights) in metrics.items()}
         updates[i] = told_of(tasks[i], num_bytes(params[i]), upload, num_rows(examples[i]), sums, seconds)
     return [updates[i] for i in range(len(tasks))]
 
@@ -114,7 +114,8 @@ class _Group:
             runner, _ = stack.enter_context(holding(self._resident, step, {**self._shared, **first}))
             prefix = stack.enter_context(prefix_of(step, runner, examples[0], problem, self._device))
             run = _Run(self._resident, step, runner, prefix, objective, problem)
-            stack.callback(runner.exchange, {})
+            stack.callback(runner.exchange, {})  # what moves lies in rows, and comes back from there
+            stack.callback(self._resident.exchange, step.part, first)
             for epoch in range(step.work.epochs):
                 run.tells = epoch == step.work.epochs - 1
                 of_epoch = [derive(seed, "epoch", epoch) for seed in seeds]

@@ -9,11 +9,11 @@ of a residual sum, take the same ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from scalefl.caches import remembered
 from scalefl.errors import UnsliceableModel
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
@@ -89,7 +89,7 @@ def _indices(count: int, taken: int, unit: int, units: Units) -> Tensor:
     return (chosen[:, None] * unit + torch.arange(unit)).flatten()
 
 
-@lru_cache(maxsize=64)
+@remembered(64)
 def _sizes(wide: ModelSpec) -> dict[str, tuple[tuple[int, int], ...]]:
     """The size of each dimension of each tensor, and that of one unit."""
     try:
@@ -118,6 +118,6 @@ def _check_names(wide: ModelSpec, narrow: Mapping[str, tuple[int, ...]]) -> None
         raise UnsliceableModel(f"{wide.name}: not at every width is there a tensor {name}")
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in tensors(model.skeleton()).items()}

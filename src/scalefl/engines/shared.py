@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scalefl.params import Params
+from scalefl.params import Params, real
 from scalefl.problem import Batch
 
 _SEGMENT_BYTES = 2**25

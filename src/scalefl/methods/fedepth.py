@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from scalefl.blocks import Blocks, Span, blocks_as_asked
+from scalefl.caches import remembered
 from scalefl.methods.common import initial_params, magnitude, make_plan
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
@@ -119,7 +119,7 @@ class FeDepth:
         return Offer(blocks.label(span), (("", step),), ladder_of(self.means))
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def _skip_head(blocks: Blocks, block: int) -> OutputSpec | None:
     cut = blocks.cut(block)
     if cut is None:

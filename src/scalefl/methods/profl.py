@@ -20,7 +20,7 @@ from scalefl.methods.common import first_that_fits, initial_params, make_plan
 from scalefl.models.output import OutputSpec
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
-from scalefl.params import Params, is_attachment, without_attachments
+from scalefl.params import Params, is_attachment, real, without_attachments
 from scalefl.planner import least, output_module
 from scalefl.problem import Problem
 from scalefl.server_optimizers import Average, ServerOptimizer, apply_mean
@@ -183,4 +183,4 @@ def _plain(turn: Turn) -> dict[str, Any]:
 
 def _distance(before: Params, after: Params, names: Sequence[str]) -> float:
     """‖after − before‖ over `names`."""
-    return math.sqrt(sum(float((after[n].double() - before[n].double()).square().sum()) for n in names))
+    return math.sqrt(sum(float((real(after[n]).double() - real(before[n]).double()).square().sum()) for n in names))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
 
 from scalefl.blocks import Blocks, Layer, Span, blocks_as_asked, blocks_by_hand, blocks_from_ends
+from scalefl.caches import remembered
 from scalefl.errors import ConfigError
 from scalefl.harmonizer import Growth, Progress, RoundRobin, relative_movement
 from scalefl.mentor import Mentor, MentorLoss
@@ -333,7 +334,7 @@ def _flat(groups: Sequence[tuple[Layer, ...]]) -> tuple[Layer, ...]:
     return tuple(layer for group in groups for layer in group)
 
 
-@lru_cache(maxsize=1024)
+@remembered(1024)
 def _span_step(
     method: ScaleFL,
     blocks: Blocks,

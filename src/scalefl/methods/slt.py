@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from scalefl.blocks import Blocks, Span, blocks_as_asked, blocks_by_hand
+from scalefl.caches import remembered
 from scalefl.coords import extract
 from scalefl.errors import ConfigError, check_range
 from scalefl.methods.common import first_that_fits, initial_params, make_plan
@@ -181,7 +181,7 @@ def _shared_out(rounds: int, weights: Sequence[int]) -> list[int]:
     return starts
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def _model(blocks: Blocks, stage: int, width: float) -> ModelSpec:
     """The model, narrower behind the block in turn."""
     if width == 1.0:
