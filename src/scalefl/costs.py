@@ -53,7 +53,7 @@ def step_cost(step: Step, problem: Problem, objective: Objective) -> Cost:
         terms = before if before.sum() > terms.sum() else terms
         passes = 2 if step.splits and objective.coupled else 1
         flops += round(of_prefix * rows * (1 / step.work.epochs if step.means.prefix == "cached" else passes))
-    return cost_of(terms, flops, rows)
+    return cost_of(terms, flops, rows, found.unknown)
 
 
 def _cost_of_collecting(step: Step, problem: Problem) -> Cost:
@@ -71,7 +71,9 @@ def in_turn(costs: Sequence[Cost]) -> Cost:
 
     While one runs, the tensors of the others lie on disk.
     """
-    return replace(max(costs, key=lambda cost: cost.peak_bytes), flops=sum(cost.flops for cost in costs))
+    unknown = tuple(sorted({name for cost in costs for name in cost.unknown}))
+    highest = max(costs, key=lambda cost: cost.peak_bytes)
+    return replace(highest, flops=sum(cost.flops for cost in costs), unknown=unknown)
 
 
 def _while_prefix_runs(step: Step, waiting: Profile, prefix: Profile, micro: int) -> tuple[Array, float]:
@@ -138,7 +140,7 @@ def _cost_for_real(step: Step, problem: Problem, objective: Objective, micro: in
     cost = predict(_traced(replace(step, part=part, work=work, means=means), problem, objective), traced)
     waiting = (rows - traced) * sum(c.numel() * c.element_size() for c in problem.example(1).values())
     terms = np.array([size for _, size in cost.terms]) + _term("activations", waiting)
-    return cost_of(terms, round(cost.flops * rows / traced), rows)
+    return cost_of(terms, round(cost.flops * rows / traced), rows, cost.unknown)
 
 
 def _traced(step: Step, problem: Problem, objective: Objective) -> Callable[[Ledger], None]:

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
 
 from scalefl.fakes import UNKNOWN, RememberingFakes
+from scalefl.operators import flops, is_unknown, workspace
 from scalefl.torch_private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -42,12 +42,14 @@ class Cost:
         terms: that sum by term.
         flops: floating-point operations of the step, forward and backward (multiply and add count as two).
         num_examples: examples in the step.
+        unknown: operators in it that may cost much and are not counted, as nothing says how much.
     """
 
     peak_bytes: int
     terms: tuple[tuple[Term, int], ...]
     flops: int
     num_examples: int
+    unknown: tuple[str, ...] = ()
 
     @property
     def flops_per_example(self) -> float:
@@ -94,11 +96,18 @@ class Profile:
         moments: sizes of all terms at the moments that can be the peak, [moments, terms, SHAPES].
         waiting: the same where the step waits for the features of a frozen prefix.
         flops: [SHAPES].
+        unknown_names: of the operators in it that may cost much and are not counted, in UTF-8, with spaces between.
     """
 
     moments: Array
     waiting: Array
     flops: Array
+    unknown_names: npt.NDArray[np.uint8]
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The operators that are not counted."""
+        return tuple(self.unknown_names.tobytes().decode().split())
 
     def peak(self, micro: int, batch: int) -> Array:
         """Bytes of each term at the peak, [terms]."""
@@ -174,6 +183,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._marks: dict[tuple[str, int], tuple[int, Array]] = {}
         self._later: list[tuple[slice, int, int, Array]] = []
         self._flops = np.zeros(SHAPES, dtype=np.int64)
+        self._unknown: set[str] = set()
         self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, _Entry] = weakref.WeakKeyDictionary()
 
     @contextlib.contextmanager
@@ -252,7 +262,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops = self._flops.copy()
         if self._symbols and self._symbols.first != self._symbols.batch:
             flops[[1, 3, 5]] //= 2  # two micro-batches were run, and each counted for an example
-        return Profile(_undominated(moments), waiting, flops)
+        names = " ".join(sorted(self._unknown)).encode()
+        return Profile(_undominated(moments), waiting, flops, np.frombuffer(names, dtype=np.uint8))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -267,6 +278,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if result is UNKNOWN:
             result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else (result,)
+        kept = None if self._fakes is None else workspace(func, args, outputs)
+        if kept is not None:
+            outputs = result = (*outputs[:-1], torch.empty(kept, dtype=torch.uint8))
         new = False
         for output in outputs:
             if isinstance(output, Tensor) and output.untyped_storage() not in self._known:
@@ -305,9 +319,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count_flops(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         # FlopCounterMode itself counts by the same table, at the price of a third of the trace's time.
-        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
-        if formula is not None:
-            self._flops += self._growth(formula(*args, **kwargs, out_val=result))
+        counted = flops(func, args, kwargs, result)
+        if counted is not None:
+            self._flops += self._growth(counted)
+        elif is_unknown(func):
+            self._unknown.add(func.name())
 
 
 def profile(step: Callable[[Ledger], None], symbols: Symbols) -> Profile | None:
@@ -337,13 +353,13 @@ def predict(step: Callable[[Ledger], None], num_examples: int) -> Cost:
         found = _watched(step, Ledger(None, fakes := RememberingFakes()), fakes)
     except (DataDependentOutputException, DynamicOutputShapeException):
         found = _watched(step, Ledger(), contextlib.nullcontext())
-    return cost_of(found.peak(0, 0), int(found.flops[0]), num_examples)
+    return cost_of(found.peak(0, 0), int(found.flops[0]), num_examples, found.unknown)
 
 
-def cost_of(terms: Array, flops: int, num_examples: int) -> Cost:
+def cost_of(terms: Array, flops: int, num_examples: int, unknown: tuple[str, ...] = ()) -> Cost:
     """A cost from bytes by term, [terms]."""
     named = tuple((term, int(size)) for term, size in zip(TERMS, terms, strict=True))
-    return Cost(int(terms.sum()), named, flops, num_examples)
+    return Cost(int(terms.sum()), named, flops, num_examples, unknown)
 
 
 def _watched(

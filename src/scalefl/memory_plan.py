@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +35,8 @@ from scalefl.types import (
     described,
 )
 from scalefl.units import MIB
+
+_log = logging.getLogger("scalefl")
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def memory_plan(method: Method, state: ServerState, budgets: Mapping[str, int]) 
             row = _row(state, offer, method.objective, budgets)
             if row.fits.keys() & lacking:
                 rows.append((offer, row))
+    if unknown := sorted({name for row in (full, *(row for _, row in rows)) for name in row.cost.unknown}):
+        _log.warning("FLOPs leave out %s, and memory may too: nothing says what they cost", ", ".join(unknown))
     return MemoryPlan(model.name, work.batch_size, full, tuple(row for _, row in rows), dict(budgets))
 
 
@@ -208,6 +213,7 @@ def _row_to_json(row: PlanRow) -> dict[str, Any]:
         "peak_bytes": row.cost.peak_bytes,
         **{f"{term}_bytes": size for term, size in row.cost.terms},
         "flops_per_example": row.cost.flops_per_example,
+        "uncounted_operators": list(row.cost.unknown),
         "bytes_down": row.bytes_down,
         "bytes_up": row.bytes_up,
         "least": asdict(row.least),

@@ -32,6 +32,7 @@ class RoundRecord:
         simulated_seconds: what the slowest client would take on its device, transfers included.
         seconds: what the round took here.
         collected: clients whose norms collected statistics after it; what that cost is counted in.
+        uncounted_operators: what `flops` leaves out: operators that may cost much, and nothing says how much.
     """
 
     round: int
@@ -49,6 +50,7 @@ class RoundRecord:
     simulated_seconds: float
     seconds: float
     collected: list[int] = field(default_factory=list)
+    uncounted_operators: list[str] = field(default_factory=list)
 
     def with_collection(self, other: RoundRecord) -> RoundRecord:
         """The round with the statistics that were collected after it."""
@@ -143,6 +145,7 @@ class Tally:
             measured_peak_bytes=max(measured, default=None),
             simulated_seconds=max(_simulated(plan.clients[i], flops[i], d) for i, d in done),
             seconds=seconds,
+            uncounted_operators=sorted({name for client_id, _ in done for name in plan.costs[client_id].unknown}),
         )
 
 
@@ -168,7 +171,5 @@ def _simulated(client: ClientInfo, flops: float, done: _Done) -> float:
 def _means(metrics: list[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
     names = sorted({name for m in metrics for name in m})
     sums = {name: [m[name] for m in metrics if name in m] for name in names}
-    return {
-        name: sum(value for value, _ in pairs) / max(sum(weight for _, weight in pairs), 1e-300)
-        for name, pairs in sums.items()
-    }
+    weights = {name: sum(weight for _, weight in pairs) for name, pairs in sums.items()}
+    return {name: sum(value for value, _ in pairs) / weights[name] for name, pairs in sums.items() if weights[name]}
