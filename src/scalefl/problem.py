@@ -5,9 +5,10 @@ Shapes: B examples in a batch, C channels, H×W pixels, L tokens, K classes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,8 @@ class Column:
     dtype: str
 
     def __post_init__(self) -> None:
-        shape = tuple(self.shape) if isinstance(self.shape, Sequence) else self.shape
-        if not isinstance(shape, tuple) or not all(isinstance(size, int) and size > 0 for size in shape):
+        shape = tuple(self.shape) if isinstance(self.shape, Sequence) else None
+        if shape is None or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ConfigError(
                 f"column {self.name!r}: shape = {self.shape!r}: expected the sizes of one example, as (3, 32, 32), or "
                 "() for a single number"
@@ -163,9 +164,10 @@ class Classification:
     augmentation: tuple[Augmentation, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "columns", tuple(self.columns))
+        self._settle()
         names = [column.name for column in self.columns]
-        if not names or len({*names, self.label}) <= len(names):
+        has_own_example = type(self).example is not Classification.example
+        if not names or len({*names, self.label}) <= len(names) - has_own_example:
             raise ConfigError(
                 f"columns {names} and label {self.label!r}: expected one column or more, each of another name"
             )
@@ -233,6 +235,25 @@ class Classification:
         if "flip" in self.augmentation:
             images_BCHW = _random_flip(images_BCHW, generator)
         return {**batch, name: images_BCHW}
+
+    def _settle(self) -> None:
+        """Make of lists and numpy's numbers what can be hashed and sent."""
+        columns = (self.columns,) if isinstance(self.columns, Column) else tuple(self.columns)
+        if not all(isinstance(column, Column) for column in columns):
+            raise ConfigError(f"columns = {self.columns!r}: expected Column(name, shape, dtype) of each input")
+        if not hasattr(self.num_classes, "__index__") or operator.index(self.num_classes) < 1:
+            raise ConfigError(f"num_classes = {self.num_classes!r}: expected a whole number from 1 on")
+        unknown = [word for word in self.augmentation if word not in get_args(Augmentation)]
+        if unknown:
+            hint = nearest(str(unknown[0]), get_args(Augmentation))
+            raise ConfigError(f"augmentation {unknown[0]!r}{hint}; known: {', '.join(get_args(Augmentation))}")
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "num_classes", operator.index(self.num_classes))
+        object.__setattr__(self, "augmentation", tuple(self.augmentation))
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            numbers = (values,) if isinstance(values, int | float) else values
+            object.__setattr__(self, name, tuple(float(value) for value in numbers))
 
     def _check_normalisation(self) -> None:
         if 0 in self.std:

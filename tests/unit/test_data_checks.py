@@ -79,6 +79,7 @@ def test_a_column_that_lies_about_its_shape_is_refused_before_anything_is_predic
         ({"image": images().to(torch.complex64)}, "holds complex64, the problem says float32"),
         ({"image": torch.empty(N, 1, 8, 8, device="meta")}, "has no values"),
         ({"image": np.array([None] * N)}, "is a ndarray of object: expected a tensor or array of numbers"),
+        ({"image": np.ma.masked_less(images().numpy(), 0.5)}, "is a MaskedArray with masked values: fill them in"),
         ({"image": [[1.0, 2.0], [1.0]]}, "is a list that makes no array"),
         ({"image": images().index_fill(0, torch.tensor([7]), torch.nan)}, "row 7, number 0 of it, is nan"),
         ({"image": images().index_fill(3, torch.tensor([2]), -torch.inf)}, "row 0, number 2 of it, is -inf"),
@@ -142,6 +143,16 @@ def test_numpy_arrays_train_to_the_bit_as_tensors(tmp_path):
         trained(lambda part=part: Dataset(IMAGES, part, part), tmp_path / name)
     states = [(tmp_path / name / "state.safetensors").read_bytes() for name in ("tensors", "arrays")]
     assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64", "complex64"])
+def test_numbers_of_any_kind_have_to_be_finite(kind):
+    x = torch.ones(N, 3).to(getattr(torch, kind))
+    problem = Classification(K, (Column("x", (3,), kind),))
+    assert Dataset(problem, {"x": x, "label": LABELS}, {}).train["x"].dtype == x.dtype
+    x[7, 2] = torch.inf
+    with pytest.raises(DataError, match=r"column 'x' of the training rows: row 7, number 2 of it, is .*inf"):
+        Dataset(problem, {"x": x, "label": LABELS}, {})
 
 
 def test_columns_that_the_problem_does_not_name_reach_no_client():
@@ -317,7 +328,9 @@ def test_token_ids_alone_are_passed_by_name(dtype):
 def test_other_columns_beside_tokens_are_passed_as_they_are():
     columns = [Column("input_ids", [4], torch.int32), Column("mask", (4,), "bool"), Column("age", (), "torch.float32")]
     problem = Classification(K, columns)
-    assert hash(problem) == hash(Classification(K, tuple(columns)))
+    loose = Classification(np.int64(K), columns, mean=[0.5], std=np.array([0.5]), augmentation=[])
+    assert hash(problem) == hash(loose) and problem == loose and type(loose.num_classes) is int
+    assert Classification(K, columns[0]).columns == (columns[0],)
     batch = problem.example(2)
     _, named = problem.inputs(batch)
     assert all(named[column.name] is batch[column.name] for column in columns)
@@ -330,6 +343,9 @@ def test_other_columns_beside_tokens_are_passed_as_they_are():
         (lambda: Column("x", (3,), "flaot32"), r"column 'x': dtype = 'flaot32': did you mean 'float32'\?"),
         (lambda: Column("x", 3, "float32"), r"column 'x': shape = 3: expected the sizes of one example"),
         (lambda: Column("x", (0, 3), "float32"), r"shape = \(0, 3\)"),
+        (lambda: Classification(K, ("x",)), r"expected Column\(name, shape, dtype\) of each input"),
+        (lambda: Classification(2.5, IMAGES.columns), "num_classes = 2.5: expected a whole number from 1 on"),
+        (lambda: Classification(K, IMAGES.columns, augmentation=("flop",)), "'flop': did you mean 'flip'.*known: crop"),
         (lambda: Classification(K, ()), "expected one column or more"),
         (lambda: Classification(K, (Column("label", (), "int64"),)), "each of another name"),
         (lambda: Classification(K, (Column("x", (1, 8, 8), "uint8"),), std=(0.0,)), "no zero"),

@@ -96,7 +96,7 @@ def check_finite(column: Tensor, where: str) -> None:
     numbers = torch.view_as_real(column) if column.is_complex() else column
     if not numbers.is_floating_point() or not numbers.numel() or all(map(torch.isfinite, numbers.aminmax())):
         return
-    flat = numbers.reshape(len(numbers), -1)
+    flat = column.reshape(len(column), -1)
     at_once = max(1, _CHUNK_NUMBERS // flat.shape[1])
     for row in range(0, len(flat), at_once):
         chunk = flat[row : row + at_once]
@@ -105,7 +105,7 @@ def check_finite(column: Tensor, where: str) -> None:
             at, place = bad[0].tolist()
             among = f", number {place} of it," if chunk.shape[1] > 1 else ""
             raise DataError(
-                f"{where}: row {row + at}{among} is {float(chunk[at, place])}: leave the row out, or fill the value in"
+                f"{where}: row {row + at}{among} is {chunk[at, place].item()}: leave the row out, or fill the value in"
             )
 
 
@@ -156,9 +156,11 @@ def _tensor(column: Any, name: str, what: str, *, is_read: bool) -> Tensor:
 
 def _from_array(column: Any, where: str, *, is_read: bool) -> Tensor:
     told = f"{where} is a {type(column).__name__}"
+    if np.ma.is_masked(column):
+        raise DataError(f"{told} with masked values: fill them in, as by .filled(0), or leave their rows out")
     try:
         array = np.asarray(column)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{told} that makes no array ({error}): expected a tensor [N, ...]") from error
     if array.dtype.kind in "USO" and array.ndim == 1 and all(isinstance(value, str) for value in array):
         # Nobody computes with ids of clients: any numbers for them will do.

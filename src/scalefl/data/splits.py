@@ -134,8 +134,9 @@ class TableSplit:
         except ValueError as error:
             raise DataError(f"column {column!r}: {_odd_row(values)}: pad or cut them to one length") from error
         if array.dtype.kind not in "iubf" or kind == IMAGE:
-            empty = [row for row, value in enumerate(values) if np.asarray(value).dtype.kind == "O"]
-            hole = f", and row {empty[0]} has none in some place" if empty and kind != IMAGE else ""
+            lists = [row for row, value in enumerate(values) if isinstance(value, list)]
+            empty = [row for row in lists if np.asarray(values[row]).dtype.kind == "O"]
+            hole = f", and row {empty[0]} has none in some place" if empty else ""
             raise DataError(f"column {column!r} holds {kind}: expected numbers in every row{hole}")
         return _as_input(array, where)
 
@@ -272,7 +273,7 @@ def _read(name: str, subset: str | None, path: Path, cache: str) -> Any:
             warnings.simplefilter("ignore", ResourceWarning)  # its reader of CSV leaves files to the garbage collector
             return datasets.load_dataset(target, subset, **options)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot read {what}: {error.__cause__ or error}") from error
+        raise DataError(f"cannot read {what}: {' '.join(str(error.__cause__ or error).split())}") from error
 
 
 def _of_arrays(path: Path) -> dict[str, Split]:
