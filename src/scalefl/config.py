@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 import msgspec
 
-from scalefl.data import Devices, Iid, Partitioner, Source
+from scalefl.data import Devices, Iid, Natural, Partitioner, Source
 from scalefl.engines.local import check_at_once, check_cap
 from scalefl.engines.messages import Precision
 from scalefl.engines.order import Cap
@@ -42,18 +42,21 @@ class DataConfig:
 
     Args:
         source: the data set.
-        clients: how many share it.
+        clients: how many share it; "auto": as many as a `natural` partition finds, 100 for others.
         partition: how.
         validation: share of the training data that is held out to choose by.
     """
 
     source: Source
-    clients: int = 100
+    clients: int | Auto = "auto"
     partition: Partitioner = Iid()
     validation: float = 0.1
 
     def __post_init__(self) -> None:
-        check_range("clients", self.clients, 1)
+        if self.clients == "auto" and not isinstance(self.partition, Natural):
+            object.__setattr__(self, "clients", 100)
+        if self.clients != "auto":
+            check_range("clients", self.clients, 1)
         if not 0 < self.validation < 1:
             raise ConfigError(f"validation = {self.validation}: expected a share between 0 and 1")
 

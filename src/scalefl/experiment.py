@@ -14,7 +14,7 @@ from scalefl.blocks import blocks_by_count
 from scalefl.caches import forget_models
 from scalefl.config import Config
 from scalefl.costs import step_cost
-from scalefl.data import Dataset, FederatedData, Iid, Natural, PartitionedData, Partitioner, load
+from scalefl.data import Dataset, FederatedData, Iid, Natural, PartitionedData, Partitioner, load, warn_of_scale
 from scalefl.data.population import DeclaredPopulation, SimulatedPopulation
 from scalefl.engines.gauge import device_of
 from scalefl.engines.local import offered
@@ -78,6 +78,9 @@ class Experiment:
         for split in ("validation", "test"):
             if not num_rows(getattr(self.data, split)):
                 raise DataError(f"the {split} data is empty: there is nothing to measure accuracy on")
+        if self.remote is None:
+            self.data.examples(0)  # rows that are made when asked for are held against the problem then
+        warn_of_scale(self.problem, self.data.validation)
         check_vocabulary(self.model, self.problem, self.data)
         self.problem = self._with_coupling()
         self.privacy: Mechanism | None = None
@@ -257,11 +260,12 @@ class Experiment:
             return loaded
         config, devices = self.config, self.config.devices
         shares: Partitioner = Iid()
-        count, groups = 1, [0]
+        count: int | None = 1
+        groups = [0]
         if self.remote is None:  # else nobody is given what is not held out
-            shares, count = config.data.partition, config.data.clients
+            shares, count = config.data.partition, None if config.data.clients == "auto" else config.data.clients
             strengths = [member.strength for member in devices.resolve(self.full_cost.peak_bytes)]
-            groups = [strengths[devices.class_of(i, config.seed)] for i in range(count)]
+            groups = [strengths[devices.class_of(i, config.seed)] for i in range(count or 0)]
         return PartitionedData.from_dataset(
             loaded, shares, count, groups=groups, validation_fraction=config.data.validation, seed=config.seed
         )

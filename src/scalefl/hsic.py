@@ -37,7 +37,7 @@ def centred_kernel(features: Tensor, sigma: float = SIGMA) -> Tensor:
 
 
 def _flat(features: Tensor) -> Tensor:
-    a_BD = features.flatten(1)
+    a_BD = features.reshape(len(features), -1)  # single numbers too: [B]
     return a_BD.to(torch.promote_types(a_BD.dtype, torch.float32))
 
 

@@ -5,15 +5,16 @@ Shapes: B examples in a batch, C channels, H×W pixels, L tokens, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalefl.errors import ConfigError
+from scalefl.errors import ConfigError, nearest
 
 Batch = Mapping[str, Tensor]
 """Named columns of equal length; the first dimension counts examples."""
@@ -47,11 +48,33 @@ def without_padding(features: Tensor, mask_BL: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a batch: the shape of one example and its dtype (a torch name, as "uint8")."""
+    """One column of a batch: the shape of one example and its dtype (a torch name, as "uint8").
+
+    Raises:
+        ConfigError: no such dtype, or sizes that are no numbers from 1 on.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.shape) if isinstance(self.shape, Sequence) else None
+        if shape is None or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ConfigError(
+                f"column {self.name!r}: shape = {self.shape!r}: expected the sizes of one example, as (3, 32, 32), or "
+                "() for a single number"
+            )
+        short = str(self.dtype).removeprefix("torch.")
+        dtype = getattr(torch, short, None)
+        if not isinstance(dtype, torch.dtype):
+            known = ("float32", "float64", "uint8", "int16", "int32", "int64", "bool")
+            raise ConfigError(
+                f"column {self.name!r}: dtype = {self.dtype!r}{nearest(short, known)}: expected a name "
+                f"of torch's, as {', '.join(known)}"
+            )
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "dtype", str(dtype).removeprefix("torch."))
 
     def zeros(self, num_examples: int) -> Tensor:
         """`num_examples` rows of zeros, on the current default device."""
@@ -128,12 +151,18 @@ class Classification:
     Args:
         num_classes: K.
         columns: the model's inputs. One image or vector column is passed by position; several
-            (token ids, a mask) are passed by keyword under their own names.
+            (token ids, a mask) are passed by keyword under their own names, and so are token ids alone: int64, or
+            int32 [L].
         label: name of the int64 label column.
-        mean, std: per-channel normalisation of an integer image column after division by 255.
+        mean, std: per-channel normalisation of 8-bit images (uint8 [H, W] and more, and a uint8 column alone) after
+            division by 255. Integer columns alone, and int16 images, else become real numbers as they are; other
+            columns are passed as they are.
         augmentation: "crop" (4 pixels of padding, then a random window) and "flip" (left-right),
-            drawn for each example of an image batch.
+            drawn for each example of the first column, an image.
         couples_examples: whether the loss (of a subclass) compares the examples of a batch with each other.
+
+    Raises:
+        ConfigError: columns that are none or not told apart, or a normalisation that does not fit them.
     """
 
     num_classes: int
@@ -145,6 +174,14 @@ class Classification:
     couples_examples: bool = False
 
     def __post_init__(self) -> None:
+        self._settle()
+        names = [column.name for column in self.columns]
+        has_own_example = type(self).example is not Classification.example
+        if not names or len({*names, self.label}) <= len(names) - has_own_example:
+            raise ConfigError(
+                f"columns {names} and label {self.label!r}: expected one column or more, each of another name"
+            )
+        self._check_normalisation()
         if self.augmentation and len(self.columns[0].shape) != 3:
             shape = self.columns[0].shape
             raise ConfigError(f"augmentation {self.augmentation} needs images [C, H, W], the data has {shape}")
@@ -156,9 +193,9 @@ class Classification:
 
     def inputs(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments for the model's forward."""
-        if len(self.columns) > 1 or self.columns[0].dtype == "int64":
-            return (), {column.name: batch[column.name] for column in self.columns}
-        return (self._normalised(batch[self.columns[0].name]),), {}
+        if len(self.columns) > 1 or _is_token_ids(self.columns[0]):
+            return (), {column.name: self._ready(column, batch[column.name]) for column in self.columns}
+        return (self._ready(self.columns[0], batch[self.columns[0].name]),), {}
 
     def output(self, raw: Any) -> Tensor:
         """The logits [B, K] in what the model returned: a tensor, or an object or a mapping with `logits`."""
@@ -212,9 +249,49 @@ class Classification:
             images_BCHW = _random_flip(images_BCHW, generator)
         return {**batch, name: images_BCHW}
 
+    def _settle(self) -> None:
+        """Make of lists and numpy's numbers what can be hashed and sent."""
+        columns = (self.columns,) if isinstance(self.columns, Column) else tuple(self.columns)
+        if not all(isinstance(column, Column) for column in columns):
+            raise ConfigError(f"columns = {self.columns!r}: expected Column(name, shape, dtype) of each input")
+        if not hasattr(self.num_classes, "__index__") or operator.index(self.num_classes) < 1:
+            raise ConfigError(f"num_classes = {self.num_classes!r}: expected a whole number from 1 on")
+        unknown = [word for word in self.augmentation if word not in get_args(Augmentation)]
+        if unknown:
+            hint = nearest(str(unknown[0]), get_args(Augmentation))
+            raise ConfigError(f"augmentation {unknown[0]!r}{hint}; known: {', '.join(get_args(Augmentation))}")
+        object.__setattr__(self, "columns", columns)
+        object.__setattr__(self, "num_classes", operator.index(self.num_classes))
+        object.__setattr__(self, "augmentation", tuple(self.augmentation))
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            numbers = (values,) if isinstance(values, int | float) else values
+            object.__setattr__(self, name, tuple(float(value) for value in numbers))
+
+    def _check_normalisation(self) -> None:
+        if 0 in self.std:
+            raise ConfigError(f"std = {self.std}: expected no zero, by which images would be divided")
+        for column in filter(self._is_8_bit_image, self.columns):
+            channels = column.shape[0] if column.shape else 1
+            if len(self.mean) not in (1, channels) or len(self.std) not in (1, channels):
+                raise ConfigError(
+                    f"mean of {len(self.mean)} and std of {len(self.std)} numbers for column {column.name!r} of "
+                    f"{channels} channels: expected 1 or {channels}"
+                )
+
+    def _is_8_bit_image(self, column: Column) -> bool:
+        return column.dtype == "uint8" and (len(column.shape) > 1 or len(self.columns) == 1)
+
+    def _ready(self, column: Column, x: Tensor) -> Tensor:
+        """A column as the model gets it."""
+        if self._is_8_bit_image(column):
+            return self._normalised(x)
+        alone = len(self.columns) == 1 and not _is_token_ids(column)
+        is_image = column.dtype in ("int8", "int16", "uint16") and len(column.shape) > 1
+        is_real = x.is_floating_point() or x.is_complex()
+        return x.float() if (alone or is_image) and not is_real else x
+
     def _normalised(self, x: Tensor) -> Tensor:
-        if x.is_floating_point():
-            return x
         mean, std = (_of_channels(values, x) for values in (self.mean, self.std))
         return x.float().div_(255).sub_(mean).div_(std)
 
@@ -226,6 +303,10 @@ def _told(raw: Any) -> str:
     if isinstance(raw, tuple | list):
         return f"a {type(raw).__name__} of {len(raw)}"
     return type(raw).__name__
+
+
+def _is_token_ids(column: Column) -> bool:
+    return column.dtype == "int64" or (column.dtype == "int32" and len(column.shape) < 2)
 
 
 def _of_channels(values: tuple[float, ...], x: Tensor) -> Tensor | float:

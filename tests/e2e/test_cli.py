@@ -34,7 +34,7 @@ from scalefl.export import state_dict
 from scalefl.models.cnn import cnn
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.problem import Classification
+from scalefl.problem import Classification, Column
 from scalefl.runner import run_rounds
 from scalefl.types import ServerState
 from support import has_all, identical, in_mlflow, in_tensorboard, shared_fields
@@ -94,6 +94,8 @@ def moody():
 def broken_data():
     raise ZeroDivisionError("my own\\nmistake")
 """
+
+PAIR = Classification(2, (Column("x", (8,), "float32"),))
 
 CONFIG = """
 name = "tiny"
@@ -398,7 +400,7 @@ def test_a_model_that_is_a_python_object_cannot_be_exported_from_a_folder(
     home: Path, tmp_path: Path, spec: ModelSpec
 ) -> None:
     shutil.copytree(home / "runs" / "tiny", tmp_path / "tiny")
-    state = ServerState(spec, Classification(2, ()), {}, round=0, seed=0)
+    state = ServerState(spec, PAIR, {}, round=0, seed=0)
     save_state(tmp_path / "tiny" / "state.safetensors", state, (spec, {}))
     said = failed("export", tmp_path / "tiny", "-o", tmp_path / "model.safetensors")
     assert f"cannot say how to build {spec.name}" in said and "package.module:factory" in said
@@ -411,7 +413,7 @@ def test_deployed_tensors_that_are_not_the_states_own(tmp_path: Path) -> None:
         torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
     )
     params = {"weight": weight, "bias": torch.ones(2), "@exit": torch.ones(1)}
-    state = ServerState(spec, Classification(2, ()), params, round=1, seed=0)
+    state = ServerState(spec, PAIR, params, round=1, seed=0)
     save_state(tmp_path / "state", state, (spec, {"weight": weight.T, "bias": params["bias"]}))
     model, deployed = load_deployed(tmp_path / "state")
     assert model == spec

@@ -101,7 +101,7 @@ def test_capability_reads_the_groups():
         ({}, "no training rows"),
         ({**batch(5), "x": torch.zeros(4, 2)}, r"differ in length: .*4"),
         ({**batch(5), "label": torch.full((5,), 3)}, "run from 3 to 3: expected 0 to 2"),
-        ({**batch(5), "label": torch.full((5,), -1)}, "run from -1"),
+        ({**batch(5), "label": torch.full((5,), -1)}, "training labels are all -1: these rows have no labels"),
     ],
 )
 def test_rows_that_are_no_data_set_are_refused(train, message):

@@ -168,7 +168,6 @@ def test_ids_of_users_reach_the_natural_partitioner(folder):
         ({"test": "valid"}, "no split 'valid'; splits: train, test"),
         ({"image": "label"}, "'label' holds ClassLabel: expected images"),
         ({"label": "img"}, "'img' holds Image: expected integers"),
-        ({"columns": ("img",)}, "'img' holds Image: expected numbers"),
     ],
 )
 def test_what_a_folder_lacks_is_named_with_what_it_has(color, options, message):
@@ -259,8 +258,11 @@ def test_a_damaged_file_is_refused(folder):
 def test_a_path_that_is_not_there_is_refused_with_its_neighbours(color):
     with pytest.raises(DataError, match=r"no folder .*/sett; .* holds set"):
         from_folder(color.parent / "sett")
-    with pytest.raises(DataError, match="is a file: give the folder"):
-        from_folder(color / "train.parquet")
+    with pytest.raises(DataError, match=r"no folder .*/train\.csv; .*/set holds test.parquet, train.parquet"):
+        from_folder(color / "train.csv")
+    (color / "train.xlsx").touch()
+    with pytest.raises(DataError, match=r"ends in '\.xlsx': give a folder, or a file of \.csv, .*\.npz"):
+        from_folder(color / "train.xlsx")
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "no-such-set"])
@@ -278,8 +280,6 @@ def test_options_that_a_source_lacks_are_refused(color):
         load(Source(name="package:function", label="y"))
     with pytest.raises(ConfigError, match="not a function"):
         from_folder(color, arguments={"a": 1})
-    with pytest.raises(ConfigError, match="give one of them"):
-        from_folder(color, image="img", columns=("v",))
 
 
 def test_mnist5k_is_balanced_and_the_same_each_time():

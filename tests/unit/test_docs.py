@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,25 @@ def test_files_that_the_documents_name_exist():
     for document in DOCUMENTS:
         for name in re.findall(r"`(?:\w+/)*(\w+\.py)`", document.read_text()):
             assert name in sources | {"head_first.py"}, (document.name, name)
+
+
+DATA_PAGE = dict(re.findall(r"```\w+\n# ([\w.]+)\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL))
+
+
+@pytest.mark.parametrize("name", [name for name in DATA_PAGE if name.endswith(".toml") and name != "rest.toml"])
+def test_each_kind_of_data_in_the_data_page_is_learned_from(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = name.removesuffix(".toml")
+    if f"write_{kind}.py" in DATA_PAGE:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(DATA_PAGE[f"write_{kind}.py"], {})
+    if f"my_{kind}.py" in DATA_PAGE:
+        Path(f"my_{kind}.py").write_text(DATA_PAGE[f"my_{kind}.py"])
+    config = make_config({**tomllib.loads(DATA_PAGE["rest.toml"]), **tomllib.loads(DATA_PAGE[name])})
+    summary = run(config, tmp_path / "run")
+    sys.modules.pop(f"my_{kind}", None)
+    assert summary["num_clients_lost"] == 0 and summary["test"]["accuracy"] > 0.65
+    clients = {"signals": 7, "pictures": 5, "ratings": 8, "sensors": 10**6}
+    assert summary["num_clients"] == clients.get(kind, 6)

