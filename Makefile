@@ -33,7 +33,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest --hypothesis-profile default
+	$(BIN)/python -m pytest --hypothesis-profile default --ignore tests/zoo
+	$(BIN)/python -m pytest tests/zoo -n auto
 
 test-hosts: $(STAMP)
 	$(BIN)/python -m pytest tests/hosts

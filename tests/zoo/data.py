@@ -42,7 +42,7 @@ def signals(length: int = 12) -> Dataset:
     return _dataset(_classified(Column("x", (2, length), "float32")), {"x": x, "label": y})
 
 
-def sequences(length: int = 8) -> Dataset:
+def sequences(length: int = 6) -> Dataset:
     """Steps of three numbers, of which the class says the largest on average: [N, L, 3]."""
     y, draw = _labels("sequences")
     x = torch.randn(len(y), length, 3, generator=draw) + F.one_hot(y, 3)[:, None]

@@ -299,7 +299,7 @@ def vit() -> nn.Module:
             image_size=16,
             patch_size=8,
             hidden_size=16,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=24,
             num_labels=NUM_CLASSES,
@@ -501,7 +501,7 @@ def bert() -> nn.Module:
         BertConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
-            num_hidden_layers=3,
+            num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=24,
             max_position_embeddings=LENGTH,
@@ -519,7 +519,7 @@ def distilbert() -> nn.Module:
         DistilBertConfig(
             vocab_size=VOCABULARY,
             max_position_embeddings=LENGTH,
-            n_layers=3,
+            n_layers=2,
             n_heads=2,
             dim=16,
             hidden_dim=24,

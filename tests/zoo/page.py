@@ -63,6 +63,8 @@ def page(results: Mapping[Cell, Result]) -> str:
         units = results[Cell(model, VARIANTS[0], METHODS[0])].units
         lines.append(f"| {ZOO[model].about} | {units or '–'} | {' | '.join(marks)} |")
     told = [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    if any(result.said == WRONG for result in results.values()):
+        told += ["", "✗: neither. A mistake of ours, or of the test."]
     return HEAD + "\n".join(lines) + "\n" + ("\n" + "\n".join(told) + "\n" if told else "")
 
 

@@ -56,7 +56,9 @@ def standing_server() -> Iterator[None]:
 
     class Lent:
         @classmethod
-        def if_possible(cls, environment: Mapping[str, str]) -> ForkServer:
+        def if_possible(cls, environment: Mapping[str, str]) -> ForkServer | None:
+            if sys.platform != "linux":
+                return None
             if not servers:
                 servers.append(StandingServer(environment))
             return servers[0]

@@ -30,9 +30,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "what-works.md"
 
 SLICE = [
     Cell("plain", "as is", "scalefl-paper"),
-    Cell("residual", "half frozen", "scalefl"),
+    Cell("mlp", "half frozen", "scalefl"),
     Cell("spectral", "as is", "fedavg"),
-    Cell("all_to_all", "as is", "scalefl"),
+    Cell("all_to_all", "as is", "fedepth"),
     Cell("lstm", "as is", "fedepth"),
     Cell("conv3d", "adapters", "depthfl"),
     Cell("embeddings", "half frozen", "fedepth"),
