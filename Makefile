@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-full test-hosts check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-target bench-tuning bench-tenth bench-norms bench-privacy bench-precision bench-engine bench-memory bench-flower bench-speed
+.PHONY: demo test test-full test-hosts zoo-table check format clean help bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-target bench-tuning bench-tenth bench-norms bench-privacy bench-precision bench-engine bench-memory bench-flower bench-speed
 
 help:
 	@echo "make demo       run the main job: three methods on 50 simulated clients, under 3 minutes"
 	@echo "make test       the tests (make test-full adds the slow ones, test-hosts only those on network namespaces)"
+	@echo "make zoo-table  run every method on every model of the tests' zoo, and write docs/what-works.md from that"
 	@echo "make check      lint, types, import contracts"
 	@echo "make format     format the code"
 	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -target, -accuracy, -tuning, -tenth, -norms, -privacy, -precision, -engine, -memory, -flower, -speed"
@@ -32,10 +33,17 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest --hypothesis-profile default
+	$(BIN)/python -m pytest --hypothesis-profile default --ignore tests/zoo
+	$(BIN)/python -m pytest tests/zoo -n auto
 
 test-hosts: $(STAMP)
 	$(BIN)/python -m pytest tests/hosts
+
+# Every method on every model of the zoo, and from what they came to the page of what works with what.
+zoo-table: $(STAMP)
+	rm -rf build/zoo
+	SCALEFL_ZOO_RESULTS=build/zoo $(BIN)/python -m pytest tests/zoo -k whole_zoo -n auto
+	PYTHONPATH=tests $(BIN)/python -m zoo.page build/zoo docs/what-works.md
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
