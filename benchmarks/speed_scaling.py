@@ -1,6 +1,6 @@
 """What a round costs as work grows: with the cohort, the population, the model, and the number of blocks.
 
-    python benchmarks/speed_scaling.py [--rounds 3]
+    python benchmarks/speed_scaling.py [--rounds 3] [--quick]
 
 Prints a JSON line for each point, which runs in a process of its own: one thread, clients in that process.
 `benchmarks/speed.py` makes tables and pictures of it.
@@ -114,14 +114,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs=2, metavar=("WHAT", "VALUE"), help="one point, in this process")
+    parser.add_argument("--quick", action="store_true", help="the first two points of each kind, and one round")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only:
         print(json.dumps(point(options.only[0], float(options.only[1]), options.rounds)), flush=True)
         return
     for what, values in POINTS.items():
-        for value in values:
-            command = [sys.executable, __file__, "--rounds", str(options.rounds), "--only", what, str(value)]
+        for value in values[: 2 if options.quick else None]:
+            rounds = 1 if options.quick else options.rounds
+            command = [sys.executable, __file__, "--rounds", str(rounds), "--only", what, str(value)]
             subprocess.run(command, check=True, env=dict(os.environ))
 
 
