@@ -516,7 +516,8 @@ def scale(folder: Path, options: argparse.Namespace) -> None:
         f"{population:,} registered clients of 8 examples, {many} a round, {options.many_rounds} rounds of "
         f"`scalefl-paper` (CNN, {model_bytes / MIB:.2f} MiB: as many copies as there are tasks would take "
         f"{all_updates / MIB:.0f} MiB), over the grid in one process, and on the local engine. Resident memory of "
-        "that process after a round, server and clients together. The first round of the grid asks all clients what they offer.",
+        "that process after a round, server and clients together. The first round of the grid asks all clients "
+        "what they offer.",
         "",
         "| round | grid, MiB | local engine, MiB |",
         "|---|---|---|",
