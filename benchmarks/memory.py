@@ -148,7 +148,7 @@ QUICK = Scope(
     tenths={TINY: (16, 3)},
     planned={"cnn": ", image_size=32"},
     rung_subject=TINY,
-    federation=("rounds=2", "clients_per_round=2", "model='cnn'", "evaluation.every=2", "model_arguments={width=0.25}"),
+    federation=("rounds=2", "clients_per_round=2", "model='cnn'", "evaluation.every=2", "model_arguments={}"),
     is_quick=True,
 )
 scope = FULL
