@@ -12,7 +12,7 @@ help:
 	@echo "make zoo-table  run every method on every model of the tests' zoo, and write docs/what-works.md from that"
 	@echo "make check      lint, types, import contracts"
 	@echo "make format     format the code"
-	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -target, -accuracy, -tuning, -tenth, -norms, -privacy, -precision, -engine, -memory, -flower, -speed"
+	@echo "make bench-…    experiments behind docs/benchmarks: bench-core, -peers, -spans, -widths, -unclipped, -target, -accuracy, -tuning, -tenth, -norms, -privacy, -precision, -engine, -memory, -flower, -speed; each with QUICK=1 in seconds"
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "ScaleFL needs Python 3.11 or newer")'
@@ -59,19 +59,27 @@ clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # Experiments: minutes to hours; small results are committed in docs/benchmarks. SCALEFL_DATA names the data folder.
+# QUICK=1: the same code in seconds, into build/benchmarks; figures mean nothing then.
+OUT := $(if $(QUICK),build/benchmarks,docs/benchmarks)
+SHORT := $(if $(QUICK),--quick)
+
 bench-accuracy bench-core bench-peers bench-spans bench-widths bench-unclipped bench-target bench-tuning bench-tenth bench-norms bench-privacy bench-precision: bench-%: $(STAMP)
-	$(BIN)/scalefl compare benchmarks/$*.toml --out docs/benchmarks/$*
+ifdef QUICK
+	$(BIN)/python benchmarks/quick.py $* --out $(OUT)
+else
+	$(BIN)/scalefl compare benchmarks/$*.toml --out $(OUT)/$*
+endif
 
 bench-memory: $(STAMP)
-	for what in planning prediction models tenth floors rungs federation; do $(BIN)/python benchmarks/memory.py $$what --out docs/benchmarks || exit 1; done
+	for what in planning prediction models tenth floors rungs federation; do $(BIN)/python benchmarks/memory.py $$what --out $(OUT) $(SHORT) || exit 1; done
 
 bench-engine: $(STAMP)
-	$(BIN)/python benchmarks/engine.py --out docs/benchmarks/engine
+	$(BIN)/python benchmarks/engine.py --out $(OUT)/engine $(SHORT)
 
 # The last part reads what bench-precision has written.
 bench-flower: $(STAMP) bench-precision
-	for what in rounds bytes scale precision; do $(BIN)/python benchmarks/flower.py $$what --out docs/benchmarks || exit 1; done
+	for what in rounds bytes scale precision; do $(BIN)/python benchmarks/flower.py $$what --out $(OUT) $(SHORT) || exit 1; done
 
 # Makes an environment for each peer on first use (2.5 GB), in ~/.cache/scalefl-speed; needs a quiet machine.
 bench-speed: $(STAMP)
-	for what in peers whole small stages stages-last formats at-once tried profile scaling; do $(BIN)/python benchmarks/speed.py $$what --out docs/benchmarks || exit 1; done
+	for what in peers whole small stages stages-last formats at-once tried profile scaling; do $(BIN)/python benchmarks/speed.py $$what --out $(OUT) $(SHORT) || exit 1; done

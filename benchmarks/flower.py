@@ -1,9 +1,10 @@
 """Clients behind Flower: what a round costs on real processes, what crosses, what a server holds, what halving costs.
 
-    python benchmarks/flower.py rounds|bytes|scale|precision --out docs/benchmarks
+    python benchmarks/flower.py rounds|bytes|scale|precision --out docs/benchmarks [--quick]
 
 Each command writes its section and a CSV file to OUT/flower/, and puts the sections together as OUT/flower.md.
-`precision` reads what `scalefl compare benchmarks/precision.toml` has written to OUT/precision/.
+`precision` reads what `scalefl compare benchmarks/precision.toml` has written to OUT/precision/. With `--quick` each
+takes seconds, for little: figures mean nothing then, that they can be made is seen.
 """
 
 from __future__ import annotations
@@ -311,7 +312,7 @@ def rounds(folder: Path, options: argparse.Namespace) -> None:
         ["pair", "way", "round", "wall_seconds", "trained_seconds", "overhead_seconds", "cpu_seconds"],
         rows,
     )
-    _write_section(folder, "rounds", _rounds_told(rows, accuracies, parts, options))
+    _write_section(folder, "rounds", _rounds_told(rows, accuracies, parts, options), options.quick)
 
 
 def _rounds_told(rows: list[list], accuracies: dict, parts: list, options: argparse.Namespace) -> list[str]:
@@ -439,8 +440,8 @@ def bytes_(folder: Path, options: argparse.Namespace) -> None:
         "## What crosses",
         "",
         f"ResNet-18 (batch norm) in four blocks, {CLIENTS} clients with two batches of 8 images each and budgets of "
-        f"70 % of full training, {COHORT} a round, {CROSSING_ROUNDS} rounds, over the grid in one process; MiB of all "
-        "rounds, as journals count them. Full: the whole model to each client in each round. Without cache: all "
+        f"70 % of full training, {COHORT} a round, {options.crossing_rounds} rounds, over the grid in one process; MiB "
+        "of all rounds, as journals count them. Full: the whole model to each client in each round. Without cache: all "
         "tensors of each task (which is what the local engine counts). What the cache saves is the difference. Half: "
         '`precision = "float16"`, both ways.',
         "",
@@ -449,8 +450,8 @@ def bytes_(folder: Path, options: argparse.Namespace) -> None:
     ]
     rows = []
     for width in options.widths:
-        for name, method in CROSSING.items():
-            row = _crossed(width, name, method)
+        for name in options.methods:
+            row = _crossed(width, name, CROSSING[name], options.crossing_rounds)
             rows.append(row)
             full, uncached, down, _, down_half, up, up_half = row[2:]
             cells = [f"{n / MIB:.0f}" for n in (full, uncached)]
@@ -460,12 +461,12 @@ def bytes_(folder: Path, options: argparse.Namespace) -> None:
             print(lines[-1], flush=True)
     head = ["width", "method", "full", "without_cache", "down", "down_if_nothing_is_kept", "down_half", "up", "up_half"]
     _write_csv(folder / "bytes.csv", head, rows)
-    _write_section(folder, "bytes", lines)
+    _write_section(folder, "bytes", lines, options.quick)
 
 
-def _crossed(width: float, name: str, method: dict[str, Any]) -> list[Any]:
+def _crossed(width: float, name: str, method: dict[str, Any], num_rounds: int) -> list[Any]:
     noise = {"clients": CLIENTS, "examples": 16, "size": 16}
-    work, of_run = {"batch_size": 8, "lr": 0.001}, {"rounds": CROSSING_ROUNDS, "clients_per_round": COHORT}
+    work, of_run = {"batch_size": 8, "lr": 0.001}, {"rounds": num_rounds, "clients_per_round": COHORT}
     found = experiment("resnet18", width, "70%", method, noise, work=work, **of_run)
     whole = num_bytes(without_attachments(found.initial_state().params))
 
@@ -481,7 +482,7 @@ def _crossed(width: float, name: str, method: dict[str, Any]) -> list[Any]:
     return [
         width,
         name,
-        whole * COHORT * CROSSING_ROUNDS,
+        whole * COHORT * num_rounds,
         counted("local")[0],
         down,
         counted(cache_bytes=0)[0],
@@ -493,26 +494,30 @@ def _crossed(width: float, name: str, method: dict[str, Any]) -> list[Any]:
 
 # What a server holds.
 
-POPULATION, MANY, MANY_ROUNDS = 1000, 50, 50
+POPULATION, MANY = 1000, 50
 SHOWN = (1, 2, 5, 10, 20, 30, 40, 50)
 
 
 def scale(folder: Path, options: argparse.Namespace) -> None:
     found = {}
+    population, many, shown = options.population, options.cohort, [n for n in SHOWN if n <= options.many_rounds]
+    sizes = (population, many, options.many_rounds)
+    steady = min(10, options.many_rounds)
     for over in ("flower", "local"):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # each in a fresh process
-            found[over] = pool.submit(_held, over).result()
-    rows = [[n, *(found[over][n - 1][i] for over in found for i in (0, 1))] for n in SHOWN]
+            found[over] = pool.submit(_held, over, *sizes).result()
+    rows = [[n, *(found[over][n - 1][i] for over in found for i in (0, 1))] for n in shown]
     _write_csv(folder / "scale.csv", ["round", "flower_bytes", "flower_seconds", "local_bytes", "local_seconds"], rows)
     model_bytes = found["flower"][0][2]
-    all_updates = MANY * MANY_ROUNDS * model_bytes
+    all_updates = many * options.many_rounds * model_bytes
     lines = [
         "## What a server holds",
         "",
-        f"{POPULATION:,} registered clients of 8 examples, {MANY} a round, {MANY_ROUNDS} rounds of `scalefl-paper` "
-        f"(CNN, {model_bytes / MIB:.2f} MiB: as many copies as there are tasks would take {all_updates / MIB:.0f} "
-        "MiB), over the grid in one process, and on the local engine. Resident memory of that process after a round, "
-        "server and clients together. The first round of the grid asks all clients what they offer.",
+        f"{population:,} registered clients of 8 examples, {many} a round, {options.many_rounds} rounds of "
+        f"`scalefl-paper` (CNN, {model_bytes / MIB:.2f} MiB: as many copies as there are tasks would take "
+        f"{all_updates / MIB:.0f} MiB), over the grid in one process, and on the local engine. Resident memory of "
+        "that process after a round, server and clients together. The first round of the grid asks all clients "
+        "what they offer.",
         "",
         "| round | grid, MiB | local engine, MiB |",
         "|---|---|---|",
@@ -521,15 +526,15 @@ def scale(folder: Path, options: argparse.Namespace) -> None:
     ]
     for over, name in (("flower", "grid"), ("local", "local engine")):
         times = [seconds for _, seconds, _ in found[over][1:]]
-        growth = (found[over][49][0] - found[over][9][0]) / MIB
+        growth = (found[over][-1][0] - found[over][steady - 1][0]) / MIB
         lines.append(
-            f"- {name}: {_range(times)} s a round (the first {found[over][0][1]:.1f}); from round 10 to round 50 "
-            f"memory grew by {growth:.1f} MiB."
+            f"- {name}: {_range(times)} s a round (the first {found[over][0][1]:.1f}); from round {steady} to round "
+            f"{options.many_rounds} memory grew by {growth:.1f} MiB."
         )
-    _write_section(folder, "scale", lines)
+    _write_section(folder, "scale", lines, options.quick)
 
 
-def _held(over: str) -> list[tuple[int, float, int]]:
+def _held(over: str, population: int, many: int, num_rounds: int) -> list[tuple[int, float, int]]:
     """Resident bytes after each round, its seconds, and the model's bytes."""
     torch.set_num_threads(1)
     found = experiment(
@@ -537,10 +542,10 @@ def _held(over: str) -> list[tuple[int, float, int]]:
         0.25,
         "200%",
         {"name": "scalefl-paper", "blocks": ["conv1", "conv2"]},
-        {"clients": POPULATION, "examples": 8, "size": 16},
+        {"clients": population, "examples": 8, "size": 16},
         work={"batch_size": 8, "lr": 0.001},
-        rounds=MANY_ROUNDS,
-        clients_per_round=MANY,
+        rounds=num_rounds,
+        clients_per_round=many,
     )
     model_bytes = num_bytes(without_attachments(found.initial_state().params))
     held, start = [], time.perf_counter()
@@ -587,7 +592,7 @@ def precision(folder: Path, options: argparse.Namespace) -> None:
         rows += [[method, s, a, b, *down, *up] for s, a, b in zip(seeds, exact, half, strict=True)]
     head = ["method", "seed", "exact", "half", "down_exact", "down_half", "up_exact", "up_half"]
     _write_csv(folder / "precision.csv", head, rows)
-    _write_section(folder, "precision", lines)
+    _write_section(folder, "precision", lines, options.quick)
 
 
 def _spread(values: list[float]) -> str:
@@ -599,7 +604,7 @@ def _write_csv(path: Path, head: list[str], rows: list[list]) -> None:
         csv.writer(file, lineterminator="\n").writerows([head, *rows])
 
 
-def _write_section(folder: Path, name: str, lines: list[str]) -> None:
+def _write_section(folder: Path, name: str, lines: list[str], is_quick: bool) -> None:
     about = versions()
     where = f"torch {about['packages']['torch']}, flwr {version('flwr')}, {about['platform']}, {about['cores']} cores."
     (folder / f"{name}.md").write_text("\n".join([*lines, "", where, ""]))
@@ -607,6 +612,8 @@ def _write_section(folder: Path, name: str, lines: list[str]) -> None:
     head = (
         "# Clients behind Flower: measured\n\nWritten by `make bench-flower`; figures behind it in [flower/](flower).\n"
     )
+    if is_quick:
+        head += "\n**Quick form: little of everything. Figures mean nothing.**\n"
     (folder.parent / "flower.md").write_text("\n".join([head, *sections]))
 
 
@@ -617,7 +624,19 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="of runs, for rounds")
     parser.add_argument("--rounds", type=int, default=6, help="of each run that count, for rounds")
     parser.add_argument("--widths", type=float, nargs="+", default=[0.25, 1.0], help="of the model, for bytes")
+    parser.add_argument("--quick", action="store_true", help="in seconds, for little: figures mean nothing")
+    parser.set_defaults(
+        methods=tuple(CROSSING),
+        crossing_rounds=CROSSING_ROUNDS,
+        population=POPULATION,
+        cohort=MANY,
+        many_rounds=SHOWN[-1],
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.pairs = options.rounds = 1
+        options.widths, options.methods, options.crossing_rounds = [0.0625], ("fedavg", "scalefl-paper"), 2
+        options.population, options.cohort, options.many_rounds = 10, 3, 2
     torch.set_num_threads(1)
     folder = options.out / "flower"
     folder.mkdir(parents=True, exist_ok=True)

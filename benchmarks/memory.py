@@ -1,8 +1,9 @@
 """Memory: predicted against measured, what each model needs by each means, and a tenth of full training for real.
 
-    python benchmarks/memory.py planning|prediction|models|tenth|floors|rungs|federation --out docs/benchmarks
+    python benchmarks/memory.py planning|prediction|models|tenth|floors|rungs|federation --out docs/benchmarks [--quick]
 
-Each command writes its section and a CSV file to OUT/memory/, and puts the sections together as OUT/memory.md.
+Each command writes its section and a CSV file to OUT/memory/, and puts the sections together as OUT/memory.md. With
+`--quick` it does so in seconds, for one small model and once: figures mean nothing then, that they can be made is seen.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,7 @@ from scalefl.types import (
     Means,
     Objective,
     Offer,
+    ServerState,
     Step,
     described,
 )
@@ -72,11 +74,14 @@ class Subject:
 
     name: str
     image_size: int = 32
+    width: float = 1.0
 
     @cached_property
     def model(self) -> ModelSpec:
         facts = {"num_classes": 10, "image_size": self.image_size, "in_channels": 3}
-        extra = {"stem": "imagenet"} if self.image_size > 64 and self.name.startswith("resnet") else {}
+        extra: dict[str, Any] = {} if self.width == 1.0 else {"width": self.width}
+        if self.image_size > 64 and self.name.startswith("resnet"):
+            extra["stem"] = "imagenet"
         return ModelSpec.of(resolve(self.name), **extra).completed(facts)
 
     @cached_property
@@ -99,6 +104,55 @@ LARGE = Subject("resnet34", 224)
 
 REPEATS = 3
 """Of what is timed."""
+TENTHS = {Subject("resnet18"): (68, 8), Subject("resnet34"): (116, 16), Subject("vit"): (123, 4)}
+"""MiB that training may add to the worker, a tenth of full training; and the number of blocks: a ResNet's units."""
+PLANNED = {"resnet18": "", "resnet34": "", "vit": ", image_size=32"}
+"""Models whose planning is timed, and what `plan` has to be told of them."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much is measured.
+
+    Args:
+        subjects: models, at batch 128 or less; `large`: with images of another size, at a smaller batch.
+        repeats: of what is timed.
+        blocks: the two numbers of blocks that models are cut into.
+        batch_size: of what is not about single batches.
+        tenths, planned: see `TENTHS` and `PLANNED`.
+        rung_subject: the model of the rungs.
+        federation: settings of the federation under caps that are changed.
+        is_quick: whether figures mean nothing.
+    """
+
+    subjects: tuple[Subject, ...]
+    large: Subject | None
+    repeats: int
+    blocks: tuple[int, int]
+    batch_size: int
+    tenths: Mapping[Subject, tuple[int, int]]
+    planned: Mapping[str, str]
+    rung_subject: Subject
+    federation: tuple[str, ...] = ()
+    is_quick: bool = False
+
+
+FULL = Scope(tuple(SMALL), LARGE, REPEATS, (4, 8), 128, TENTHS, PLANNED, Subject("resnet18"))
+TINY = Subject("resnet10", 16, 0.125)
+QUICK = Scope(
+    subjects=(TINY,),
+    large=None,
+    repeats=1,
+    blocks=(3, 4),
+    batch_size=64,
+    tenths={TINY: (16, 3)},
+    planned={"cnn": ", image_size=32"},
+    rung_subject=TINY,
+    federation=("rounds=2", "clients_per_round=2", "model='cnn'", "evaluation.every=2", "model_arguments={}"),
+    is_quick=True,
+)
+scope = FULL
+"""Set once, by the command line."""
 
 
 class NoiseClient:
@@ -123,6 +177,30 @@ class NoiseClient:
         return {"image": self._images, "label": self._labels}
 
     validation = test = property(lambda self: self.examples(0))
+
+
+def alone(work: LocalWork, blocks: Blocks, **settings: Any) -> ScaleFL:
+    """ScaleFL that trains one of these blocks at a time, each but the last against its output module."""
+    cuts = tuple(cut.module for cut in map(blocks.cut, range(len(blocks) - 1)) if cut)
+    return ScaleFL(work=work, blocks=cuts, spans="single", tails=False, **settings)
+
+
+def whole_blocks(subject: Subject, method: ScaleFL) -> list[Step]:
+    """For each block the step that trains all of it, before means are chosen."""
+    state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
+    return [whole_block(method, state, block).step for block in range(len(method.blocks_of(state)))]
+
+
+def whole_block(method: ScaleFL, state: ServerState, block: int) -> Offer:
+    """What a method offers for a whole block."""
+    label = method.blocks_of(state).label(Span(block, block))
+    (found,) = (offer for offer in method.menu(state) if offer.label == label)
+    return found
+
+
+def tilings(method: ScaleFL, state: ServerState, block: int) -> list[list[Offer]]:
+    """A block whole, then in its parts: the largest first."""
+    return [[whole_block(method, state, block)], *method.tilings(state, block)]
 
 
 def done_in_a_worker(
@@ -154,7 +232,6 @@ from scalefl import plan
 plan({model!r}, torch.zeros(128, 3, 32, 32), batch_size=128, num_classes=10{more})
 print(time.perf_counter() - start)
 """
-PLANNED = {"resnet18": "", "resnet34": "", "vit": ", image_size=32"}
 
 
 def planning(folder: Path) -> None:
@@ -162,16 +239,16 @@ def planning(folder: Path) -> None:
         "## How long planning takes",
         "",
         "`plan(model, …)` at batch 128 in four blocks: every span of blocks, by every exact means, in a fresh process; "
-        f"wall seconds, imports included, medians of {REPEATS} (range). From cold: with an empty cache. Again: in "
-        "another process, from the cache that the first has left.",
+        f"wall seconds, imports included, medians of {scope.repeats} (range). From cold: with an empty cache. Again: "
+        "in another process, from the cache that the first has left.",
         "",
         "| model | from cold | again |",
         "|---|---|---|",
     ]
     rows = []
-    for model, more in PLANNED.items():
+    for model, more in scope.planned.items():
         seconds: dict[str, list[float]] = {"cold": [], "again": []}
-        for _ in range(REPEATS):
+        for _ in range(scope.repeats):
             with tempfile.TemporaryDirectory() as cache:
                 for which in seconds:
                     command = [sys.executable, "-c", PLANNING.format(model=model, more=more)]
@@ -199,6 +276,10 @@ VARIANTS = {
 
 def settings() -> Iterator[tuple[Subject, int, int, str]]:
     """Model, batch size, blocks (1: the full model) and means of each measurement."""
+    if scope.is_quick:
+        yield TINY, 16, 1, "plain"
+        yield TINY, 16, scope.blocks[0], "streamed, micro-batch 8, recomputed"
+        return
     for subject in SMALL:
         for blocks, variants in (
             (1, ["plain", "micro-batch 8", "recomputed"]),
@@ -222,10 +303,8 @@ def prediction(folder: Path) -> None:
             method: ScaleFL | FedAvg = FedAvg(work=work)
             steps = {"full": full_step(subject.model, subject.problem, work)}
         else:
-            blocks = subject.blocks(count)
-            method = ScaleFL(work=work, blocks=tuple(cut.module for cut in map(blocks.cut, range(count - 1)) if cut))
-            spans = [Span(b, b) for b in range(count)]
-            steps = {f"{s} of {count}": method.stage_step(blocks, s, subject.problem, 1) for s in spans}
+            method = alone(work, subject.blocks(count), coadapted_layers=1)
+            steps = {f"{Span(b, b)} of {count}": step for b, step in enumerate(whole_blocks(subject, method))}
         for label, step in steps.items():
             step = replace(step, means=VARIANTS[variant])
             predicted = step_cost(step, subject.problem, method.objective(step)).peak_bytes
@@ -249,8 +328,10 @@ def prediction(folder: Path) -> None:
     for name, chosen in [
         ("all", errors),
         *((variant, [e for e in errors if e[1][3] == variant]) for variant in VARIANTS),
-        *((s.title, [e for e in errors if e[1][0] == s.title]) for s in (*SMALL, LARGE)),
+        *((s.title, [e for e in errors if e[1][0] == s.title]) for s in (*scope.subjects, scope.large) if s),
     ]:
+        if not chosen:
+            continue
         under = max(row[5] - row[4] for _, row in chosen) / MIB
         values = [error for error, _ in chosen]
         lines.append(
@@ -267,7 +348,7 @@ def prediction(folder: Path) -> None:
 
 
 def models(folder: Path) -> None:
-    rows = [_needs(subject) for subject in (*SMALL, LARGE)]
+    rows = [_needs(subject) for subject in (*scope.subjects, scope.large) if subject]
     lines = [
         "## What each model needs",
         "",
@@ -318,18 +399,23 @@ def models(folder: Path) -> None:
 
 def _needs(subject: Subject) -> dict[str, Any]:
     """Peaks of full training and of the worst of some blocks, in bytes."""
-    work = LocalWork(batch_size=32 if subject is LARGE else 128)
+    work = LocalWork(batch_size=32 if subject is LARGE else scope.batch_size)
     micro = Means(micro_batch_size=work.batch_size // 8)
     whole = full_step(subject.model, subject.problem, work)
     full = step_cost(whole, subject.problem, TaskLoss())
-    four = subject.blocks(4)
+    few, many = scope.blocks
+    four = subject.blocks(few)
     found: dict[str, Any] = {
         "model": subject.title,
         "full": full.peak_bytes,
         "full_micro": step_cost(replace(whole, means=micro), subject.problem, TaskLoss()).peak_bytes,
         "full_least": cheapest(whole, subject.problem, TaskLoss(), AUTO)[1].peak_bytes,
     }
-    for name, blocks in (("four", four), ("four_cut", _cut(subject, work, 4)), ("eight_cut", _cut(subject, work, 8))):
+    for name, blocks in (
+        ("four", four),
+        ("four_cut", _cut(subject, work, few)),
+        ("eight_cut", _cut(subject, work, many)),
+    ):
         steps = _stages(subject, work, blocks)
         costs = [step_cost(step, subject.problem, objective) for step, objective in steps]
         found[name] = max(cost.peak_bytes for cost in costs)
@@ -338,20 +424,19 @@ def _needs(subject: Subject) -> dict[str, Any]:
         )
         if blocks is four:
             found["flops"] = max(cost.flops for cost in costs) / full.flops
-    found["four_least"], found["eight_least"] = (_worst_least(subject, work, n) for n in (4, 8))
+    found["four_least"], found["eight_least"] = (_worst_least(subject, work, n) for n in (few, many))
     print(found, flush=True)
     return found
 
 
 def _stages(subject: Subject, work: LocalWork, blocks: Blocks) -> list[tuple[Step, Objective]]:
-    method = ScaleFL(work=work, coadapted_layers=1)
-    steps = [method.stage_step(blocks, Span(b, b), subject.problem) for b in range(len(blocks))]
-    return [(step, method.objective(step)) for step in steps]
+    method = alone(work, blocks, coadapted_layers=1)
+    return [(step, method.objective(step)) for step in whole_blocks(subject, method)]
 
 
 def _cut(subject: Subject, work: LocalWork, count: int) -> Blocks:
     """At most so many blocks, cut by memory: those for the smallest budget, to 1 %, that so many suffice for."""
-    method = ScaleFL(work=work, blocks="memory", spans="single", means="none", coadapted_layers=1)
+    method = ScaleFL(work=work, blocks="memory", spans="single", tails=False, means="none", coadapted_layers=1)
 
     def blocks_for(budget: int) -> Blocks | None:
         try:
@@ -374,15 +459,13 @@ def _cut(subject: Subject, work: LocalWork, count: int) -> Blocks:
 
 def _worst_least(subject: Subject, work: LocalWork, count: int) -> int:
     """The worst of some blocks by all exact means; of eight, each in the smallest parts where that takes less."""
-    method = ScaleFL(work=work, coadapted_layers=0)
-    cuts = tuple(cut.module for cut in map(subject.blocks(count).cut, range(count - 1)) if cut)
-    method = replace(method, blocks=cuts)
+    method = alone(work, subject.blocks(count), coadapted_layers=0)
     state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
     worst = 0
     for block in range(count):
-        tilings = method.tilings(state, block)[: None if count > 4 else 1]
+        ways = tilings(method, state, block)[: None if count > scope.blocks[0] else 1]
         # The tiles of a block all have their turn, so the dearest counts.
-        worst = max(worst, min(max(_least(o.step, subject, method).peak_bytes for o in tiles) for tiles in tilings))
+        worst = max(worst, min(max(_least(o.step, subject, method).peak_bytes for o in tiles) for tiles in ways))
     return worst
 
 
@@ -396,9 +479,6 @@ def _least(step: Step, subject: Subject, method: ScaleFL) -> Cost:
 
 # A tenth.
 
-TENTHS = {"resnet18": (68, 8), "resnet34": (116, 16), "vit": (123, 4)}
-"""MiB that training may add to the worker, a tenth of full training; and the number of blocks: a ResNet's units."""
-
 
 def tenth(folder: Path) -> None:
     lines = [
@@ -410,8 +490,8 @@ def tenth(folder: Path) -> None:
         "prefix excludes augmentation: with it, the prefix would be streamed.",
     ]
     rows = []
-    for name, (mib, count) in TENTHS.items():
-        subject, work, budget = Subject(name), LocalWork(batch_size=128), mib * MIB
+    for subject, (mib, count) in scope.tenths.items():
+        name, work, budget = subject.name, LocalWork(batch_size=scope.batch_size), mib * MIB
         whole = full_step(subject.model, subject.problem, work)
         full = step_cost(whole, subject.problem, TaskLoss())
         answer = done_in_a_worker(subject, FedAvg(work=work), whole, budget)
@@ -443,7 +523,7 @@ def tenth(folder: Path) -> None:
 
 
 def tenth_method(work: LocalWork, count: int) -> ScaleFL:
-    return ScaleFL(work=work, blocks=count, coadapted_layers=1)
+    return ScaleFL(work=work, blocks=count, spans="elastic", tails=False, coadapted_layers=1)
 
 
 def tenth_steps(subject: Subject, work: LocalWork, count: int, budget: int) -> Iterator[tuple[str, str, Step, Cost]]:
@@ -452,7 +532,7 @@ def tenth_steps(subject: Subject, work: LocalWork, count: int, budget: int) -> I
     state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
     usable = budget - max(round(0.03 * budget), 4 * MIB)
     for block in range(count):
-        for offers in method.tilings(state, block):
+        for offers in tilings(method, state, block):
             found = [_fitting(o, subject.problem, method, usable) for o in offers]
             if all(found):
                 for offer, (words, step, cost) in zip(offers, found, strict=True):
@@ -487,13 +567,13 @@ RUNGS = {
 
 def rungs(folder: Path) -> None:
     """Tasks of one block by each rung, in turns in one process: one batch, two epochs."""
-    subject, work = Subject("resnet18"), LocalWork(batch_size=128, epochs=2)
+    subject, work = scope.rung_subject, LocalWork(batch_size=scope.batch_size, epochs=2)
     method, block = tenth_method(work, 4), 2
     state = method.init(subject.model, subject.problem, seed=0, smallest_memory_bytes=0)
-    step = method.stage_step(method.blocks_of(state), Span(block, block), subject.problem)
+    step = whole_block(method, state, block).step
     data, residents = NoiseClient(subject.problem, work.batch_size), Residents()
     seconds: dict[str, list[float]] = {name: [] for name in RUNGS}
-    for _ in range(REPEATS + 1):
+    for _ in range(scope.repeats + 1):
         for name, means in RUNGS.items():
             task = ClientTask(0, 0, (replace(step, means=means),), seed=1)
             params = {tensor: state.params[tensor].clone() for tensor in step.part.names()}
@@ -503,7 +583,7 @@ def rungs(folder: Path) -> None:
         "## What each rung costs",
         "",
         f"Seconds a step of block {block + 1} of 4 of ResNet-18, batch 128, mentor and one co-adapted layer on: "
-        f"{REPEATS} tasks of two steps by each rung, in turns in one process, after one that does not count. "
+        f"{scope.repeats} tasks of two steps by each rung, in turns in one process, after one that does not count. "
         "Peak: predicted.",
         "",
         "| rung | median | range | of none | peak, MiB |",
@@ -547,8 +627,8 @@ def floors(folder: Path) -> None:
         "|---|" + "---|" * (len(SETTINGS) + 1),
     ]
     rows = []
-    for name, (mib, count) in TENTHS.items():
-        subject = Subject(name)
+    for subject, (mib, count) in scope.tenths.items():
+        name = subject.name
         caps = [_smallest_cap(subject, count, *setting, parts=False) for setting in SETTINGS.values()]
         caps.append(_smallest_cap(subject, count, *SETTINGS["none of them"], parts=True))
         rows.append([name, *caps])
@@ -563,16 +643,18 @@ def _smallest_cap(
 ) -> int:
     """The smallest budget under a hard cap that lets every block train, in bytes."""
     problem = replace(subject.problem, augmentation=("flip",) if augmented else ())
-    work = LocalWork(batch_size=128, momentum=momentum)
-    method = ScaleFL(work=work, blocks=count, spans="single", coadapted_layers=coadapted_layers, parts=parts)
+    work = LocalWork(batch_size=scope.batch_size, momentum=momentum)
+    method = ScaleFL(
+        work=work, blocks=count, spans="single", tails=False, coadapted_layers=coadapted_layers, parts=parts
+    )
     state = method.init(subject.model, problem, seed=0, smallest_memory_bytes=0)
     peaks = []
     for block in range(count):
-        tilings = [
+        costs = [
             [cheapest(offer.step, problem, method.objective(offer.step), AUTO)[1] for offer in tiles]
-            for tiles in method.tilings(state, block)
+            for tiles in tilings(method, state, block)
         ]
-        peaks.append(min(max(map(_peak, tiles)) for tiles in tilings))
+        peaks.append(min(max(map(_peak, tiles)) for tiles in costs))
     return max(max(peaks) + MARGIN_BYTES, round(max(peaks) / (1 - MARGIN_SHARE)))
 
 
@@ -599,8 +681,8 @@ def federation(folder: Path) -> None:
     ]
     rows = []
     for title, (name, method) in CAPPED.items():
-        config = load_config(Path(__file__).with_name("capped.toml"), [f"name={name}", method])
-        home = Path("runs") / name
+        config = load_config(Path(__file__).with_name("capped.toml"), [f"name={name}", method, *scope.federation])
+        home = (folder if scope.is_quick else Path()) / "runs" / name
         summary = run(config, home, resume=home.exists())
         journal = [line for line in RunFolder(home).read_journal() if line["round"]]
         lost = [loss for line in journal for loss in line["lost"]]
@@ -640,6 +722,8 @@ def _write_section(folder: Path, name: str, lines: list[str]) -> None:
     (folder / f"{name}.md").write_text("\n".join([*lines, "", where, ""]))
     sections = [(folder / f"{part}.md").read_text() for part in ORDER if (folder / f"{part}.md").exists()]
     head = "# Memory: measured\n\nWritten by `make bench-memory`; figures behind it in [memory/](memory).\n"
+    if scope.is_quick:
+        head += "\n**Quick form: one small model, once. Figures mean nothing, and texts are those of the long form.**\n"
     (folder.parent / "memory.md").write_text("\n".join([head, *sections]))
 
 
@@ -647,8 +731,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=ORDER)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="in seconds, for one small model: figures mean nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.quick:
+        global scope
+        scope = QUICK
     folder = options.out / "memory"
     folder.mkdir(parents=True, exist_ok=True)
     commands = {

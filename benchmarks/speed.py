@@ -3,7 +3,9 @@
     python benchmarks/speed.py peers|whole|small|stages|stages-last|formats|at-once|tried|profile|scaling --out DIR
 
 Each command writes its section and CSV files to OUT/speed/, and puts the sections together as OUT/speed.md. This
-process imports neither torch nor scalefl: what is measured shares no memory with it.
+process imports neither torch nor scalefl: what is measured shares no memory with it. With `--quick` each command takes
+seconds, for little: figures mean nothing then, that they can be made is seen. `peers`, `whole` and `small` are left out
+then, as they need an environment for each peer; and so is what `tried` compiles.
 """
 
 from __future__ import annotations
@@ -418,7 +420,7 @@ def stages_last(folder: Path, options: argparse.Namespace) -> None:
 
 
 def _write_stages(folder: Path, name: str, title: str, prose: str, options: argparse.Namespace) -> None:
-    rows = _rows_of("speed_blocks.py", name, "--repeats", str(options.repeats))
+    rows = _rows_of("speed_blocks.py", name, "--repeats", str(options.repeats), *_quick(options))
     _write_rows(folder / f"{name}.csv", rows)
     full = {row["model"]: row for row in rows if row["stage"] == 0}
     lines = [
@@ -437,11 +439,11 @@ def _write_stages(folder: Path, name: str, title: str, prose: str, options: argp
             cells = [model, f"{first['milliseconds_a_batch']:.1f}", variant, _shares(flops), _shares(time_)]
             saved = (len(time_) - sum(time_)) / (len(flops) - sum(flops))
             lines.append(f"| {' | '.join([*cells, f'{100 * saved:.0f} %'])} |")
-    _write_section(folder, name, "\n".join([*lines, "", _machine_and_versions()]))
+    _write_section(folder, name, "\n".join([*lines, "", _machine_and_versions(options)]))
 
 
 def formats(folder: Path, options: argparse.Namespace) -> None:
-    rows = _rows_of("speed_blocks.py", "formats", "--repeats", str(options.repeats))
+    rows = _rows_of("speed_blocks.py", "formats", "--repeats", str(options.repeats), *_quick(options))
     _write_rows(folder / "formats.csv", rows)
     lines = [
         "## Channels last",
@@ -455,11 +457,11 @@ def formats(folder: Path, options: argparse.Namespace) -> None:
     for first, last in zip(rows[::2], rows[1::2], strict=True):
         share = f"{last['time']:.2f} ({last['time_low']:.2f}-{last['time_high']:.2f})"
         lines.append(f"| {first['model']} | {first['milliseconds_a_batch']:.1f} | {share} |")
-    _write_section(folder, "formats", "\n".join([*lines, "", _machine_and_versions()]))
+    _write_section(folder, "formats", "\n".join([*lines, "", _machine_and_versions(options)]))
 
 
 def at_once(folder: Path, options: argparse.Namespace) -> None:
-    rows = _rows_of("speed_at_once.py", "--repeats", str(options.repeats))
+    rows = _rows_of("speed_at_once.py", "--repeats", str(options.repeats), *_quick(options))
     _write_rows(folder / "at-once.csv", rows)
     lines = [
         "## Clients at once",
@@ -476,11 +478,11 @@ def at_once(folder: Path, options: argparse.Namespace) -> None:
         shares = (f"{row['time']:.2f} ({row['time_low']:.2f}-{row['time_high']:.2f})" for row in (few, many))
         cells = [few["model"], few["method"], f"{few['milliseconds_a_client']:.1f}", *shares]
         lines.append(f"| {' | '.join(cells)} |")
-    _write_section(folder, "at-once", "\n".join([*lines, "", _machine_and_versions()]))
+    _write_section(folder, "at-once", "\n".join([*lines, "", _machine_and_versions(options)]))
 
 
 def tried(folder: Path, options: argparse.Namespace) -> None:
-    rows = _rows_of("speed_tried.py", "--repeats", str(options.repeats))
+    rows = _rows_of("speed_tried.py", "--repeats", str(options.repeats), *_quick(options))
     _write_rows(folder / "tried.csv", rows)
     lines = [
         "## What else was tried",
@@ -497,11 +499,11 @@ def tried(folder: Path, options: argparse.Namespace) -> None:
         share = f"{row['time']:.2f} ({row['time_low']:.2f}-{row['time_high']:.2f})"
         first = f"{row['first_seconds']:.0f}" if row["first_seconds"] else ""
         lines.append(f"| {row['model']} | {row['way']} | {share} | {first} |")
-    _write_section(folder, "tried", "\n".join([*lines, "", _machine_and_versions()]))
+    _write_section(folder, "tried", "\n".join([*lines, "", _machine_and_versions(options)]))
 
 
 def profile(folder: Path, options: argparse.Namespace) -> None:
-    rows = _rows_of("speed_profile.py")
+    rows = _rows_of("speed_profile.py", *_quick(options))
     _write_rows(folder / "profile.csv", rows)
     jobs = list(dict.fromkeys(row["job"] for row in rows))
     shares = {(row["job"], row["kind"]): f"{100 * row['share']:.1f}" for row in rows}
@@ -518,7 +520,7 @@ def profile(folder: Path, options: argparse.Namespace) -> None:
     ]
     kinds = dict.fromkeys(row["kind"] for row in rows)
     lines += [f"| {kind} | {' | '.join(shares.get((job, kind), '') for job in jobs)} |" for kind in kinds]
-    _write_section(folder, "profile", "\n".join([*lines, "", _machine_and_versions()]))
+    _write_section(folder, "profile", "\n".join([*lines, "", _machine_and_versions(options)]))
 
 
 def _shares(values: Sequence[float]) -> str:
@@ -529,7 +531,7 @@ def _shares(values: Sequence[float]) -> str:
 
 
 def scaling(folder: Path, options: argparse.Namespace) -> None:
-    rows = _rows_of("speed_scaling.py")
+    rows = _rows_of("speed_scaling.py", *_quick(options))
     _write_rows(folder / "scaling.csv", rows)
     lines = [
         "## As work grows",
@@ -548,7 +550,7 @@ def scaling(folder: Path, options: argparse.Namespace) -> None:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "![Seconds and memory as work grows](scaling.png)"]
     _draw_scaling(folder / "scaling.png", rows)
-    _write_section(folder, "scaling", "\n".join([*lines, "", _machine_and_versions()]))
+    _write_section(folder, "scaling", "\n".join([*lines, "", _machine_and_versions(options)]))
 
 
 def _draw_scaling(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -603,12 +605,17 @@ def _rows_of(program: str, *arguments: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _quick(options: argparse.Namespace) -> list[str]:
+    return ["--quick"] if options.quick else []
+
+
 def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     _write_csv(path, list(rows[0]), [[_rounded(cell) for cell in row.values()] for row in rows])
 
 
-def _machine_and_versions() -> str:
-    return f"{machine()}. torch {version('torch')}, scalefl {version('scalefl')}."
+def _machine_and_versions(options: argparse.Namespace) -> str:
+    note = "**Quick form: figures mean nothing.** " if options.quick else ""
+    return f"{note}{machine()}. torch {version('torch')}, scalefl {version('scalefl')}."
 
 
 def machine() -> str:
@@ -657,6 +664,9 @@ COMMANDS: dict[str, Callable[[Path, argparse.Namespace], None]] = {
 }
 
 
+BESIDE_PEERS = ("peers", "whole", "small")
+
+
 def _at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
@@ -678,7 +688,13 @@ def main() -> None:
     parser.add_argument(
         "--environments", type=Path, default=Path("~/.cache/scalefl-speed").expanduser(), help="of peers, kept here"
     )
+    parser.add_argument("--quick", action="store_true", help="in seconds, for little: figures mean nothing")
     options = parser.parse_args()
+    if options.quick and options.what in BESIDE_PEERS:
+        print(f"{options.what}: left out in quick form, as it needs an environment of its own for each peer (2.5 GB)")
+        return
+    if options.quick:
+        options.repeats = 2
     options.programs = [*{*options.programs, OURS}]
     folder = options.out / "speed"
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,8 +103,8 @@ def cpu_seconds(do: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def rows(repeats: int) -> Iterator[dict[str, object]]:
-    for case in CASES:
+def rows(cases: Sequence[Case], repeats: int) -> Iterator[dict[str, object]]:
+    for case in cases:
         for name in case.methods:
             for count in TOGETHER:
                 alone, at_once = ways(case, BY_METHOD[name], count)
@@ -130,10 +130,11 @@ def rows(repeats: int) -> Iterator[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="the first model, the smallest, alone")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    for row in rows(options.repeats):
+    for row in rows(CASES[: 1 if options.quick else None], options.repeats):
         print(json.dumps(row), flush=True)
 
 

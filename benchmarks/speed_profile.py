@@ -1,6 +1,6 @@
 """Where the time of a round goes: torch's profiler over rounds of the demo and of a round of small clients.
 
-    python benchmarks/speed_profile.py
+    python benchmarks/speed_profile.py [--quick]
 
 Prints a JSON line for each kind of operation and job. Everything runs in this process, on one thread. Operations are
 counted by their own time, without what they call; what is left of the process's CPU time is Python, and the profiler.
@@ -8,6 +8,7 @@ counted by their own time, without what they call; what is left of the process's
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections import defaultdict
@@ -42,9 +43,9 @@ KINDS = {
 OTHER, PYTHON = "other operations", "Python, the round loop, the profiler"
 
 
-def demo() -> Iterator[Any]:
-    """Rounds of the demo, as `make demo` runs it, without evaluations."""
-    config = load_config(Path(__file__).parents[1] / "examples" / "demo.toml")
+def demo(*overrides: str) -> Iterator[Any]:
+    """Rounds of the demo, or of one with other settings, as `make demo` runs it, without evaluations."""
+    config = load_config(Path(__file__).parents[1] / "examples" / "demo.toml", overrides)
     experiment = Experiment(config)
     with LocalEngine(experiment.data, experiment.population, workers=0, threads=1) as engine:
         sampler = UniformSampler(config.clients_per_round)
@@ -53,9 +54,9 @@ def demo() -> Iterator[Any]:
         )
 
 
-def small_clients() -> Iterator[Any]:
+def small_clients(clients: int) -> Iterator[Any]:
     """Rounds of FedAvg like work A of the comparison with peers."""
-    federation = Federation(replace(WORKLOADS[0], clients=200))
+    federation = Federation(replace(WORKLOADS[0], clients=clients, cohort=min(clients, WORKLOADS[0].cohort)))
     return federation.rounds(federation.workload.cohort, Crew(0, 1))
 
 
@@ -64,13 +65,20 @@ def kind_of(operation: str) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one round, of a lighter demo and of few clients")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    for job, rounds in (("the demo", demo()), ("small clients", small_clients())):
-        for _ in range(ROUNDS):  # kernels are compiled, memory is taken
+    jobs, count = (("the demo", demo()), ("small clients", small_clients(200))), ROUNDS
+    if options.quick:
+        lighter = demo('model="cnn"', "model_arguments={width=0.25}", "clients_per_round=2")
+        jobs, count = (("the demo", lighter), ("small clients", small_clients(4))), 1
+    for job, rounds in jobs:
+        for _ in range(count):  # kernels are compiled, memory is taken
             next(rounds)
         start = time.process_time()
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            for _ in range(ROUNDS):
+            for _ in range(count):
                 next(rounds)
             taken = time.process_time() - start
         seconds: dict[str, float] = defaultdict(float)

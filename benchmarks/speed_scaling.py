@@ -1,6 +1,6 @@
 """What a round costs as work grows: with the cohort, the population, the model, and the number of blocks.
 
-    python benchmarks/speed_scaling.py [--rounds 3]
+    python benchmarks/speed_scaling.py [--rounds 3] [--quick]
 
 Prints a JSON line for each point, which runs in a process of its own: one thread, clients in that process.
 `benchmarks/speed.py` makes tables and pictures of it.
@@ -41,6 +41,7 @@ POINTS: dict[str, list[float]] = {
     "model": [0.1, 0.25, 0.5, 1.0, 1.5],
     "blocks": [1, 2, 4, 8, 16],
 }
+QUICK_POINTS: dict[str, list[float]] = {"clients a round": [2, 4], "population": [5, 10], "model": [0.1], "blocks": [2]}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def setting(what: str, value: float) -> tuple[Images, ModelSpec, Method, int]:
     if what == "clients a round":
         return Images(2_000), small, FedAvg(work=WORK), int(value)
     if what == "population":
-        return Images(int(value)), small, FedAvg(work=WORK), 50
+        return Images(int(value)), small, FedAvg(work=WORK), min(50, int(value))
     if what == "model":
         return Images(100), ModelSpec.of("scalefl.models.resnet:resnet18", width=value), FedAvg(work=WORK), 4
     deep = ModelSpec.of("scalefl.models.resnet:resnet34", width=0.25)
@@ -114,14 +115,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs=2, metavar=("WHAT", "VALUE"), help="one point, in this process")
+    parser.add_argument("--quick", action="store_true", help="few and small points, and one round")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only:
         print(json.dumps(point(options.only[0], float(options.only[1]), options.rounds)), flush=True)
         return
-    for what, values in POINTS.items():
+    for what, values in (QUICK_POINTS if options.quick else POINTS).items():
         for value in values:
-            command = [sys.executable, __file__, "--rounds", str(options.rounds), "--only", what, str(value)]
+            rounds = 1 if options.quick else options.rounds
+            command = [sys.executable, __file__, "--rounds", str(rounds), "--only", what, str(value)]
             subprocess.run(command, check=True, env=dict(os.environ))
 
 

@@ -127,6 +127,7 @@ def row(name: str, way: str, shares: list[float]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="the first model alone, and nothing compiled")
     parser.add_argument("--compiled", choices=list(BATCHES))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -134,12 +135,14 @@ def main() -> None:
     if options.compiled:
         compiled(options.compiled, options.repeats)
         return
-    for name in BATCHES:
+    for name in list(BATCHES)[: 1 if options.quick else None]:
         (_, usual), *others = ways(Work(name))
         for way, other in others:
             print(
                 json.dumps({**row(name, way, turns(usual, other, options.repeats)), "first_seconds": 0.0}), flush=True
             )
+        if options.quick:
+            continue
         with tempfile.TemporaryDirectory() as cache:
             command = [sys.executable, __file__, "--compiled", name, "--repeats", str(options.repeats)]
             where = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}

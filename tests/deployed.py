@@ -21,7 +21,8 @@ from scalefl.deployment.programs import descendants, free_port
 from scalefl.run_folder import RunFolder
 
 TESTS = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(TESTS), "COLUMNS": "120"}
+PATHS = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "COLUMNS": "120"}
 
 
 def scalefl(*arguments: object, timeout: float = 120.0) -> subprocess.CompletedProcess[str]:

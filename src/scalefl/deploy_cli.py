@@ -45,16 +45,16 @@ def init(
     for path in set_up(folder, host=host, port=port, public_port=public_port, nodes=nodes):
         _say(console)(f"made {path}")
     deployment = Deployment(folder.absolute())
-    _tell_next(console, deployment, public_port is not None)
+    _tell_next(console, deployment)
 
 
 @deploy.command()
 def server(folder: Folder = HERE) -> None:
     """Run the server of the deployment in DIR until interrupted."""
-    with _flower():
-        from scalefl.deployment.layout import Deployment
-        from scalefl.deployment.server import serve
     with _until_interrupted():
+        with _flower():
+            from scalefl.deployment.layout import Deployment
+            from scalefl.deployment.server import serve
         serve(Deployment(folder.absolute()), _say(console_of()))
 
 
@@ -77,15 +77,19 @@ def node(
     ] = None,
 ) -> None:
     """Run the node in DIR until interrupted. Options win over its node.toml."""
-    with _flower():
-        from scalefl.deployment.layout import NodeFolder
-        from scalefl.deployment.node import run_node
     given: dict[str, Any] = {"budget": budget, "share": share, "allow": allow}
     given["data"] = None if data is None else {"name": data}
-    found = NodeFolder(folder.absolute())
-    settings = found.settings({key: value for key, value in given.items() if value is not None})
+    say = _say(console_of())
     with _until_interrupted():
-        run_node(found, settings, _say(console_of()))
+        with _flower():
+            from scalefl.deployment.reach import watching
+        with watching(folder.absolute(), say) as watch:
+            with _flower():
+                from scalefl.deployment.layout import NodeFolder
+                from scalefl.deployment.node import run_node
+            found = NodeFolder(folder.absolute())
+            settings = found.settings({key: value for key, value in given.items() if value is not None})
+            run_node(found, settings, watch, say)
 
 
 @deploy.command()
@@ -142,8 +146,14 @@ def _say(console: Console) -> Any:
     return say
 
 
-def _tell_next(console: Console, deployment: Any, has_proxy: bool) -> None:
+def _tell_next(console: Console, deployment: Any) -> None:
     say, here = _say(console), shlex.quote(str(deployment.path))
+    settings, has_proxy = deployment.settings(), deployment.proxy.exists()
+    if not has_proxy and settings.is_out_of_reach():
+        say(
+            f"\nNodes are told {settings.address}, and the server listens on {settings.host}, where only this machine "
+            "reaches it: begin anew with --public-port, or see docs/deployment.md about `host` in server.toml"
+        )
     say("\nNext, on this machine:")
     say(f"  scalefl deploy server --dir {here}")
     if has_proxy:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import shutil
+import ssl
 import stat
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from deployed import Field, deployed, eventually, is_alive, scalefl
+from deployed import Field, deployed, eventually, is_alive, none_elsewhere, scalefl
 from scalefl.cli import app
+from scalefl.deployment import certificates
 from scalefl.deployment.layout import Deployment, NodeFolder
+from scalefl.deployment.programs import free_port
 from scalefl.deployment.server import connected
 from scalefl.deployment.submit import run_status
 from scalefl.run_folder import RunFolder, read_json
@@ -190,7 +196,7 @@ def test_a_port_that_is_taken_is_named(area):
     assert done.exit_code == 1 and "something listens on 127.0.0.1" in " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize(("name", "message"), [("node.key", "private key"), ("ca.pem", "Empty certificate data")])
+@pytest.mark.parametrize(("name", "message"), [("node.key", "private key"), ("ca.pem", "holds no certificate")])
 def test_a_file_that_is_empty_is_complained_of_by_its_program_and_by_us(area, tmp_path, name, message):
     node = stranger(area, tmp_path / "stranger")
     (node.path / name).write_bytes(b"")
@@ -218,6 +224,67 @@ def test_folders_that_are_none_are_named(tmp_path):
     for words in (["server"], ["status"], ["node"], ["submit", tmp_path / "x.toml"]):
         done = here("deploy", *words, "--dir", tmp_path)
         assert done.exit_code == 1 and "it is made by scalefl deploy init" in " ".join(done.stderr.split()), words
+
+
+def test_a_node_says_at_once_that_its_server_is_away_and_goes_on_when_it_comes(tmp_path):
+    """By IPv6, and past a proxy for what is not encrypted: that is spoken on this machine only."""
+    done = here("deploy", "init", tmp_path / "d", "--nodes", 1, "--host", "::1", "--port", free_port())
+    assert done.exit_code == 0, done.stderr
+    area = Field(Deployment(tmp_path / "d"), lambda name: ["env", f"http_proxy=http://127.0.0.1:{free_port()}"])
+    where = area.deployment.settings().address
+    try:
+        area.start_node("node-0", "9MiB", "0/4")
+        eventually(lambda: "trying again" in area.said("node-0"), why=lambda: area.said("node-0"))
+        assert "examples" not in area.said("node-0"), "said while its data is read"
+        area.start_server()
+        area.wait_until_there("node-0")
+        eventually(lambda: "answers now" in area.said("node-0"), why=lambda: area.said("node-0"))
+        told = [line for line in area.said("node-0").splitlines() if line.startswith("the server at")]
+        assert told == [
+            f"the server at {where} cannot be reached: nothing listens on {where} (connection refused); trying again",
+            f"the server at {where} answers now: going on",
+        ]
+        area.submit(area.write_config("late", CONFIG.replace("min_clients = 2", "min_clients = 1")))
+        area.finish("late")
+    finally:
+        for name in ("node-0", "server"):
+            if name in area.processes:
+                area.stop(name)
+
+
+def expired(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a deployment's server a certificate of last year."""
+    day = datetime.timedelta(days=1)
+    monkeypatch.setattr(certificates, "_SLACK", 400 * day)
+    monkeypatch.setattr(certificates, "_VALID", -35 * day)
+    for path in (deployment.certificate, deployment.certificate_key):
+        path.unlink()
+    assert here("deploy", "init", deployment.path).exit_code == 0
+
+
+def test_a_certificate_that_has_expired_is_told_on_both_sides(tmp_path, monkeypatch):
+    port = free_port()
+    assert here("deploy", "init", tmp_path / "d", "--nodes", 1, "--port", port).exit_code == 0
+    deployment = Deployment(tmp_path / "d")
+    expired(deployment, monkeypatch)
+    done = here("deploy", "server", "--dir", deployment.path)
+    day = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=35)
+    assert done.exit_code == 1 and f"server.pem expired on {day:%Y-%m-%d}" in " ".join(done.stderr.split())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(deployment.certificate, deployment.certificate_key)
+    area = Field(deployment, none_elsewhere)
+    with HTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler) as server:
+        server.handle_error = lambda *_: None
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            area.start_node("node-0", "9MiB", "0/4")
+            eventually(lambda: "trying again" in area.said("node-0"), why=lambda: area.said("node-0"))
+        finally:
+            area.stop("node-0")
+            server.shutdown()
+    assert f"the server's certificate expired on {day:%Y-%m-%d}" in area.said("node-0")
+    assert "vouched" not in area.said("node-0")
 
 
 def test_what_is_stopped_leaves_nothing_running(area, finished):

@@ -15,9 +15,16 @@ _SLACK = datetime.timedelta(days=1)
 """For clocks of nodes that are behind."""
 
 
-def make_authority() -> tuple[bytes, bytes]:
-    """The key and the certificate (PEM) of a new authority, which may sign servers' certificates and nothing else."""
-    key = ec.generate_private_key(ec.SECP256R1())
+def make_authority(key: bytes | None = None) -> tuple[bytes, bytes]:
+    """The key and the certificate (PEM) of an authority, which may sign servers' certificates and nothing else.
+
+    With a `key` of before, what that has signed is vouched for by the new certificate too.
+    """
+    known = ec.generate_private_key(ec.SECP256R1()) if key is None else _signing(key)
+    return _private(known), _self_signed(known)
+
+
+def _self_signed(key: ec.EllipticCurvePrivateKey) -> bytes:
     name = _named("ScaleFL deployment")
     builder = (
         _begun(name, name, key.public_key())
@@ -25,14 +32,13 @@ def make_authority() -> tuple[bytes, bytes]:
         .add_extension(_usage(key_cert_sign=True, crl_sign=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
-    return _private(key), _public(builder.sign(key, hashes.SHA256()))
+    return _public(builder.sign(key, hashes.SHA256()))
 
 
 def make_certificate(authority_key: bytes, authority: bytes, hosts: list[str]) -> tuple[bytes, bytes]:
     """The key and the certificate (PEM) of a server that is known by these names and addresses."""
-    signer = serialization.load_pem_private_key(authority_key, None)
+    signer = _signing(authority_key)
     issuer = x509.load_pem_x509_certificate(authority)
-    assert isinstance(signer, ec.EllipticCurvePrivateKey)
     key = ec.generate_private_key(ec.SECP256R1())
     builder = (
         _begun(_named(hosts[0]), issuer.subject, key.public_key())
@@ -56,6 +62,12 @@ def make_node_key() -> tuple[bytes, bytes]:
     )
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return private, public + b"\n"
+
+
+def _signing(key: bytes) -> ec.EllipticCurvePrivateKey:
+    found = serialization.load_pem_private_key(key, None)
+    assert isinstance(found, ec.EllipticCurvePrivateKey)
+    return found
 
 
 def _named(name: str) -> x509.Name:

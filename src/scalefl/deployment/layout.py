@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, TypeVar
 
 from scalefl.config import convert
 from scalefl.data import Source, parse_bytes
+from scalefl.deployment.address import Address, is_loopback, loopback_of, read_address
+from scalefl.deployment.settings_file import NODE_AUTHORITY, NODE_FILE, NODE_MAKER, read_toml
 from scalefl.errors import ConfigError, check_range
 
 T = TypeVar("T")
@@ -33,6 +34,26 @@ class ServerSettings:
     address: str
     port: int
     host: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        self.public()
+        check_range("port", self.port, 1, 65535)
+
+    def public(self) -> Address:
+        """Where nodes find the server.
+
+        Raises:
+            ConfigError: it is no address.
+        """
+        return read_address("address", self.address)
+
+    def is_out_of_reach(self) -> bool:
+        """Whether it listens where only this machine finds it, while nodes are told another place."""
+        return is_loopback(self.host) and not is_loopback(self.public().host)
+
+    def own(self) -> Address:
+        """Where this machine finds it."""
+        return Address(loopback_of(self.host.strip("[]")), self.port)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +93,15 @@ class NodeSettings:
         if self.budget != AUTO:
             parse_bytes(self.budget)
         self.part()
+        self.address()
+
+    def address(self) -> Address:
+        """Where its server is.
+
+        Raises:
+            ConfigError: it is no address.
+        """
+        return read_address("server", self.server)
 
     def part(self) -> tuple[int, int]:
         """The share as two numbers.
@@ -115,6 +145,11 @@ class Deployment:
     def certificate_key(self) -> Path:
         """The server's."""
         return self.path / "server.key"
+
+    @property
+    def proxy(self) -> Path:
+        """The configuration of the proxy that lets nodes in, if there is to be one."""
+        return self.path / "nginx.conf"
 
     @property
     def flower(self) -> Path:
@@ -177,12 +212,12 @@ class NodeFolder:
     @property
     def settings_file(self) -> Path:
         """Its settings."""
-        return self.path / "node.toml"
+        return self.path / NODE_FILE
 
     @property
     def authority(self) -> Path:
         """The certificate by which it knows its server."""
-        return self.path / "ca.pem"
+        return self.path / NODE_AUTHORITY
 
     @property
     def key(self) -> Path:
@@ -205,16 +240,11 @@ class NodeFolder:
         Raises:
             ConfigError: this is no node's folder, or its settings are wrong.
         """
-        return _read(self.settings_file, NodeSettings, "scalefl deploy init, in the folder nodes/", given)
+        return _read(self.settings_file, NodeSettings, NODE_MAKER, given)
 
 
 def _read(path: Path, kind: type[T], maker: str, given: Mapping[str, Any] | None = None) -> T:
-    try:
-        raw = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"no {path.name} in {path.parent}: it is made by {maker}") from error
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    raw = read_toml(path, maker)
     try:
         return convert({**raw, **(given or {})}, kind, "")
     except ConfigError as error:

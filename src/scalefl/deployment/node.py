@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from scalefl.data import Dataset, Source, load, parse_bytes
+from scalefl.deployment.address import Address
 from scalefl.deployment.layout import AUTO, NodeFolder, NodeSettings
 from scalefl.deployment.programs import Program, Say, free_port, wait_for
+from scalefl.deployment.reach import Watch
 from scalefl.engines.codec import Allowed
 from scalefl.engines.flower import LONGEST_PAUSE, SUPERNODE
 from scalefl.engines.flower.executor import Executor
@@ -37,10 +39,8 @@ _LONGEST_RESTART_SECONDS = 40.0
 _CAUSES = {
     "[code: 2004]": "the server does not know this node's key; or it takes the node to be connected still, as it does "
     "for a minute after one was killed",
-    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not vouched for by this node's ca.pem",
-    "Connection refused": "nobody listens there",
 }
-"""What Flower's program says when it gives up, and what that means."""
+"""What Flower's program says when it gives up though it has reached its server, and what that means."""
 _PIECE_BYTES = 8 * 2**20
 """An automatic budget is a multiple of it: otherwise no two plans would be alike."""
 
@@ -117,23 +117,23 @@ class Own:
         )
 
 
-def run_node(folder: NodeFolder, settings: NodeSettings, say: Say) -> None:
-    """Serve as a node until interrupted; leave nothing running.
+def run_node(folder: NodeFolder, settings: NodeSettings, watch: Watch, say: Say) -> None:
+    """Serve as a node until interrupted; leave nothing running. The watch tells whether its server is there.
 
     Raises:
         ConfigError, DataError: the settings are wrong, or the data cannot be read.
         CheckpointError: the node runs already.
         ProgramFailed: the SuperNode does not start.
     """
-    with locked(folder.path):
-        _serve(folder, settings, say)
-
-
-def _serve(folder: NodeFolder, settings: NodeSettings, say: Say) -> None:
     if settings.data is None:
         raise ConfigError(f"{settings.name} has no data: give --data, or a [data] table in {folder.settings_file}")
-    say(f"reading {settings.data.name}")
-    own = Own(settings, *_rows(settings.data, settings, folder))
+    with locked(folder.path):
+        _serve(folder, settings, settings.data, watch, say)
+
+
+def _serve(folder: NodeFolder, settings: NodeSettings, source: Source, watch: Watch, say: Say) -> None:
+    say(f"reading {source.name}")
+    own = Own(settings, *_rows(source, settings, folder))
     folder.flower.mkdir(mode=0o700, exist_ok=True)
     secret, port = secrets.token_bytes(32), free_port()
     secret_file = folder.flower / "secret"
@@ -156,7 +156,7 @@ def _serve(folder: NodeFolder, settings: NodeSettings, say: Say) -> None:
             )
         say(f"{settings.name}: {offer.num_examples} examples, budget {mib(own.largest_memory_bytes)} MiB")
         with (
-            closing(_Supervised(folder, settings, secret_file, port, say)) as flower,
+            closing(_Supervised(folder, settings, secret_file, port, watch, say)) as flower,
             closing(Executor(f"127.0.0.1:{port}", secret, node.answer)) as executor,
         ):
             while True:
@@ -168,32 +168,41 @@ def _serve(folder: NodeFolder, settings: NodeSettings, say: Say) -> None:
 class _Supervised:
     """A SuperNode that is started again when it ends."""
 
-    def __init__(self, folder: NodeFolder, settings: NodeSettings, secret_file: Path, port: int, say: Say) -> None:
+    def __init__(
+        self, folder: NodeFolder, settings: NodeSettings, secret_file: Path, port: int, watch: Watch, say: Say
+    ) -> None:
         self._arguments = (
-            *("--superlink", settings.server),
+            *("--superlink", str(settings.address())),
             *("--root-certificates", str(folder.authority)),
             *("--auth-supernode-private-key", str(folder.key)),
             *("--host", "127.0.0.1", "--port", str(port)),
             *("--isolation", "process", "--superexec-auth-secret-file", str(secret_file)),
         )
         self._pause = {LONGEST_PAUSE: str(settings.poll_seconds)}
-        self._folder, self._say = folder, say
+        self._folder, self._watch, self._say = folder, watch, say
+        self._for_want_of_server = False
         self._log = folder.flower / "supernode.log"
         self._wait, self._again = _RESTART_SECONDS, 0.0
         self._start()
-        wait_for(port, "127.0.0.1", self._program)
+        wait_for(Address("127.0.0.1", port), self._program)
 
     def look(self) -> None:
         """Start it again if it has ended, after a while that grows: its server may take the old one to be there."""
         if self._program.ended is None:
             return
-        now = time.monotonic()
+        now, cause = time.monotonic(), self._watch.cause
+        if cause is None:
+            return
         if not self._again:
             if now > self._begun + _LONGEST_RESTART_SECONDS:  # it was well until now
                 self._wait = _RESTART_SECONDS
-            self._say(f"the SuperNode ended ({self._cause()}); it is started again in {self._wait:.0f} seconds")
+            self._for_want_of_server = bool(cause)
+            if not cause:  # otherwise the watch has said it, and says when that is over
+                self._say(f"the SuperNode ended ({self._cause()}); it is started again in {self._wait:.0f} seconds")
             self._again = now + self._wait
             self._wait = min(2 * self._wait, _LONGEST_RESTART_SECONDS)
+        if self._for_want_of_server and not cause:
+            self._again, self._wait = now, _RESTART_SECONDS
         if now >= self._again:
             self._again = 0.0
             self._start()

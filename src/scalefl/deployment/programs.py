@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from scalefl.deployment.address import Address
 from scalefl.errors import ConfigError, ScaleFLError
 
 Say = Callable[[str], None]
@@ -27,6 +28,21 @@ _GRACE_SECONDS = 10.0
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 """Loaded here: between a fork and the program that follows, little may be done."""
+
+
+_NO_PROXY = {"no_proxy": "*", "NO_PROXY": "*"}
+"""For what speaks to this machine's server and to nobody else."""
+
+
+def past_proxies(host: str) -> dict[str, str]:
+    """The variables by which what runs here finds this machine, and a host of it, past the proxies that are set."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = ",".join(
+        dict.fromkeys(
+            filter(None, [*given.replace("[", "").replace("]", "").split(","), "localhost", "127.0.0.1", "::1", host])
+        )
+    )
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 class ProgramFailed(ScaleFLError):
@@ -58,7 +74,11 @@ def ask(say: Say, name: str, *arguments: str, home: Path) -> str:
     """
     say(_shown(name, arguments, home))
     done = subprocess.run(
-        [*_found(name), *arguments], env=environment(home), stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [*_found(name), *arguments],
+        env=environment(home, _NO_PROXY),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     if done.returncode != 0:
         raise ProgramFailed(f"{name} failed: {_last_line(done.stderr) or _last_line(done.stdout)}")
@@ -193,19 +213,17 @@ def free_port() -> int:
         return port
 
 
-def check_free(host: str, port: int) -> None:
+def check_free(address: Address) -> None:
     """Refuse a port on which something listens already: that would be taken for what is started.
 
     Raises:
         ConfigError: names it.
     """
-    with socket.socket() as probe:
-        probe.settimeout(1.0)
-        if probe.connect_ex((host, port)) == 0:
-            raise ConfigError(f"something listens on {host}:{port} already: another server, or another program")
+    if _listens(address):
+        raise ConfigError(f"something listens on {address} already: another server, or another program")
 
 
-def wait_for(port: int, host: str, program: Program, seconds: float = 60.0) -> None:
+def wait_for(address: Address, program: Program, seconds: float = 60.0) -> None:
     """Wait until a program listens.
 
     Raises:
@@ -215,12 +233,18 @@ def wait_for(port: int, host: str, program: Program, seconds: float = 60.0) -> N
     while time.monotonic() < give_up:
         if program.ended is not None:
             raise ProgramFailed(f"{program.name} ended with {program.obituary}")
-        with socket.socket() as probe:
-            probe.settimeout(1.0)
-            if probe.connect_ex((host, port)) == 0:
-                return
+        if _listens(address):
+            return
         time.sleep(0.1)
-    raise ProgramFailed(f"{program.name} does not listen on {host}:{port} after {seconds:.0f} seconds")
+    raise ProgramFailed(f"{program.name} does not listen on {address} after {seconds:.0f} seconds")
+
+
+def _listens(address: Address) -> bool:
+    try:
+        socket.create_connection(address, timeout=1.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _shown(name: str, arguments: Iterable[str], home: Path) -> str:

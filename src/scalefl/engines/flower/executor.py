@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 from flwr.app import Message, RecordDict
@@ -47,6 +48,15 @@ _log = logging.getLogger("scalefl")
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _COMPONENT = "flwr-clientapp"
 _BACKOFF_SECONDS, _MESSAGE_SECONDS = 0.05, 2.0
+
+
+class _Local(RuntimeHttpClient):
+    """Speaks to this machine, which no proxy of the environment could find."""
+
+    def __init__(self, base_url: str, **options: Any) -> None:
+        super().__init__(base_url, **options)
+        self._client.close()
+        self._client = httpx.Client(timeout=self._client.timeout, follow_redirects=True, trust_env=False)
 
 
 class _Task:
@@ -161,7 +171,7 @@ class Executor:
         return to_records(self._answer(asked))
 
     def _connected(self, interceptor: ProtobufClientInterceptor) -> RuntimeHttpClient:
-        return RuntimeHttpClient.from_server_address(
+        return _Local.from_server_address(
             server_address=self._address,
             insecure=True,  # it listens on this machine's loopback only
             root_certificates=None,
