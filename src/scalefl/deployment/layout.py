@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scalefl.config import convert
+from scalefl.conversion import convert
 from scalefl.data import Source, parse_bytes
 from scalefl.errors import ConfigError, check_range
 
