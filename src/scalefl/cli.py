@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from scalefl.deploy_cli import deploy
 from scalefl.errors import ConfigError, ScaleFLError
+from scalefl.lookup import look_in
 from scalefl.measure import base_bytes
 from scalefl.run_folder import RunFolder, to_json
 from scalefl.terminal import (
@@ -314,8 +315,7 @@ app.add_typer(deploy, name="deploy")
 
 def main() -> None:
     """Run the command line; the working directory's modules can be named in configs."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    look_in(Path.cwd())
     arguments = sys.argv[1:]
     del sys.argv[1:]  # a user's module may look for arguments of its own there
     app(arguments)

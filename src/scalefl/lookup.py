@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import sys
+import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -42,14 +43,23 @@ class Given(str):
 
 
 def look_in(*folders: str | Path) -> None:
-    """Have modules looked for in these folders, in this order, before any other place; in new worker processes too."""
-    for folder in reversed(folders):
-        path = str(Path(folder).resolve())
-        for paths in (sys.path, _folders):
-            if path in paths:
-                paths.remove(path)
-            paths.insert(0, path)
+    """Have modules looked for in these folders, in this order, then in the working directory if that is asked at all.
+
+    New worker processes look there too. Python's own modules come before, as a `types.py` in a folder may not take the
+    place of theirs; and what is installed comes after.
+    """
+    own = list(dict.fromkeys(str(Path(folder).resolve()) for folder in folders))
+    here = [entry for entry in dict.fromkeys(sys.path) if entry in ("", str(Path.cwd())) and entry not in own]
+    rest = [entry for entry in sys.path if entry not in (*own, *here)]
+    behind = max((i for i, entry in enumerate(rest) if _is_of_python(entry)), default=-1) + 1
+    sys.path[:] = [*rest[:behind], *own, *here, *rest[behind:]]
+    _folders[:] = [*own, *(folder for folder in _folders if folder not in own)]
     importlib.invalidate_caches()
+
+
+def _is_of_python(entry: str) -> bool:
+    library = sysconfig.get_path("stdlib")
+    return entry in (library, sysconfig.get_path("platstdlib"), str(Path(library, "lib-dynload")))
 
 
 def remembered(at: Path, *folders: str | Path | None) -> list[list[str]]:

@@ -165,7 +165,16 @@ def test_a_module_whose_name_is_taken(project: Path) -> None:
 
     said = failed("plan", "conf/tiny.toml", *QUICK, "--set", "model=statistics:make_model")
     assert f"{project / 'conf' / 'statistics.py'} lies beside the config" in said
-    assert f"{statistics.__file__} has been imported under that name before: give yours another name" in said
+    assert f"{statistics.__file__} has been imported under that name: give yours another name" in said
+
+
+def test_files_that_are_called_as_pythons_own_modules_are_no_matter(project: Path) -> None:
+    for name in ("queue", "types", "random"):
+        (project / "conf" / f"{name}.py").write_text("raise ValueError('the wrong one')")
+        (project / f"{name}.py").write_text("raise ValueError('the wrong one')")
+    result = invoke("run", "conf/tiny.toml", *QUICK, "--set", "engine.workers=1")
+    assert result.exit_code == 0, result.output
+    assert json.loads((project / "runs" / "tiny" / "summary.json").read_text())["num_clients_lost"] == 0
 
 
 def test_a_config_of_the_same_name_elsewhere_is_not_mixed_up(project: Path, module: str) -> None:

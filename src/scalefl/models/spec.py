@@ -36,15 +36,12 @@ def load_object(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"{path!r} is not of the form 'package.module:name'")
-    if (found := lookup.another(module_name)) is not None:
-        raise ConfigError(
-            f"{path!r}: {found[0]} lies beside the config, but {found[1]} has been imported under that name before: "
-            "give yours another name, or start it in a process of its own"
-        )
+    _check_own(path, module_name)
     try:
         target: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's module may fail in any way while it is imported
         raise ConfigError(f"cannot import {module_name!r} for {path!r}: {_why(error, module_name)}") from error
+    _check_own(path, module_name)
     try:
         return functools.reduce(getattr, attribute.split("."), target)
     except AttributeError as error:
@@ -52,6 +49,15 @@ def load_object(path: str) -> Any:
             raise ConfigError(f"{path!r} is defined in the program that was started, not in a module") from error
         names = [name for name in vars(target) if not name.startswith("_")]
         raise ConfigError(f"{path!r}: {error}{nearest(attribute, names)}") from error
+
+
+def _check_own(path: str, module: str) -> None:
+    """Refuse to take a module of the same name for the one beside the config, which may have been loaded before."""
+    if (found := lookup.another(module)) is not None:
+        raise ConfigError(
+            f"{path!r}: {found[0]} lies beside the config, but {found[1]} has been imported under that name: give "
+            "yours another name, or start it in a process of its own"
+        )
 
 
 def _why(error: BaseException, module: str = "") -> str:
