@@ -509,7 +509,7 @@ def test_a_full_disk_leaves_the_earlier_state(home: Path, begun: Path) -> None:
 def test_the_installed_command_finds_modules_where_it_is_run(home: Path, tmp_path: Path) -> None:
     command = Path(sysconfig.get_path("scripts")) / "scalefl"
     done = subprocess.run(
-        [command, "run", "tiny.toml", "--set", "model_arguments.depth=3"], cwd=home, capture_output=True, text=True
+        [command, "plan", "tiny.toml", "--set", "model_arguments.depth=3"], cwd=home, capture_output=True, text=True
     )
     assert done.returncode == 1
     assert done.stderr == "error: model make_model: got an unexpected keyword argument 'depth'\n"
