@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scalefl.config import convert
+from scalefl.conversion import convert
 from scalefl.costs import step_cost
 from scalefl.data import FederatedData
 from scalefl.engines.local import LocalEngine

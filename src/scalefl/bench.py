@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from scalefl.bookkeeping import is_due
 from scalefl.client import Residents
-from scalefl.config import Config, convert
+from scalefl.config import Config
+from scalefl.conversion import convert
 from scalefl.costs import step_cost
 from scalefl.data import Devices, MemoryClass
 from scalefl.data.population import SimulatedPopulation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from scalefl.params import Params, without_attachments
 from scalefl.partition import Cut
 from scalefl.problem import num_rows
 from scalefl.rng import derive
-from scalefl.run_folder import RunFolder
+from scalefl.run_folder import RunFolder, to_json
 from scalefl.sampling import shuffled
 from scalefl.tracking import Tracking
 from scalefl.types import ServerState
@@ -224,7 +223,7 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
     """
     try:
         with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -233,7 +232,7 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
-    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_whole(path, (to_json(content, indent=2) + "\n").encode())
 
 
 def environment() -> dict[str, Any]:

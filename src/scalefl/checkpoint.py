@@ -105,22 +105,29 @@ def load_state(path: Path, model: ModelSpec, problem: Problem) -> ServerState:
     return ServerState(model, problem, params, header.round, header.seed, aux, header.tightened, header.releases)
 
 
-def load_deployed(path: Path) -> tuple[ModelSpec, Params]:
+def load_deployed(path: Path, model: ModelSpec | None = None) -> tuple[ModelSpec, Params]:
     """The model that was deployed of the state in `path`: needs neither data nor method.
+
+    Args:
+        path: the file.
+        model: how to build the model, where the file can't tell: it was a Python object.
 
     Raises:
         CheckpointError: as `load_state`; or the model was a Python object, which cannot be built from a file.
     """
     header, tensors = _read(path)
     found = header.deployed
-    if found.factory is None:
+    if found.factory is not None:
+        model = ModelSpec.of(found.factory, **found.arguments)
+    if model is None:
         raise CheckpointError(
-            f"{path} cannot say how to build {found.model}: its factory or an argument was a Python object. Name the "
-            "factory as 'package.module:factory', and give it numbers, words and lists"
+            f"{path} cannot say how to build {found.model}: its factory or an argument was a Python object. Give it "
+            "again from Python, as the last argument of scalefl.export.export(folder, file, model); or have a run that "
+            "names the factory as 'package.module:factory', with numbers, words and lists"
         )
     state, own = _under(_PARAMS, tensors), _under(_OWN, tensors)
     params = {name: own[name] if name in own else state[found.elsewhere.get(name, name)] for name in found.names}
-    return ModelSpec.of(found.factory, **found.arguments), params
+    return model, params
 
 
 def write_whole(path: Path, content: bytes) -> None:

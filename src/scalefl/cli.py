@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,24 +16,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from click import ClickException, Context
 from rich.console import Console
-from rich.status import Status
 from typer.core import TyperGroup
 
 from scalefl.deploy_cli import deploy
 from scalefl.errors import ConfigError, ScaleFLError
+from scalefl.lookup import look_in
 from scalefl.measure import base_bytes
-from scalefl.run_folder import RunFolder
-from scalefl.terminal import Interrupted, bar_beside, conclude, console_of, follow, print_files
+from scalefl.run_folder import RunFolder, to_json
+from scalefl.terminal import (
+    Interrupted,
+    apart,
+    conclude,
+    conclude_comparison,
+    console_of,
+    follow,
+    follow_jobs,
+    print_files,
+    talking,
+    telling,
+)
 from scalefl.units import privacy
 
 if TYPE_CHECKING:
-    from scalefl.comparison import Comparison
     from scalefl.config import Config
+    from scalefl.experiment import Experiment
     from scalefl.report.tables import Table
 
 INTERRUPTED = 130
 
 DEFAULT_RUNS = Path("runs")
+
+
+Tell = Callable[[str], None]
+"""Shows what is under way."""
 
 
 class _Commands(TyperGroup):
@@ -58,6 +72,7 @@ app = typer.Typer(
     help="Federated learning for clients that are too small to train the model.",
     no_args_is_help=True,
     add_completion=False,
+    suggest_commands=False,  # click does it
     pretty_exceptions_enable=False,
 )
 
@@ -85,7 +100,7 @@ def _main(
     ] = False,
 ) -> None:
     """Options before the command; `_Commands` reads `debug` too."""
-    context.with_resource(_talking(logging.DEBUG if debug else logging.WARNING))
+    context.with_resource(talking(logging.DEBUG if debug else logging.WARNING))
 
 
 @app.command()
@@ -100,8 +115,10 @@ def run(
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite contradict each other")
     console = console_of()
-    loaded = _load(config, settings)
-    folder = runs / loaded.name
+    with telling(f"reading {config}"):
+        loaded = _load(config, settings)
+        folder = runs / loaded.name
+        _check(loaded, folder, resume=resume, overwrite=overwrite)
     console.print(_headline(loaded), highlight=False)
     try:
         _train(console, loaded, folder, resume=resume, overwrite=overwrite)
@@ -131,13 +148,14 @@ def compare(
 
     What is finished is not run again: the same command goes on after an interruption.
     """
-    from scalefl.comparison import load_comparison
-
     console = console_of()
-    comparison = load_comparison(config, tuple(settings or ()), runs=runs)
+    with telling(f"reading {config}"):
+        from scalefl.comparison import load_comparison
+
+        comparison = load_comparison(config, tuple(settings or ()), runs=runs)
     comparison.describe()
-    failed = _follow_jobs(console, comparison, parallel)
-    _conclude_comparison(console, comparison.path, out)
+    failed = follow_jobs(console, comparison, parallel)
+    conclude_comparison(console, comparison.path, out)
     if failed:
         raise ScaleFLError(f"{len(failed)} of {len(comparison.jobs)} runs failed:\n" + "\n".join(failed))
 
@@ -152,11 +170,14 @@ def plan(
     ] = None,
 ) -> None:
     """Print what training as CONFIG says needs, and which clients can do what; train nothing."""
-    from scalefl.experiment import Experiment
+    if picture is not None and not picture.suffix:
+        raise ScaleFLError(f"cannot draw {picture}: name a file that ends in .png, .svg or .pdf")
     from scalefl.report.tables import class_table, memory_table, show
 
-    experiment = Experiment(_load(config, settings))
-    found = experiment.plan().to_json()
+    with telling(f"reading {config}"), apart(as_json):
+        experiment = _assembled(_load(config, settings))
+        found = experiment.plan().to_json()
+        base = base_bytes()
     if picture is not None:
         _draw_plan(found, experiment.config.name, picture)
     classes = [
@@ -168,12 +189,11 @@ def plan(
         }
         for member in experiment.population.classes
     ]
-    base = base_bytes()
     spent = experiment.privacy.spent(experiment.config.rounds) if experiment.privacy else None
     if spent:
         found = {**found, "privacy": spent}
     if as_json:
-        typer.echo(json.dumps({**found, "classes": classes, "base_bytes": base}, indent=2))
+        typer.echo(to_json({**found, "classes": classes, "base_bytes": base}, indent=2))
         return
     console = console_of()
     show(console, memory_table(found))
@@ -185,8 +205,6 @@ def plan(
 def _draw_plan(found: Mapping[str, Any], name: str, target: Path) -> None:
     from scalefl.report.pictures import memory_picture, save
 
-    if not target.suffix:
-        raise ScaleFLError(f"cannot draw {target}: name a file that ends in .png, .svg or .pdf")
     try:
         save(memory_picture(found, name), target)
     except (OSError, ValueError) as error:  # no such folder, or no format of that name
@@ -212,35 +230,35 @@ def bench(
         raise typer.BadParameter("there is no CONFIG in which to change a setting", param_hint="--set")
     from scalefl.report.tables import show
 
-    loaded = _load(config, settings) if config else None
-    with Console(stderr=True).status("", refresh_per_second=2) as status:  # seldom, as others are timed
-        found, table = _bench_run(loaded, seconds, status) if loaded else _bench_machine(seconds, status)
+    with telling(f"reading {config}" if config else "preparing") as tell, apart(as_json):
+        loaded = _load(config, settings) if config else None
+        found, table = _bench_run(loaded, seconds, tell) if loaded else _bench_machine(seconds, tell)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(to_json(found, indent=2))
     else:
         show(console_of(), table)
 
 
-def _bench_machine(seconds: float, status: Status) -> tuple[dict[str, Any], Table]:
+def _bench_machine(seconds: float, tell: Tell) -> tuple[dict[str, Any], Table]:
     from scalefl.bench import WORKLOADS, throughput
     from scalefl.bookkeeping import environment
     from scalefl.report.bench import machine_table
 
     done = []
     for workload in WORKLOADS:
-        status.update(f"timing {workload.name}")
+        tell(f"timing {workload.name}")
         done.append(throughput(workload, seconds))
     found = {"environment": environment(), "workloads": [one.to_json() for one in done]}
     return found, machine_table(found)
 
 
-def _bench_run(config: Config, seconds: float, status: Status) -> tuple[dict[str, Any], Table]:
+def _bench_run(config: Config, seconds: float, tell: Tell) -> tuple[dict[str, Any], Table]:
     from scalefl.bench import preview
     from scalefl.bookkeeping import environment
     from scalefl.engines.trial import described
     from scalefl.report.bench import preview_table
 
-    status.update(f"timing rounds of {config.name}")
+    tell(f"timing rounds of {config.name}")
     done = preview(config, seconds)
     found = {"environment": environment(), "run": done.to_json()}
     return found, preview_table(found, described(done.crew))
@@ -263,7 +281,7 @@ def report(
 
     console = console_of()
     if len(runs) == 1 and is_comparison(runs[0]):
-        _conclude_comparison(console, runs[0], out)
+        conclude_comparison(console, runs[0], out)
         return
     found = [read_run(folder) for folder in runs]
     if len(found) == 1:
@@ -279,12 +297,15 @@ def report(
 @app.command()
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("model.safetensors"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write: .safetensors, or .pt or .pth for torch.load.")
+    ] = Path("model.safetensors"),
 ) -> None:
     """Write the model in the folder RUN under the parameter names of the user's own nn.Module."""
-    from scalefl.export import export as export_model
+    with telling(f"reading {run_folder}"):
+        from scalefl.export import export as export_model
 
-    model, num_tensors = export_model(run_folder, output)
+        model, num_tensors = export_model(run_folder, output)
     arguments = ", ".join(f"{name}={value!r}" for name, value in model.arguments)
     typer.echo(f"{output}: {num_tensors} tensors of {model.factory}({arguments})")
 
@@ -294,31 +315,10 @@ app.add_typer(deploy, name="deploy")
 
 def main() -> None:
     """Run the command line; the working directory's modules can be named in configs."""
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    app()
-
-
-class _ToStderr(logging.Handler):
-    """Prints to what standard error is at that moment: a progress bar takes its place while it is shown."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        said = "warning: " if record.levelno >= logging.WARNING else ""
-        print(said + self.format(record), file=sys.stderr)
-
-
-@contextmanager
-def _talking(level: int) -> Iterator[None]:
-    """Print the package's messages from this level on."""
-    logger, handler = logging.getLogger("scalefl"), _ToStderr()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+    look_in(Path.cwd())
+    arguments = sys.argv[1:]
+    del sys.argv[1:]  # a user's module may look for arguments of its own there
+    app(arguments)
 
 
 def _load(path: Path, settings: list[str] | None) -> Config:
@@ -333,65 +333,56 @@ def _headline(config: Config) -> str:
     return f"[bold]{config.name}[/bold]: {config.model}({arguments}) by {method}, {config.rounds} rounds"
 
 
+def _assembled(config: Config) -> Experiment:
+    from scalefl.experiment import Experiment
+
+    return Experiment(config)
+
+
+def _check(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse at once a folder in which the run can't begin or go on."""
+    from scalefl.runner import check_folder
+
+    if overwrite:
+        _check_removable(folder)
+    else:
+        check_folder(config, folder, resume=resume)
+
+
 def _train(console: Console, config: Config, folder: Path, *, resume: bool, overwrite: bool) -> None:
     from scalefl.engines.trial import described
-    from scalefl.experiment import Experiment
     from scalefl.runner import run_rounds
 
-    experiment = Experiment(config)
-    if overwrite:
-        _remove(folder)
-    if not (resume and RunFolder(folder).config.exists()) and (crew := experiment.settle_engine()):
+    with telling("loading the data"):
+        experiment = _assembled(config)
+        if overwrite:
+            _remove(folder)
+        crew = None if resume and RunFolder(folder).config.exists() else experiment.settle_engine()
+    if crew:
         console.print(f"Engine: {described(crew)}", highlight=False, soft_wrap=True)
     rounds = run_rounds(experiment, folder, resume=resume)
     with closing(rounds):  # Ctrl-C stops the workers at once
         follow(console, rounds, folder)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a run, and nothing that is not one."""
+def _check_removable(folder: Path) -> None:
+    """Refuse to remove what is not a run."""
     files = RunFolder(folder)
-    if not folder.exists():
-        return
-    if not files.only_begun():
+    if folder.exists() and not (folder.is_dir() and files.only_begun()):
         try:
             files.read_settings()
         except ScaleFLError as error:
             raise ConfigError(f"{folder} is not removed, as it holds more than a run: {error}") from error
+
+
+def _remove(folder: Path) -> None:
+    """Remove a run, and nothing that is not one."""
+    files = RunFolder(folder)
+    _check_removable(folder)
+    if not folder.exists():
+        return
     with files.locked():
         files.remove()
-
-
-def _follow_jobs(console: Console, comparison: Comparison, parallel: int | None) -> list[str]:
-    """Run a comparison's jobs, and show how many are done; returns what went wrong, a text for each failed run."""
-    failed: list[str] = []
-    with bar_beside(console) as bar, closing(comparison.run(parallel)) as ended:
-        task = bar.add_task(comparison.name, total=len(comparison.jobs))
-        for number, one in enumerate(ended, 1):
-            if one.before:  # the clock starts with what runs now
-                bar.reset(task, completed=number)
-            bar.update(task, completed=number)
-            if one.error:
-                failed.append(f"{one.job.folder}: {one.error.removeprefix('error: ')}")
-            console.print(
-                f"{number}/{len(comparison.jobs)} {one.job.folder}{': failed' if one.error else ''}",
-                highlight=False,
-                soft_wrap=True,
-            )
-            for warning in one.warnings:
-                console.print(f"  {warning}", highlight=False, markup=False, soft_wrap=True)
-    return failed
-
-
-def _conclude_comparison(console: Console, folder: Path, out: Path | None) -> None:
-    from scalefl.report.comparison import read_results, tables, write
-    from scalefl.report.tables import show
-
-    results = read_results(folder)
-    for scenario in results.runs:
-        for table in tables(results, scenario):
-            show(console, table)
-    print_files(console, write(results, out or folder))
 
 
 def _message(error: BaseException) -> str:

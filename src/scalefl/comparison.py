@@ -8,7 +8,6 @@ change can be run in one of them alone, for all.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -20,11 +19,14 @@ from threading import Event
 from typing import Any
 
 from scalefl.checkpoint import write_whole
-from scalefl.config import Config, convert, make_config, overridden, read_settings, to_plain
+from scalefl.config import Config, make_config, to_plain
+from scalefl.conversion import convert
 from scalefl.errors import ConfigError, ScaleFLError, check_range, nearest
+from scalefl.lookup import remembered
 from scalefl.privacy import check_accountant
-from scalefl.run_folder import RunFolder
+from scalefl.run_folder import RunFolder, to_json
 from scalefl.runner import check_same
+from scalefl.settings import COMPARISON, overridden, read_settings
 from scalefl.tracking import check_installed
 
 ONCE = "run_once_in"
@@ -102,7 +104,7 @@ class Comparison:
         self.path.mkdir(parents=True, exist_ok=True)
         content = {"name": self.name, "settings": asdict(self.settings)}
         content |= {"scenarios": self.scenarios, "variants": self.variants, "run_once": self.run_once}
-        write_whole(RunFolder(self.path).comparison, json.dumps(content, indent=2).encode())
+        write_whole(RunFolder(self.path).comparison, to_json(content, indent=2).encode())
 
     def run(self, parallel: int | None = None) -> Generator[Ended]:
         """Do what is not done yet, as many runs side by side as asked (or as there are cores); yield each that ends.
@@ -133,8 +135,19 @@ class Comparison:
             return Ended(job, before=True)
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         path = job.folder.with_name(f"{job.folder.name}.json")
-        path.write_text(json.dumps({"config": to_plain(job.config)}))
-        command = [sys.executable, "-m", "scalefl.cli", "run", str(path), "--resume", "--runs", str(job.folder.parent)]
+        places = remembered(path.parent, job.config.folder, Path.cwd())
+        path.write_text(to_json({"config": to_plain(job.config), "places": places}))
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "scalefl.cli",
+            "run",
+            str(path),
+            "--resume",
+            "--runs",
+            str(job.folder.parent),
+        ]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
         # A session of its own: Ctrl-C is ours to handle.
         with subprocess.Popen(
@@ -167,6 +180,8 @@ def load_comparison(path: str | Path, overrides: tuple[str, ...] = (), *, runs: 
             whose config is wrong, before anything runs.
     """
     raw = read_settings(Path(path))
+    if not any(key in raw for key in COMPARISON):
+        raise ConfigError(f"{path} is no comparison, as it has no [variants]: scalefl run {path}")
     for override in overrides:
         raw = overridden(raw, override)
     settings = convert(raw.pop("compare", {}), Compare, "compare")

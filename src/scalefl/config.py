@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast
 
 import msgspec
+from torch import nn
 
-from scalefl.data import Devices, Iid, Natural, Partitioner, Source
+from scalefl import advice
+from scalefl.conversion import OWN, convert
+from scalefl.data import Dataset, Devices, FederatedData, Iid, Natural, Partitioner, Source
 from scalefl.engines.local import check_at_once, check_cap
 from scalefl.engines.messages import Precision
 from scalefl.engines.order import Cap
 from scalefl.engines.remote import Patience
 from scalefl.engines.trial import Auto
 from scalefl.errors import ConfigError, check_range, nearest
-from scalefl.harmonizer import GROWTHS, Growth
-from scalefl.mentor import SCHEDULES, Schedule
+from scalefl.lookup import Given, look_in
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models import resolve
 from scalefl.models.spec import ModelSpec, load_object
 from scalefl.privacy import Privacy
 from scalefl.problem import Problem
+from scalefl.settings import COMPARISON, FOLDER, finite, overridden, read_settings
 from scalefl.tracking import Destination
 from scalefl.types import LocalWork, Method
-
-T = TypeVar("T")
-
-OPEN: Mapping[Any, Any] = {Schedule: SCHEDULES, Growth: GROWTHS}
-"""Kinds of setting that a user may write their own of, and the built-in ones."""
-
-OWN = "or your own as 'package.module:Class'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +127,8 @@ class Config:
     """A run.
 
     Args:
-        model: a built-in name, or "package.module:factory" for any `nn.Module`.
+        model: a built-in name, or "package.module:factory" for any `nn.Module`. From Python also a factory or a
+            module itself (see `make_config`).
         model_arguments: keyword arguments for its factory.
         data: what clients hold.
         devices: what they can do.
@@ -148,6 +143,7 @@ class Config:
         save_every: rounds between saved states.
         tracking: where to copy what the journal gets.
         privacy: differential privacy of each client's data; None: off.
+        folder: where modules and data are looked for before the working directory: by default where the config lies.
     """
 
     model: str
@@ -165,6 +161,7 @@ class Config:
     save_every: int = 1
     tracking: tuple[Destination, ...] = ()
     privacy: Privacy | None = None
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("rounds", "clients_per_round", "save_every"):
@@ -176,12 +173,17 @@ class Config:
             )
         if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise ConfigError(f"name = {self.name!r}: expected the name of a folder, without slashes")
+        if isinstance(self.model, Given) and isinstance(self.model.value, nn.Module) and self.model_arguments:
+            raise ConfigError("model_arguments are a factory's: the model is a module that has been made already")
+        for key in ("method", "model_arguments"):
+            finite(getattr(self, key), key)
+        finite(self.data.source.arguments, "data.source.arguments")
         self.make_method()
 
     def make_model(self, problem: Problem) -> ModelSpec:
         """The model; what its factory asks of the data by name, and the config leaves open, comes from the data."""
-        spec = ModelSpec.of(resolve(self.model), **self.model_arguments)
-        return spec.completed(_facts(problem))
+        model = self.model.value if isinstance(self.model, Given) else resolve(self.model)
+        return ModelSpec.of(model, **self.model_arguments).completed(_facts(problem))
 
     def make_method(self) -> Method:
         """The method, with this run's local work."""
@@ -206,6 +208,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
             file, or the override that brought it about.
     """
     path, stages, names = Path(path), [read_settings(Path(path))], [str(path)]
+    if any(key in stages[0] for key in COMPARISON):
+        raise ConfigError(f"{path} is a comparison: scalefl compare {path}")
     for override in overrides:
         stages.append(overridden(stages[-1], override))
         names.append(f"--set {override!r}")
@@ -218,50 +222,53 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def make_config(raw: Mapping[str, Any]) -> Config:
-    """A config from plain values; `engine` may be a name alone."""
-    engine = raw.get("engine")
-    return convert({**raw, "engine": {"name": engine}} if isinstance(engine, str) else raw, Config, "")
+    """A config from plain values; `engine` may be a name alone.
+
+    From Python, `model` may also be a factory or an `nn.Module`, and `data` or its `source` a `Dataset`,
+    `FederatedData`, or a function that returns one. What can be imported is then kept by its path. What can't (it is
+    defined in the program that was started or in a function, or made already) has to be given again to resume the run
+    or to export its model; and what is defined in the program that was started trains in its process.
+
+    Raises:
+        ConfigError: names an unknown key and the nearest known one, or a value that it can't have.
+    """
+    raw = dict(raw)
+    if isinstance(raw.get("engine"), str):
+        raw["engine"] = {"name": raw["engine"]}
+    if callable(raw.get("model")):
+        raw["model"] = Given.of(raw["model"])
+    data = raw.get("data")
+    if _is_data(data):
+        raw["data"] = data = {"source": data}
+    if isinstance(data, Mapping) and _is_data(source := data.get("source")):
+        raw["data"] = {**data, "source": {"name": Given.of(source)}}
+    elif isinstance(data, Mapping) and isinstance(source, Mapping) and _is_data(source.get("name")):
+        raw["data"] = {**data, "source": {**source, "name": Given.of(source["name"])}}
+    if isinstance(folder := raw.get(FOLDER), str):
+        if not Path(folder).is_dir():
+            raise ConfigError(f"{FOLDER} = {folder!r}: there is no such folder")
+        look_in(folder)
+        raw[FOLDER] = str(Path(folder).resolve())
+    return convert(raw, Config, "")
+
+
+def _is_data(value: Any) -> bool:
+    return not isinstance(value, Mapping) and (callable(value) or isinstance(value, Dataset | FederatedData))
 
 
 def to_plain(config: Config) -> dict[str, Any]:
-    """A config as JSON values, every default spelled out."""
+    """A config as JSON values, every default spelled out; without its folder, which is not the same everywhere."""
     # asdict: msgspec leaves out what a dataclass instance has from its class, which is every default.
-    return cast(dict[str, Any], msgspec.to_builtins(asdict(config)))
+    plain = cast(dict[str, Any], msgspec.to_builtins(asdict(config), enc_hook=_text))
+    del plain[FOLDER]
+    return plain
 
 
-def convert(raw: Any, target: type[T], where: str) -> T:
-    """Plain values as `target`.
-
-    Raises:
-        ConfigError: names an unknown key and the nearest known one, or a value of the wrong type.
-    """
-    checked = _checked(raw, msgspec.inspect.type_info(target), where)
-    try:
-        return msgspec.convert(checked, target)
-    except msgspec.ValidationError as error:
-        message = str(error).replace("`$.", f"`{where}." if where else "`").replace("`$`", f"`{where or 'config'}`")
-        raise ConfigError(message) from error
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The plain values in a TOML file, or in the `config.json` of a run.
-
-    Raises:
-        ConfigError: the file is missing or malformed.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        raw = msgspec.json.decode(content) if path.suffix == ".json" else tomllib.loads(content.decode())
-    except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    if path.suffix == ".json" and isinstance(raw, dict):
-        raw = raw.get("config", raw)
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a table of settings")
-    return raw
+def _text(value: Any) -> str:
+    """The name of a Python object in the place of one."""
+    if isinstance(value, Given):
+        return str(value)
+    raise NotImplementedError(f"{type(value).__name__} is no setting")
 
 
 def _complaint(raw: Mapping[str, Any]) -> str:
@@ -285,102 +292,5 @@ def _own_method(path: str) -> Any:
     if ":" in path:
         return load_object(path)
     known = [*METHODS, *PRESETS]
-    raise ConfigError(f"no method {path!r}{nearest(path, known)}; known: {', '.join(sorted(known))}, {OWN}")
-
-
-def overridden(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """Nested tables with `a.b.c=value` set; the value is TOML, or a bare string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {text!r}: expected key=value")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    changed: dict[str, Any] = copy.deepcopy(dict(raw))
-    *path, last = key.strip().split(".")
-    table = changed
-    for part in path:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {text!r}: {part} is not a table")
-    table[last] = parsed
-    return changed
-
-
-def _checked(raw: Any, target: Any, where: str) -> Any:
-    """`raw` with the user's own objects made, and no key that no field has.
-
-    msgspec passes over such keys in dataclasses, and never names the nearest.
-    """
-    members = getattr(target, "types", (target,))
-    kind = next((t.cls for t in members if getattr(t, "cls", None) in OPEN), None)
-    if kind is not None:
-        return raw if raw is None else _made(raw, kind, where)
-    if isinstance(raw, str):
-        _check_word(raw, members, where)
-    elif isinstance(raw, list | tuple):
-        items = [t.item_type for t in members if hasattr(t, "item_type")]
-        return [_checked(item, items[0], f"{where}[{i}]") for i, item in enumerate(raw)] if items else raw
-    elif isinstance(raw, Mapping):
-        table = _table(members, raw, where)
-        return raw if table is None else _checked_table(raw, table, where)
-    return raw
-
-
-def _made(raw: Any, kind: Any, where: str) -> Any:
-    """An object of an open kind, from a table whose `kind` is a built-in name or "package.module:Class"."""
-    if isinstance(raw, kind):
-        return raw
-    path = raw.get("kind") if isinstance(raw, Mapping) else None
-    if not isinstance(path, str) or ":" not in path:
-        return convert(raw, OPEN[kind], where)
-    target = load_object(path)
-    if not (isinstance(target, type) and (is_dataclass(target) or issubclass(target, msgspec.Struct))):
-        raise ConfigError(f"{where}.kind = {path!r}: {target!r} is not a dataclass")
-    made = convert({key: value for key, value in raw.items() if key != "kind"}, target, where)
-    if not isinstance(made, kind) or target.__hash__ is None:
-        raise ConfigError(
-            f"{where}.kind = {path!r}: expected a frozen dataclass with the methods of "
-            f"{kind.__module__}.{kind.__name__}"
-        )
-    return made
-
-
-def _check_word(raw: str, members: Iterable[Any], where: str) -> None:
-    """Name the nearest of a fixed set of words."""
-    members = list(members)
-    known = [word for t in members for word in getattr(t, "values", ()) if isinstance(word, str)]
-    free = any(isinstance(t, msgspec.inspect.StrType | msgspec.inspect.AnyType) for t in members)
-    if known and not free and raw not in known:
-        number = any(isinstance(t, msgspec.inspect.IntType | msgspec.inspect.FloatType) for t in members)
-        words = [*known, "a number"] if number else known
-        raise ConfigError(f"{where} = {raw!r}{nearest(raw, known)}; known: {', '.join(words)}")
-
-
-def _checked_table(raw: Mapping[str, Any], table: Any, where: str) -> dict[str, Any]:
-    fields = {field.encode_name: field.type for field in table.fields}
-    tag_field = getattr(table, "tag_field", None)
-    known = [*fields, *([tag_field] if tag_field else [])]
-    checked = {}
-    for key, value in raw.items():
-        place = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            raise ConfigError(f"unknown key {place!r}{nearest(str(key), known)}; known: {', '.join(known)}")
-        checked[key] = _checked(value, fields[key], place) if key in fields else value
-    return checked
-
-
-def _table(members: Iterable[Any], raw: Mapping[str, Any], where: str) -> Any:
-    """The member of a union that a table means: by its tag, or the only one with fields."""
-    tables = [t for t in members if hasattr(t, "fields")]
-    tagged = [t for t in tables if getattr(t, "tag", None) is not None]
-    if tagged:
-        field, known = tagged[0].tag_field, [t.tag for t in tagged]
-        tag = raw.get(field)
-        if tag is not None and tag not in known:
-            place = f"{where}.{field}" if where else field
-            own = f", {OWN}" if any(t.cls in get_args(kinds) for t in tagged for kinds in OPEN.values()) else ""
-            raise ConfigError(f"{place} = {tag!r}{nearest(str(tag), known)}; known: {', '.join(known)}{own}")
-        return next((t for t in tagged if t.tag == tag), None)
-    return tables[0] if tables else None
+    what = advice.of_method(path) or nearest(path.lower(), known)
+    raise ConfigError(f"no method {path!r}{what}; known: {', '.join(sorted(known))}, {OWN}")

@@ -17,7 +17,9 @@ from scalefl.errors import ConfigError
 from scalefl.terminal import Interrupted, conclude, console_of, follow
 
 deploy = typer.Typer(
-    help="A server and nodes on real machines, by Flower's own programs (docs/deployment.md).", no_args_is_help=True
+    help="A server and nodes on real machines, by Flower's own programs (docs/deployment.md).",
+    no_args_is_help=True,
+    suggest_commands=False,  # click does it
 )
 
 HERE = Path()

@@ -43,6 +43,8 @@ def evaluate_groups(
 ) -> list[dict[str, float]]:
     """The problem's metrics over each of several groups of examples, the model in eval mode and run once over all.
 
+    A metric that has no weight in a group is left out there.
+
     Args:
         groups: rows of `examples`, [N_g] each; a row may be in several.
     """
@@ -61,7 +63,7 @@ def evaluate_groups(
                     entry = group_sums.setdefault(name, [0.0, 0.0])
                     entry[0] += float(value)
                     entry[1] += float(weight)
-    return [{name: value / weight for name, (value, weight) in found.items()} for found in sums]
+    return [{name: value / weight for name, (value, weight) in found.items() if weight} for found in sums]
 
 
 def _whole(model: ModelSpec, problem: Problem, params: Params) -> Part:

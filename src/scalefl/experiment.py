@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from scalefl.blocks import blocks_by_count
@@ -20,11 +22,13 @@ from scalefl.engines.gauge import device_of
 from scalefl.engines.local import offered
 from scalefl.engines.remote import RemoteEngine
 from scalefl.engines.trial import Crew, by_trial, most_workers
+from scalefl.engines.wire import check_sendable
 from scalefl.errors import ConfigError, DataError, ScaleFLError, UncuttableModel
 from scalefl.evaluate import (
     rows_by_distribution,
     stratified_rows,
 )
+from scalefl.lookup import beside, look_in
 from scalefl.measure import usable_bytes
 from scalefl.memory import Cost
 from scalefl.memory_plan import MemoryPlan, memory_plan
@@ -62,10 +66,15 @@ class Experiment:
     def __init__(self, config: Config, reach: Reach | None = None) -> None:
         forget_models()
         self.config = config
+        if config.folder is not None:
+            look_in(config.folder)
         check_installed(config.tracking)
+        device_of(config.engine.device)
         self.method: Method = config.make_method()
+        _log.info("loading the data: %s", config.data.source.name)
         loaded = _load_data(config)
         self.problem: Problem = loaded.problem
+        _log.info("tracing the model: %s", config.model)
         self.model: ModelSpec = config.make_model(self.problem)
         shape = output_shape(self.model, self.problem)
         if len(shape) == 1 and shape[0] < self.problem.num_classes:
@@ -73,6 +82,7 @@ class Experiment:
                 f"model {self.model.name} has {shape[0]} outputs, the data {self.problem.num_classes} classes"
             )
         self.remote = reach(self.problem) if reach else None
+        _log.info("predicting what full training takes")
         self.data = self._data(loaded)
         self.population = self._population()
         for split in ("validation", "test"):
@@ -133,8 +143,11 @@ class Experiment:
         if settings.clients_at_once == "auto" and (settings.threads != "auto" or settings.name != "local"):
             settings = replace(settings, clients_at_once=1)  # who settles threads wants the same bits everywhere
             self.config = replace(self.config, engine=settings)
+        if settings.workers not in ("auto", 0) or settings.cap != "none":
+            check_sendable(self.method, self.problem, self.model)
         if settings.threads != "auto" and settings.workers in (0, 1):
             return None
+        _log.info("planning the first round")
         plan = self.planned(self.initial_state())
         most = most_workers(max(cost.peak_bytes for cost in plan.costs.values()) if plan else 0)
         found = self._found(plan, most)
@@ -162,10 +175,16 @@ class Experiment:
             return Crew(0, 1)
         device = device_of(settings.device)
         on_cpu = device.type == "cpu"
-        state = self.initial_state()
+        state, stays_here = self.initial_state(), ""
+        if settings.workers == "auto":
+            try:
+                check_sendable(self.method, self.problem, self.model)
+            except ConfigError as error:
+                settings, stays_here = replace(settings, workers=0), f"; {error}"
+        _log.info("timing a task, to settle workers and threads")
         try:
             examples = self.data.examples(plan.longest_first()[0].client_id)
-            return by_trial(
+            crew = by_trial(
                 self.method,
                 state,
                 plan,
@@ -177,6 +196,7 @@ class Experiment:
                 clients_at_once=settings.clients_at_once,
                 device=device,
             )
+            return crew._replace(why=crew.why + stays_here)
         except Exception as error:  # the run meets it too, and records or tells it
             return Crew(0, 1, f"the trial failed with {type(error).__name__}")
 
@@ -278,5 +298,12 @@ class Experiment:
 
 
 def _load_data(config: Config) -> Dataset | FederatedData:
-    by = config.data.partition
-    return load(config.data.source, natural_ids=by.column if isinstance(by, Natural) else None)
+    by, source = config.data.partition, config.data.source
+    name = source.name if ":" in source.name else beside(source.name, config.folder)
+    try:
+        return load(structs.replace(source, name=name), natural_ids=by.column if isinstance(by, Natural) else None)
+    except DataError as error:
+        is_missing = str(error).startswith(("no folder", "cannot read")) and not Path(name).exists()
+        if not is_missing or config.folder is None or Path(config.folder) == Path.cwd() or Path(name).is_absolute():
+            raise
+        raise DataError(f"{error}; nor is it beside the config, in {config.folder}") from error

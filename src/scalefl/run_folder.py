@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scalefl.errors import CheckpointError
+from scalefl.errors import CheckpointError, ConfigError
+from scalefl.lookup import recalled
 
 FORMAT = "scalefl-run"
 VERSION = 1
@@ -30,10 +32,10 @@ def locked(folder: Path) -> Iterator[None]:
     """
     lock = folder / _LOCK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # resolved: a link may lead to what is not there yet
         file = lock.open("w")
-    except OSError as error:
-        raise CheckpointError(f"cannot make {folder}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # the latter of links that lead to each other
+        raise CheckpointError(f"cannot make {folder}: {getattr(error, 'strerror', None) or error}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
-            if not any(folder.iterdir()):
+            if not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
@@ -118,6 +120,25 @@ class RunFolder:
         first = {path.name for path in (self.plan, self.environment, self.config, self.clients, self.lock)}
         return all(entry.name.removesuffix(".partial") in first for entry in self.path.iterdir())
 
+    def check_free(self, *, resume: bool = False) -> None:
+        """Refuse a folder in which no run can begin, nor one go on if that is asked for.
+
+        Raises:
+            ConfigError: there is something else in it, or a run.
+            CheckpointError: it is no folder, or can't be read.
+        """
+        try:
+            others = [entry for entry in self.path.iterdir() if entry != self.lock]
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CheckpointError(f"cannot make {self.path}: {error.strerror}") from error
+        if others and not (resume and (self.config.exists() or self.only_begun())):
+            raise ConfigError(
+                f"{self.path} is not empty: resume the run in it (--resume), remove it (--overwrite), "
+                "or give this one another name (--set name=...)"
+            )
+
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """See `locked`."""
         return locked(self.path)
@@ -149,6 +170,14 @@ class RunFolder:
             )
         return dict(head.get("config", {}))
 
+    def places(self) -> list[str]:
+        """The folders in which the run's modules and data were looked for, as far as there are any still.
+
+        Raises:
+            CheckpointError: see `read_json`.
+        """
+        return recalled(self.path, read_json(self.config).get("places"))
+
     def read_journal(self) -> list[dict[str, Any]]:
         """The journal's lines, up to one that a killed run left half-written; none where there is no journal.
 
@@ -165,6 +194,19 @@ class RunFolder:
                 raise CheckpointError(f"{self.journal} is damaged: line {len(lines) + 1} is not a round")
             lines.append(line)
         return lines
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Content as JSON, in which there is neither NaN nor infinity: null instead."""
+    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def read_json(path: Path) -> dict[str, Any]:

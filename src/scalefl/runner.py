@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -19,11 +18,12 @@ from scalefl.engines.local import LocalEngine
 from scalefl.engines.trial import described
 from scalefl.errors import BudgetError, CheckpointError, ConfigError
 from scalefl.experiment import Experiment
+from scalefl.lookup import remembered
 from scalefl.loop import federate
 from scalefl.planner import budget_error, fit, least_of
 from scalefl.privacy import Mechanism, check_private
 from scalefl.record import PrivateRecord, RoundRecord
-from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json
+from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json, to_json
 from scalefl.sampling import UniformSampler, everybody
 from scalefl.tracking import Tracking
 from scalefl.types import UNTOLD, ClientInfo, Collects, Engine, ServerState
@@ -35,6 +35,7 @@ _log = logging.getLogger("scalefl")
 def run(config: Config, folder: str | Path, *, resume: bool = False) -> dict[str, Any]:
     """Run a config into a folder and return its summary; see `run_rounds`."""
     folder = Path(folder)
+    check_folder(config, folder, resume=resume)
     for _ in run_rounds(Experiment(config), folder, resume=resume):
         pass
     return read_json(RunFolder(folder).summary)
@@ -55,6 +56,19 @@ def run_rounds(experiment: Experiment, folder: Path, *, resume: bool = False) ->
     files = RunFolder(folder)
     with files.locked():
         yield from _rounds(experiment, files, resume=resume)
+
+
+def check_folder(config: Config, folder: Path, *, resume: bool) -> None:
+    """Refuse at once, before data is read and anything planned, a folder into which the config can't be run.
+
+    Raises:
+        ConfigError: the folder holds another run, or something else.
+        CheckpointError: the folder cannot be resumed from.
+    """
+    files = RunFolder(folder)
+    files.check_free(resume=resume)
+    if resume and files.config.exists():
+        check_same(config, files)
 
 
 def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Generator[RunProgress]:
@@ -172,22 +186,22 @@ def check_same(config: Config, files: RunFolder) -> None:
 
 
 def _started(experiment: Experiment, files: RunFolder, *, resume: bool) -> ServerState:
-    others = [entry for entry in files.path.iterdir() if entry != files.lock]
-    if others and not (resume and files.only_begun()):
-        raise ConfigError(
-            f"{files.path} is not empty: resume the run in it (--resume), remove it (--overwrite), "
-            "or give this one another name (--set name=...)"
-        )
+    files.check_free(resume=resume)
     state = first_state(experiment)
     experiment.rehearse(state)
     if crew := experiment.settle_engine():
         _log.info("engine: %s", described(crew))
     if isinstance(experiment.population, DeclaredPopulation):
         write_json(files.clients, {"clients": [_declared(client) for client in experiment.population.clients]})
+    _log.info("predicting what each part needs")
     write_json(files.plan, experiment.plan(state).to_json())
+    _log.info("measuring what a worker holds before it trains")
     write_json(files.environment, environment())
+    _log.info("the first round")
     # Last: a folder with a config in it can be resumed.
-    content = {"format": FORMAT, "version": VERSION, "config": to_plain(experiment.config)}
+    config = experiment.config
+    places = remembered(files.path, config.folder, Path.cwd())
+    content = {"format": FORMAT, "version": VERSION, "places": places, "config": to_plain(config)}
     write_json(files.config, content)
     return state
 
@@ -253,7 +267,7 @@ def _resumed(experiment: Experiment, files: RunFolder) -> ServerState:
         raise CheckpointError(f"{files.journal} is damaged: it lacks rounds that {files.state.name} has")
     if experiment.privacy is not None and experiment.privacy.privacy.seed is None:
         state = _with_releases(experiment, files, state, len(kept))
-    write_whole(files.journal, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    write_whole(files.journal, "".join(to_json(line) + "\n" for line in kept).encode())
     return state
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from scalefl.run_folder import RunFolder
 from scalefl.units import mib, privacy
 
 if TYPE_CHECKING:
     from scalefl.bookkeeping import RunProgress
+    from scalefl.comparison import Comparison
 
 PLAIN_WIDTH = 120
 """Columns where the output is no terminal and nobody says how wide it is."""
@@ -85,13 +91,15 @@ def follow(console: Console, rounds: Iterator[RunProgress], folder: Path) -> Non
 
 def _follow_live(console: Console, rounds: Iterator[RunProgress], folder: Path) -> None:
     fields = [name for name in _FIELDS if name != "moved" or console.width >= _WIDE]
-    with bar_beside(console, *fields) as bar:
+    with bar_beside(console, *fields) as bar, contextlib.ExitStack() as preparing:
         nothing: dict[str, Any] = dict.fromkeys(_FIELDS, "")
         task = bar.add_task("preparing", total=None, **nothing)
+        preparing.enter_context(_steps(lambda text: bar.update(task, description=escape(text))))
         started = False
         for progress, words in _described(rounds, folder):
             done, stage = progress.line["round"], progress.line["stage"]
             if not started:  # the clock starts here: preparing, and rounds before a resumption, say nothing of speed
+                preparing.close()
                 bar.reset(task, total=progress.rounds, completed=done)
                 started = True
             bar.update(task, completed=done, description=stage, **words)
@@ -139,6 +147,39 @@ def conclude(console: Console, folder: Path) -> None:
     print_files(console, sorted(folder.iterdir()))
 
 
+def follow_jobs(console: Console, comparison: Comparison, parallel: int | None) -> list[str]:
+    """Run a comparison's jobs, and show how many are done; returns what went wrong, a text for each failed run."""
+    failed: list[str] = []
+    with bar_beside(console) as bar, contextlib.closing(comparison.run(parallel)) as ended:
+        task = bar.add_task(comparison.name, total=len(comparison.jobs))
+        for number, one in enumerate(ended, 1):
+            if one.before:  # the clock starts with what runs now
+                bar.reset(task, completed=number)
+            bar.update(task, completed=number)
+            if one.error:
+                failed.append(f"{one.job.folder}: {one.error.removeprefix('error: ')}")
+            console.print(
+                f"{number}/{len(comparison.jobs)} {one.job.folder}{': failed' if one.error else ''}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            for warning in one.warnings:
+                console.print(f"  {warning}", highlight=False, markup=False, soft_wrap=True)
+    return failed
+
+
+def conclude_comparison(console: Console, folder: Path, out: Path | None) -> None:
+    """Draw a comparison, and print its tables and files."""
+    from scalefl.report.comparison import read_results, tables, write
+    from scalefl.report.tables import show
+
+    results = read_results(folder)
+    for scenario in results.runs:
+        for table in tables(results, scenario):
+            show(console, table)
+    print_files(console, write(results, out or folder))
+
+
 def print_files(console: Console, paths: list[Path]) -> None:
     """Print which files were written."""
     console.print("Files written:")
@@ -146,9 +187,92 @@ def print_files(console: Console, paths: list[Path]) -> None:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
 
 
+class _Output(Console):
+    """Standard output, as long as somebody reads it: a run goes on without."""
+
+    def on_broken_pipe(self) -> None:
+        """See `Console`, which would end the program."""
+        self.quiet = True
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def console_of() -> Console:
     """Standard output."""
-    console = Console()
+    console = _Output()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        return Console(width=PLAIN_WIDTH)
+        return _Output(width=PLAIN_WIDTH)
     return console
+
+
+@contextlib.contextmanager
+def telling(first: str) -> Iterator[Callable[[str], None]]:
+    """Show on standard error what is under way, if that is a terminal: `first`, and then each step that is logged.
+
+    Yields:
+        What shows something else.
+    """
+    console = Console(stderr=True)
+    with console.status(Text(first), refresh_per_second=4) as status:  # seldom, as others may be timed
+
+        def show(text: str) -> None:
+            status.update(Text(text))
+
+        with _steps(show) if console.is_terminal else contextlib.nullcontext():
+            yield show
+
+
+class _Steps(logging.Handler):
+    """Shows what the package says it is at."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno == logging.INFO:
+            self._show(record.getMessage())
+
+
+@contextlib.contextmanager
+def _steps(show: Callable[[str], None]) -> Iterator[None]:
+    logger, handler = logging.getLogger("scalefl"), _Steps(show)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(logger.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+class _ToStderr(logging.Handler):
+    """Prints to what standard error is at that moment: a progress bar takes its place while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = "warning: " if record.levelno >= logging.WARNING else ""
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(said + self.format(record), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def talking(level: int) -> Iterator[None]:
+    """Print the package's messages from this level on."""
+    logger, handler = logging.getLogger("scalefl"), _ToStderr()
+    before = logger.level
+    handler.setLevel(level)
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def apart(is_wanted: bool) -> Iterator[None]:
+    """Keep what a user's code prints out of the output, if it is to be read by programs."""
+    with contextlib.redirect_stdout(sys.stderr) if is_wanted else contextlib.nullcontext():
+        yield

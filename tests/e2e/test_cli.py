@@ -209,6 +209,10 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
+def test_a_mistyped_command_is_guessed_once() -> None:
+    assert failed("paln", status=2).count("'plan'") == 1
+
+
 def test_version_and_help() -> None:
     assert invoke("--version").stdout.startswith("scalefl ")
     assert all(command in invoke("--help").stdout for command in ("run", "plan", "bench", "report", "export"))
@@ -507,7 +511,7 @@ def test_a_full_disk_leaves_the_earlier_state(home: Path, begun: Path) -> None:
 def test_the_installed_command_finds_modules_where_it_is_run(home: Path, tmp_path: Path) -> None:
     command = Path(sysconfig.get_path("scripts")) / "scalefl"
     done = subprocess.run(
-        [command, "run", "tiny.toml", "--set", "model_arguments.depth=3"], cwd=home, capture_output=True, text=True
+        [command, "plan", "tiny.toml", "--set", "model_arguments.depth=3"], cwd=home, capture_output=True, text=True
     )
     assert done.returncode == 1
     assert done.stderr == "error: model make_model: got an unexpected keyword argument 'depth'\n"
@@ -560,6 +564,17 @@ def test_another_runs_folder_cannot_be_resumed(home: Path, begun: Path) -> None:
         ("model=nowhere:model", "cannot import 'nowhere'"),
         ("method.name=fedavgg", "did you mean 'fedavg'?"),
         ("nonsense", "expected key=value"),
+        ("work..lr=1", "expected key=value"),
+        ("method.name=fedprox", "no method 'fedprox': it is a setting of all methods, work.prox = μ"),
+        ("method.name=FedAdam", 'server = { kind = "fedadam" }'),
+        ("method.name=fedyogi", "it is not there; server optimizers here are method.server.kind ="),
+        ("method.name=SCAFFOLD", "it is not there"),
+        ("method.name=FedAVG", "did you mean 'fedavg'?"),
+        ("method.server=fedadam", "method.server = 'fedadam': expected a table, as server = { kind = \"fedadam\" }"),
+        ("work.optimizer=adam", "unknown key 'work.optimizer': clients train by SGD with momentum"),
+        ("work.mu=0.1", "unknown key 'work.mu': it is work.prox"),
+        ("epochs=3", "unknown key 'epochs': did you mean 'work.epochs'?"),
+        ("model_arguments={width=inf}", "model_arguments.width = inf: expected a finite number"),
     ],
 )
 def test_bad_settings(home: Path, tmp_path: Path, setting: str, message: str) -> None:
@@ -570,8 +585,8 @@ def test_bad_settings(home: Path, tmp_path: Path, setting: str, message: str) ->
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
-        ("", (), "{file}: Object missing required field `model`"),
-        ("", ("rounds=3",), "{file}: Object missing required field `model`"),
+        ("", (), "{file} is empty: a config has model, rounds, data and devices at least"),
+        ("seed = 1", ("rounds=3",), "{file}: Object missing required field `model`"),
         ("epoch = 1", (), "{file}: unknown key 'epoch'"),
         ("rounds = ", (), "{file}: Invalid value"),
         (CONFIG, ("rounds=3", "work.epoch=3", "seed=2"), "--set 'work.epoch=3': unknown key 'work.epoch'"),

@@ -12,7 +12,8 @@ import pytest
 from test_experiment import settings
 
 from scalefl.comparison import Compare, load_comparison
-from scalefl.config import Config, convert, load_config, make_config
+from scalefl.config import Config, load_config, make_config
+from scalefl.conversion import convert
 from scalefl.methods import METHODS, PRESETS
 from scalefl.models import BUILT_IN
 from scalefl.runner import run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -13,16 +14,18 @@ from torch import nn
 
 import support
 from scalefl.checkpoint import load_deployed
-from scalefl.config import make_config
+from scalefl.config import make_config, to_plain
 from scalefl.engines.remote import Patience
 from scalefl.errors import BudgetError, CheckpointError, ConfigError, DataError, RoundFailed
 from scalefl.experiment import Experiment
+from scalefl.export import export
+from scalefl.models import resolve
 from scalefl.planner import least
 from scalefl.problem import Classification
-from scalefl.report import read_run
+from scalefl.report import draw, read_run
 from scalefl.report.comparison import Results, target_of, write
 from scalefl.run_folder import RunFolder
-from scalefl.runner import run, run_rounds
+from scalefl.runner import read_config, run, run_rounds
 
 
 def make_data(validation: bool = True) -> support.MadeData:
@@ -264,7 +267,7 @@ def test_own_schedules_by_path(tmp_path):
         (schedule(kind="test_experiment:make_data"), "is not a dataclass"),
         (schedule(kind="test_experiment:Backwards"), "with the methods of scalefl.mentor.Schedule"),
         (schedule(kind="test_experiment:Melting"), "expected a frozen dataclass"),
-        ({"method": {"name": "scalefl", "mentor": {"schedule": "linear"}}}, "Expected `object`, got `str`"),
+        ({"method": {"name": "scalefl", "mentor": {"schedule": "linear"}}}, 'as schedule = { kind = "linear" }'),
         ({"method": {"name": "scalefl", "mentor": {"schedule_rounds": -1}}}, "mentor.schedule_rounds = -1"),
         ({"method": {"name": "scalefl", "growth": {"kind": "test_experiment:Backwards"}}}, "needs spans = 'single'"),
         ({"method": {"name": "fedavg", "server": {"kind": "averag"}}}, "did you mean 'average'?; known: average, fed"),
@@ -387,3 +390,145 @@ def test_a_problem_that_measures_no_accuracy_ends_all_the_same(tmp_path):
         "report.html",
     ]
     assert target_of(results, "") is None
+
+
+# Python objects in the place of names
+
+
+def given(**changes):
+    """A config as from a program: objects where files have names, and no engine settings that decide for it."""
+    base = {
+        "rounds": 1,
+        "clients_per_round": 2,
+        "devices": {"classes": [{**to_builtins(settings("200%").devices.members[0])}]},
+        "method": {"name": "fedavg"},
+        "work": {"batch_size": 8},
+    }
+    return make_config({**base, "model": support.tiny, "data": make_data, **changes})
+
+
+def test_what_can_be_imported_is_kept_by_its_path(tmp_path):
+    config = given()
+    assert (config.model, config.data.source.name) == ("support:tiny", "test_experiment:make_data")
+    assert make_config(to_plain(config)) == config
+    run(config, tmp_path / "run")
+    assert export(tmp_path / "run", tmp_path / "model.pt")[0].name == "tiny"
+
+
+@pytest.mark.parametrize("model", [lambda: support.tiny(), support.tiny()], ids=["function", "module"])
+@pytest.mark.parametrize(
+    "data",
+    [make_data(), lambda: make_data(), {"source": make_data(), "clients": 4}, {"source": {"name": make_data()}}],
+    ids=["federated", "function", "source", "name"],
+)
+def test_objects_are_trained_as_they_are_and_given_again_to_go_on(tmp_path, model, data):
+    summary = run(given(), tmp_path / "named")
+    found = run(given(model=model, data=data), tmp_path / "given")
+    if not isinstance(model, nn.Module):
+        assert found["test"] == summary["test"]
+    saved = read_config(tmp_path / "given")
+    assert saved.model.startswith("<") and saved.data.source.name.startswith("<")
+    with pytest.raises(DataError, match=r"was given from Python, as <.*: give it again"):
+        Experiment(saved)
+    with pytest.raises(ConfigError, match=r"was given from Python, as <.*: give it again"):
+        resolve(saved.model)
+    assert run(given(model=model, data=data), tmp_path / "given", resume=True) == found
+    with pytest.raises(ConfigError, match=r"whose data, model differ|whose model, data differ"):
+        run(given(), tmp_path / "given", resume=True)
+    with pytest.raises(CheckpointError, match="Give it again from Python, as the last argument"):
+        export(tmp_path / "given", tmp_path / "model.pt")
+    assert export(tmp_path / "given", tmp_path / "model.pt", model)[1] == len(support.tiny().state_dict())
+    support.tiny().load_state_dict(torch.load(tmp_path / "model.pt"))
+
+
+def test_a_module_that_was_made_already_is_what_training_starts_from(tmp_path):
+    module = support.tiny()
+    with torch.no_grad():
+        for tensor in module.parameters():
+            tensor.fill_(0.01)
+    run(given(model=module, work={"batch_size": 8, "lr": 0.0, "weight_decay": 0.0}), tmp_path / "run")
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    assert all(bool((state[f"params/{name}"] == 0.01).all()) for name, _ in module.named_parameters())
+    with pytest.raises(ConfigError, match="model_arguments are a factory's"):
+        given(model=module, model_arguments={"width": 0.5})
+
+
+def test_what_the_started_program_defines_stays_in_its_process(tmp_path, monkeypatch):
+    def make() -> nn.Module:
+        return support.tiny()
+
+    make.__module__ = "__main__"
+    experiment = Experiment(given(model=make))
+    crew = experiment.settle_engine()
+    assert crew is not None and crew.workers == 0
+    with pytest.raises(ConfigError, match=r"cannot be sent to workers .*: define it at the top of a module"):
+        run(given(model=make, engine={"workers": 1}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Metrics without weight, and numbers that are none
+
+
+class Choosy(Classification):
+    """Tells its accuracy by examples of class 0 alone, a number without end, and one that is never there."""
+
+    def metrics(self, output, batch):
+        own = batch["label"] == 0
+        right = (output.argmax(1) == batch["label"])[own].sum()
+        none = torch.tensor(0.0)
+        return {
+            **super().metrics(output, batch),
+            "accuracy": (right, int(own.sum())),
+            "endless": (none / 0, 1),
+            "no": (none, 0),
+        }
+
+
+def choosy_data() -> support.MadeData:
+    data = make_data()
+    data.problem = Choosy(3, support.PROBLEM.columns)
+    return data
+
+
+def test_metrics_without_weight_are_left_out_and_files_are_json(tmp_path):
+    def strict(text: str):
+        return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+    summary = run(settings("200%", data={"source": {"name": "test_experiment:choosy_data"}}), tmp_path / "run")
+    assert 0 <= summary["test"]["accuracy"] <= 1 and "no" not in summary["test"]
+    assert summary["test"]["endless"] is None and summary["validation"]["endless"] is None
+    for path in (tmp_path / "run").glob("*.json"):
+        strict(path.read_text())
+    lines = [strict(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    assert all("loss" in line["validation"] and "no" not in line["validation"] for line in lines)
+    assert draw(read_run(tmp_path / "run"), tmp_path / "out")
+
+
+# Factories that load weights
+
+
+def pretrained() -> nn.Module:
+    module = support.tiny()
+    module.load_state_dict({name: torch.full_like(t, 0.01, device="cpu") for name, t in module.state_dict().items()})
+    return module
+
+
+def test_a_factory_that_loads_weights_is_quiet_and_has_them(tmp_path):
+    config = settings(
+        "200%", model="test_experiment:pretrained", work={"batch_size": 8, "lr": 0.0, "weight_decay": 0.0}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(config, tmp_path / "run")
+    state = load_file(tmp_path / "run" / "state.safetensors")
+    assert all(bool((state[f"params/{name}"] == 0.01).all()) for name, _ in support.tiny().named_parameters())
+
+
+def test_a_folder_in_the_way_is_refused_before_data_is_read(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="is not empty"):
+        run(settings("200%", data={"source": {"name": "nowhere:make_data"}}), tmp_path)
+    (tmp_path / "notes.txt").unlink()
+    run(settings("200%"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"whose data, rounds differ|whose rounds, data differ"):
+        run(settings("200%", rounds=9, data={"source": {"name": "nowhere:make_data"}}), tmp_path / "run", resume=True)

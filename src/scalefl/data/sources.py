@@ -25,6 +25,7 @@ from scalefl.data.labels import numbered
 from scalefl.data.splits import CLASS, IMAGE, Split, described, is_integer, opened, require
 from scalefl.data.tokens import tokenized
 from scalefl.errors import ConfigError, DataError, check_range
+from scalefl.lookup import Given
 from scalefl.models.spec import load_object
 from scalefl.problem import Augmentation, Classification, Column, take
 from scalefl.rng import generator
@@ -122,8 +123,10 @@ def load(source: Source, *, natural_ids: str | None = None, held_out: bool = Tru
     if source.name == MNIST5K:
         _refuse_options(source, ("augmentation",))
         return _mnist5k(source.augmentation)
+    if source.name.startswith("<") and not isinstance(source.name, Given):
+        raise DataError(f"the data was given from Python, as {source.name}: give it again (make_config), or name it")
     path = Path(_expanded(source.name)).expanduser()
-    if ":" in source.name and not path.exists():
+    if isinstance(source.name, Given) or (":" in source.name and not path.exists()):
         _refuse_options(source, ("arguments",))
         return _from_function(source.name, source.arguments)
     if source.arguments:
@@ -170,7 +173,11 @@ def _mnist5k(augmentation: tuple[Augmentation, ...]) -> Dataset:
 
 
 def _from_function(path: str, arguments: dict[str, Any]) -> Dataset | FederatedData:
-    function = load_object(path)
+    function = path.value if isinstance(path, Given) else load_object(path)
+    if isinstance(function, Dataset | FederatedData):
+        if arguments:
+            raise ConfigError(f"data {path} is not a function: it takes no arguments {arguments}")
+        return function
     try:
         with contextlib.suppress(ValueError):  # a built-in without a signature: let the call itself speak
             inspect.signature(function).bind(**arguments)

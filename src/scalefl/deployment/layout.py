@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scalefl.config import convert
+from scalefl.conversion import convert
 from scalefl.data import Source, parse_bytes
 from scalefl.deployment.address import Address, is_loopback, loopback_of, read_address
 from scalefl.deployment.settings_file import NODE_AUTHORITY, NODE_FILE, NODE_MAKER, read_toml

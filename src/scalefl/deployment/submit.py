@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from scalefl.bookkeeping import RunProgress
-from scalefl.config import Config, make_config, overridden, read_settings, to_plain
+from scalefl.config import Config, make_config, to_plain
 from scalefl.deployment.layout import CONNECTION, Deployment
 from scalefl.deployment.programs import ProgramFailed, Say, ask, ask_flower
 from scalefl.errors import ConfigError, ScaleFLError
 from scalefl.run_folder import RunFolder
 from scalefl.runner import check_same
+from scalefl.settings import overridden, read_settings
 
 _POLL_SECONDS, _STATUS_SECONDS = 0.5, 10.0
 

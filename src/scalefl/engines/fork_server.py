@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 _LONGEST = 4096
+_STDERR = 2
+"""What users' code prints in workers goes there: the output may be JSON."""
 
 
 class ForkServer:
@@ -33,9 +35,10 @@ class ForkServer:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "scalefl.engines.fork_server", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "scalefl.engines.fork_server", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
+                stdout=_STDERR,
                 stderr=subprocess.DEVNULL,
                 env=dict(environment),
             )

@@ -69,6 +69,9 @@ class Job(NamedTuple):
                 member.desk.close()
 
 
+_STDERR = 2
+"""What users' code prints in workers goes there: the output may be JSON."""
+
 Process = Forked | subprocess.Popen[bytes]
 
 
@@ -160,9 +163,10 @@ class Worker:
     def _fresh(self, connection: int) -> Process:
         """A new interpreter: it is no copy of this process, and does not import the caller's main script again."""
         return subprocess.Popen(
-            [sys.executable, "-m", "scalefl.engines.worker", str(connection), *self._arguments],
+            [sys.executable, "-P", "-m", "scalefl.engines.worker", str(connection), *self._arguments],
             pass_fds=(connection,),
             stdin=subprocess.DEVNULL,
+            stdout=_STDERR,
             stderr=self._stderr,
             env=worker_environment(measured=self._cap != "none", capped=self._cap == "hard"),
         )

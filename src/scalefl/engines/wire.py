@@ -195,6 +195,15 @@ class _Unpickler(pickle.Unpickler):
         return self._known[told]
 
 
+def check_sendable(*values: Any) -> None:
+    """Refuse what a process that is no copy of this one could not be sent.
+
+    Raises:
+        ConfigError: names it, and says where it has to be defined.
+    """
+    _pickled(values, lambda _: None, {})
+
+
 def _pickled(content: Any, key: Key, known: dict[Hashable, _Numbered]) -> tuple[bytes, dict[Hashable, _Numbered]]:
     """Content as bytes, and what of it is known from now on."""
     written = io.BytesIO()

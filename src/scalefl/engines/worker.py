@@ -247,6 +247,7 @@ def logged(loss: ClientLoss) -> ClientLoss:
 
 def main(connection: int, threads: str, cap: str, device: str) -> None:
     """A worker's process, from the descriptor of its connection on."""
+    del sys.argv[1:]  # a user's module may look for arguments of its own there
     serve(Channel(socket.socket(fileno=connection), key_of), int(threads), device_of(device), cast(Cap, cap))
 
 

@@ -26,6 +26,10 @@ def resolve(name: str) -> str:
     Raises:
         ConfigError: neither a path nor a built-in name.
     """
+    if name.startswith("<"):
+        raise ConfigError(
+            f"the model was given from Python, as {name}: give it again (make_config), or name it by a path"
+        )
     if ":" in name:
         return name
     if name not in BUILT_IN:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
 import inspect
+import sys
+import traceback
 import uuid
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from scalefl.errors import ConfigError, UnsliceableModel
+from scalefl import lookup
+from scalefl.errors import ConfigError, ScaleFLError, UnsliceableModel, nearest
 from scalefl.rng import seeded
 
 Factory = Callable[..., nn.Module]
@@ -30,14 +36,45 @@ def load_object(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
         raise ConfigError(f"{path!r} is not of the form 'package.module:name'")
+    _check_own(path, module_name)
     try:
         target: Any = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way while it is imported
-        raise ConfigError(f"cannot import {module_name!r} for {path!r}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way while it is imported
+        raise ConfigError(f"cannot import {module_name!r} for {path!r}: {_why(error, module_name)}") from error
+    _check_own(path, module_name)
     try:
         return functools.reduce(getattr, attribute.split("."), target)
     except AttributeError as error:
-        raise ConfigError(f"{path!r}: {error}") from error
+        if module_name == "__main__":
+            raise ConfigError(f"{path!r} is defined in the program that was started, not in a module") from error
+        names = [name for name in vars(target) if not name.startswith("_")]
+        raise ConfigError(f"{path!r}: {error}{nearest(attribute, names)}") from error
+
+
+def _check_own(path: str, module: str) -> None:
+    """Refuse to take a module of the same name for the one beside the config, which may have been loaded before."""
+    if (found := lookup.another(module)) is not None:
+        raise ConfigError(
+            f"{path!r}: {found[0]} lies beside the config, but {found[1]} has been imported under that name: give "
+            "yours another name, or start it in a process of its own"
+        )
+
+
+def _why(error: BaseException, module: str = "") -> str:
+    """What stopped a user's code, a `module` while it was imported or a function, and what to do about it."""
+    if isinstance(error, SystemExit):
+        guard = 'put what parses arguments or runs under `if __name__ == "__main__":`'
+        return f"it ends the program (SystemExit: {error}): {guard}"
+    said = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        if module == error.name or module.startswith(f"{error.name}."):
+            return f"{said}; {lookup.told(error.name)}"
+        return f"{said}: it needs that one, which is not installed for {sys.executable}"
+    if isinstance(error, FileNotFoundError) and error.filename and not Path(error.filename).is_absolute():
+        return f"{said}; a relative path of your code is looked for in the working directory, {Path.cwd()}"
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = next((f for f in reversed(places) if not f.filename.startswith(("<", sys.base_prefix, sys.prefix))), None)
+    return f"{said} ({Path(own.filename).name}, line {own.lineno})" if own else said
 
 
 @dataclass(frozen=True)
@@ -69,16 +106,19 @@ class ModelSpec:
     def skeleton(self) -> nn.Module:
         """The model without memory: every tensor on the meta device."""
         with seeded(0):
+            self._callable()  # imported here, as what is computed during an import may not be on the meta device
             try:
-                with torch.device("meta"), _WithoutDraws():
-                    module = self.make().to("meta")
+                with torch.device("meta"), _WithoutDraws(), _quiet_copies():
+                    module = self._made().to("meta")
                 if not _has_plain_tensors(module):
                     return module
-            except (RuntimeError, NotImplementedError):
+            except ScaleFLError:
+                raise
+            except (Exception, SystemExit):
                 pass
             # A factory that looks at its own weights (an .item() in an initialiser) can't run on meta
-            # tensors, and a tensor that is neither parameter nor buffer could not be laid on later: build
-            # it once for real and let the memory go.
+            # tensors, and fails in any way; and a tensor that is neither parameter nor buffer could not be laid on
+            # later: build it once for real and let the memory go.
             return self.make().to("meta")
 
     def at_width(self, width: float) -> ModelSpec:
@@ -122,8 +162,17 @@ class ModelSpec:
         """The whole model, its weights drawn from the current default generators.
 
         Raises:
-            ConfigError: the factory does not take the arguments, or returns no module.
+            ConfigError: the factory does not take the arguments, fails, or returns no module.
         """
+        try:
+            return self._made()
+        except ScaleFLError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"model {self.name}: its factory fails with {_why(error)}") from error
+
+    def _made(self) -> nn.Module:
+        """See `make`; what the factory raises is passed on."""
         factory = self._callable()
         try:
             inspect.signature(factory).bind(**dict(self.arguments))
@@ -147,6 +196,16 @@ class _WithoutDraws(TorchFunctionMode):
         if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _quiet_copies() -> Iterator[None]:
+    """Without torch's word, for each tensor that a factory loads, that on the meta device this does nothing: so it is
+    meant, as values come from the model that is built for real.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter in the checkpoint to a meta parameter")
+        yield
 
 
 class _CopyOf:

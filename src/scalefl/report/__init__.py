@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scalefl.run_folder import RunFolder, read_json
+
+if "MPLBACKEND" in os.environ:
+    from scalefl.report import backend as backend
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ def _paths(run: Run) -> dict[str, list[dict[str, Any]]]:
     paths: dict[str, list[dict[str, Any]]] = {}
     for line in run.journal:
         for point in line.get("plane", ()):
-            if all(math.isfinite(point[key]) for key in ("x", "y", "x_permuted", "y_permuted")):
+            if all(measured(point, key) is not None for key in ("x", "y", "x_permuted", "y_permuted")):
                 paths.setdefault(point["cut"], []).append({**point, "round": line["round"]})
     return paths
 
