@@ -49,6 +49,7 @@ from scalefl.types import (
     Population,
     RoundPlan,
     ServerState,
+    floor_of,
 )
 
 T = TypeVar("T")
@@ -183,7 +184,7 @@ class Federation:
     def crew(self) -> Crew:
         """Who trains fastest here, by trial."""
         method, state, cohort = self.workload.method, self.state, self.workload.cohort
-        plan = method.plan(state, UniformSampler(cohort)(self.clients, method.floor_bytes(state), state))
+        plan = method.plan(state, UniformSampler(cohort)(self.clients, floor_of(method, state, self.clients), state))
         most = min(most_workers(max(cost.peak_bytes for cost in plan.costs.values())), cohort)
         examples = self.data.examples(plan.longest_first()[0].client_id)
         return by_trial(method, state, plan, examples, rounds=_RUN_ROUNDS, most=most)

@@ -43,7 +43,7 @@ from scalefl.sampling import UniformSampler, everybody, shuffled
 from scalefl.steps import full_step
 from scalefl.tracing import output_shape
 from scalefl.tracking import check_installed
-from scalefl.types import Method, Population, RoundPlan, ServerState
+from scalefl.types import Method, Population, RoundPlan, ServerState, floor_of
 
 _log = logging.getLogger("scalefl")
 
@@ -204,7 +204,7 @@ class Experiment:
         """The round after a state, in private runs with all that may take part; None where nobody can."""
         sample = everybody if self.privacy else UniformSampler(self.config.clients_per_round)
         try:
-            plan = self.method.plan(state, sample(self.offered, self.method.floor_bytes(state), state))
+            plan = self.method.plan(state, sample(self.offered, floor_of(self.method, state, self.offered), state))
         except ScaleFLError:  # so it is in the run, which tells it
             return None
         return plan if plan.tasks else None

@@ -31,6 +31,7 @@ from scalefl.types import (
     Reduces,
     RoundPlan,
     ServerState,
+    floor_of,
 )
 from scalefl.units import mib
 
@@ -69,7 +70,7 @@ def federate(
         start = time.perf_counter()
         clients = engine.population()
         known = _untold(clients) if privacy else _less(clients, state.tightened)
-        cohort = sample(known, method.floor_bytes(state), state)
+        cohort = sample(known, floor_of(method, state, known), state)
         plan = method.plan(state, cohort)
         if not plan.tasks:
             raise EmptyCohort(f"round {state.round + 1}: none of {len(cohort)} selected clients can do its task")

@@ -63,13 +63,17 @@ def least(offer: Offer, problem: Problem, objective: Callable[[Step], Objective]
 
 
 @remembered(4096)
-def least_of(offers: tuple[Offer, ...], problem: Problem, objective: Callable[[Step], Objective]) -> Choice:
-    """The way to do any of the offers that needs least memory."""
+def least_of(
+    offers: tuple[Offer, ...], problem: Problem, objective: Callable[[Step], Objective], enough_bytes: int = 0
+) -> Choice:
+    """The way to do any of the offers that needs least memory; or the first that needs no more than is enough."""
     best: Choice | None = None
     for offer in offers:
+        if best is not None and best.cost.peak_bytes <= enough_bytes:
+            break
         words, step = offer.ways[-1]
         below = None if best is None else best.cost.peak_bytes
-        found = _cheapest(step, problem, objective(step), offer.ladder, below)
+        found = _cheapest(step, problem, objective(step), offer.ladder, below, enough_bytes)
         if found is not None:
             best = Choice(*found, offer.label + words)
     assert best is not None, "there is no offer"
@@ -131,11 +135,21 @@ def cheapest(step: Step, problem: Problem, objective: Objective, ladder: Ladder)
 
 @remembered(4096)
 def _cheapest(
-    step: Step, problem: Problem, objective: Objective, ladder: Ladder, below_bytes: int | None
+    step: Step,
+    problem: Problem,
+    objective: Objective,
+    ladder: Ladder,
+    below_bytes: int | None,
+    enough_bytes: int = 0,
 ) -> tuple[Step, Cost] | None:
-    """As `cheapest`; None where nothing needs less than `below_bytes`. What cannot is not traced."""
+    """As `cheapest`, or what needs no more than is enough; None where nothing needs less than `below_bytes`.
+
+    What cannot is not traced.
+    """
     best: tuple[Step, Cost] | None = None
     for variant in _least_variants(step, problem, ladder):
+        if best is not None and best[1].peak_bytes <= enough_bytes:
+            break
         limit = below_bytes if best is None else best[1].peak_bytes
         if limit is not None and not may_fit(variant, problem, limit):
             continue

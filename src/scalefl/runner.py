@@ -26,7 +26,7 @@ from scalefl.record import PrivateRecord, RoundRecord
 from scalefl.run_folder import FORMAT, VERSION, RunFolder, read_json, to_json
 from scalefl.sampling import UniformSampler, everybody
 from scalefl.tracking import Tracking
-from scalefl.types import UNTOLD, ClientInfo, Collects, Engine, ServerState
+from scalefl.types import UNTOLD, ClientInfo, Collects, Engine, ServerState, floor_of
 from scalefl.units import mib
 
 _log = logging.getLogger("scalefl")
@@ -226,7 +226,7 @@ def _check_budgets(experiment: Experiment, state: ServerState) -> None:
     Raises:
         BudgetError: says what the cheapest way to train that part needs, by term, and the largest budget on offer.
     """
-    if experiment.method.floor_bytes(state) == 0:
+    if floor_of(experiment.method, state, experiment.offered) == 0:
         return  # a reference that ignores memory
     largest = experiment.offered.largest_memory_bytes
     menu = sorted(experiment.method.menu(state), key=lambda offer: offer.fallback)

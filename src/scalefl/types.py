@@ -567,6 +567,22 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class Gates(Method, Protocol):
+    """What a method has beside, if its memory gate is dear to find, and need not be found where everybody passes."""
+
+    def floor_within(self, state: ServerState, enough_bytes: int) -> int:
+        """The least that a client needs to take part in this round; or more, but no more than `enough_bytes`."""
+        ...
+
+
+def floor_of(method: Method, state: ServerState, clients: Population) -> int:
+    """The memory gate of a round, exact where it keeps any of the clients out."""
+    if isinstance(method, Gates):
+        return method.floor_within(state, clients.smallest_memory_bytes)
+    return method.floor_bytes(state)
+
+
+@runtime_checkable
 class Collects(Method, Protocol):
     """What a method has beside, if its norms' statistics are collected once weights are done, and not in training."""
 

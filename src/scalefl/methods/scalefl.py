@@ -111,12 +111,16 @@ class ScaleFL:
 
     def floor_bytes(self, state: ServerState) -> int:
         """What the block in turn takes at the least; unless spans are single, what the cheapest block takes."""
+        return self.floor_within(state, 0)
+
+    def floor_within(self, state: ServerState, enough_bytes: int) -> int:
+        """See `Gates`: whole blocks come first, so that their parts are looked at only where those are too much."""
         blocks = self.blocks_of(state)
         stages = [self._progress(state).stage] if self.spans == "single" else range(len(blocks))
         ways = [(block, self._ways(blocks, block)) for block in stages]
         offers = [self._offer(blocks, _single(block), tail) for block, tails in ways for tail in tails]
         offers += [o for block, tails in ways for tiles in self.tilings(state, block)[-len(tails) :] for o in tiles]
-        return least_of(tuple(offers), state.problem, self.objective).cost.peak_bytes
+        return least_of(tuple(offers), state.problem, self.objective, enough_bytes).cost.peak_bytes
 
     def plan(self, state: ServerState, cohort: Sequence[ClientInfo]) -> RoundPlan:
         """The block in turn for everybody; for each client the longest span around a block of its own; or all spans."""
