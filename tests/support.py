@@ -290,7 +290,8 @@ def journalled(folder: Path) -> dict[str, list[tuple[int, float]]]:
         summary = read_json(files.summary)
         for part in ("test", "low_memory_test"):
             for name, value in summary[part].items():
-                found[f"summary/{part}/{name}"] = [(summary["rounds"], value)]
+                if value is not None:
+                    found[f"summary/{part}/{name}"] = [(summary["rounds"], value)]
     return found
 
 

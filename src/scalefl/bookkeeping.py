@@ -26,7 +26,7 @@ from scalefl.params import Params, without_attachments
 from scalefl.partition import Cut
 from scalefl.problem import num_rows
 from scalefl.rng import derive
-from scalefl.run_folder import RunFolder, to_json
+from scalefl.run_folder import RunFolder, to_json, with_nulls
 from scalefl.sampling import shuffled
 from scalefl.tracking import Tracking
 from scalefl.types import ServerState
@@ -104,6 +104,7 @@ class Keeper:
 
     def _write(self, state: ServerState, deployed: tuple[ModelSpec, Params], line: Mapping[str, Any]) -> RunProgress:
         config = self._experiment.config
+        line = with_nulls(line)  # copies get what the journal gets
         append(self._files.journal, line)
         if state.round % config.save_every == 0 or state.round == config.rounds:
             save_state(self._files.state, state, deployed)

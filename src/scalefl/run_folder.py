@@ -198,15 +198,16 @@ class RunFolder:
 
 def to_json(content: Any, indent: int | None = None) -> str:
     """Content as JSON, in which there is neither NaN nor infinity: null instead."""
-    return json.dumps(_finite(content), indent=indent, allow_nan=False)
+    return json.dumps(with_nulls(content), indent=indent, allow_nan=False)
 
 
-def _finite(content: Any) -> Any:
+def with_nulls(content: Any) -> Any:
+    """Content with None in the place of numbers that are none."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    return [_finite(value) for value in content] if isinstance(content, list | tuple) else content
+        return {key: with_nulls(value) for key, value in content.items()}
+    return [with_nulls(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -58,9 +58,10 @@ class _Totals:
 
     def describe(self, line: Mapping[str, Any]) -> dict[str, Any]:
         """The words beside the bar."""
-        loss = line.get("train", {}).get("loss")
+        train = line.get("train", {})
+        loss = train.get("loss")
         return {
-            "loss": "" if loss is None else f"loss {loss:.3f}",
+            "loss": "" if "loss" not in train else "loss is no number" if loss is None else f"loss {loss:.3f}",
             "accuracy": "" if self.accuracy is None else f"val. acc. {100 * self.accuracy:.1f} %",
             # Of private runs no bytes, which would tell how many clients take part.
             "privacy": privacy(line["privacy"]) if "privacy" in line else "",
