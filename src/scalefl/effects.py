@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from scalefl.caches import remembered
@@ -53,7 +53,6 @@ def effects(model: ModelSpec, problem: Problem) -> Effects:
         ConfigError: the model holds a sparse tensor, or changes its weights when it is set to train or eval mode.
     """
     module = model.build(0)
-    _check_kinds(module)
     _check_modes(module)
     try:
         return _seen(module, random_batch(problem, NUM_EXAMPLES), problem)
@@ -109,8 +108,9 @@ class _LookedUp(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (torch.embedding, torch.embedding_bag) and len(args) > 1:
-            weight, indices = args[:2]
+        if func in (F.embedding, F.embedding_bag, torch.embedding, torch.embedding_bag):
+            first, second = [*args, *(kwargs or {}).values()][:2]
+            indices, weight = (second, first) if first.is_floating_point() else (first, second)
             for name, column in self.columns.items():
                 if column.untyped_storage().data_ptr() == indices.untyped_storage().data_ptr():
                     self.found[name] = min(len(weight), self.found.get(name, len(weight)))
@@ -166,24 +166,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _filled(tensor: Tensor) -> Tensor:
     return torch.where(tensor.isnan(), 0, tensor)
-
-
-def _check_kinds(module: nn.Module) -> None:
-    for name, tensor in _every(module):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            raise ConfigError(
-                f"{name} has no shape yet (a lazy module): run the model once on an example in its factory, before it "
-                "returns it"
-            )
-        if tensor.layout is not torch.strided:
-            raise ConfigError(
-                f"{name} is a sparse tensor ({tensor.layout}), which is neither sent nor averaged: hold it dense "
-                f"(.to_dense()), or make it in forward"
-            )
-        if tensor.dtype is torch.complex128:
-            raise ConfigError(f"{name} is complex128, which is not saved: use complex64")
-        if tensor.is_quantized:
-            raise ConfigError(f"{name} is quantized ({tensor.dtype}), which is not averaged: hold it in float")
 
 
 def _check_modes(module: nn.Module) -> None:

@@ -81,6 +81,7 @@ class Experiment:
             raise ConfigError(
                 f"model {self.model.name} has {shape[0]} outputs, the data {self.problem.num_classes} classes"
             )
+        self.problem = self._with_coupling(loaded)
         self.remote = reach(self.problem) if reach else None
         _log.info("predicting what full training takes")
         self.data = self._data(loaded)
@@ -92,7 +93,6 @@ class Experiment:
             self.data.examples(0)  # rows that are made when asked for are held against the problem then
         warn_of_scale(self.problem, self.data.validation)
         check_vocabulary(self.model, self.problem, self.data)
-        self.problem = self._with_coupling()
         self.privacy: Mechanism | None = None
         if config.privacy is not None:
             self.privacy = config.privacy.for_clients(len(self.population), config.clients_per_round)
@@ -125,8 +125,9 @@ class Experiment:
         if plan is not None:
             rehearse(self.method, state, plan, self.data, device_of(self.config.engine.device))
 
-    def _with_coupling(self) -> Problem:
-        found = with_coupling(self.model, self.problem, self.data.validation)
+    def _with_coupling(self, loaded: Dataset | FederatedData) -> Problem:
+        examples = loaded.train if isinstance(loaded, Dataset) else loaded.validation
+        found = with_coupling(self.model, self.problem, examples)
         if found is not self.problem:
             _log.warning("the loss compares the examples of a batch with each other: clients keep whole batches")
         return found

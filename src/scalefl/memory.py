@@ -283,7 +283,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             outputs = result = (*outputs[:-1], torch.empty(kept, dtype=torch.uint8))
         new = False
         for output in outputs:
-            if isinstance(output, Tensor) and output.untyped_storage() not in self._known:
+            if not isinstance(output, Tensor) or output.layout is not torch.strided:
+                continue  # a sparse gradient of an embedding: small, and made dense before it is used
+            if output.untyped_storage() not in self._known:
                 self._follow(output.untyped_storage(), self._term)
                 new = True
         scratches = _scratch(func, args, outputs)

@@ -24,7 +24,7 @@ def workspace(func: Any, args: tuple[Any, ...], outputs: Any) -> int | None:
     """
     if func is not _RNN or outputs[3].numel() != 0 or not args[-1]:
         return None
-    (length, batch, _), hidden = args[0].shape, args[11]
+    (length, batch, _), hidden = args[0].shape, args[10]
     rows = 2 * length * _padded(_GATES * hidden) + 7 * (length + 1) * _padded(hidden)
     return int(4 * batch * rows)
 
@@ -38,7 +38,7 @@ def _padded(numbers: int) -> int:
 def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int | None:
     """Floating-point operations; None where they are not counted: of cheap operators, and of `unknown` ones."""
     if func in (_RNN, _RNN_BACKWARD):
-        (length, batch, inputs), hidden = args[0].shape, args[11] if func is _RNN else args[2].shape[1]
+        (length, batch, inputs), hidden = args[0].shape, args[2].shape[1]
         forward = 2 * length * batch * _GATES * hidden * (inputs + hidden)
         return int(forward if func is _RNN else 2 * forward)
     formula = flop_registry.get(getattr(func, "_overloadpacket", None))

@@ -289,7 +289,8 @@ class PartRunner:
             recompute: keep no activations of the units before the last: once a loss has gone backward,
                 `complete_backward` runs them again, one by one.
         """
-        args, kwargs = self._inputs(batch, problem)
+        came = problem.inputs(batch)
+        args, kwargs = self._copied(*came)
         self._seen.clear()
         self._exits.clear()
         self._again.clear()
@@ -304,7 +305,7 @@ class PartRunner:
             entry, given = self._run_bare(args, kwargs, entry, given)
         with self._leaving(mask), self._laid(len(self._part.inner)):
             raw = self._run(args, kwargs, entry, given, self._part.stop)
-        x = self._x(args, kwargs) if x is None else x
+        x = self._x(*came) if x is None else x
         exits = tuple(self._exits)
         self._exits.clear()
         if self._part.output is not None:
@@ -368,12 +369,12 @@ class PartRunner:
     def prefix_features(self, batch: Batch, problem: Problem) -> Features:
         """What the frozen prefix, laid out with the rest, gives for a batch."""
         assert self._part.entry is not None
-        args, kwargs = self._inputs(batch, problem)
+        args, kwargs = self._copied(*problem.inputs(batch))
         return self._frozen(args, kwargs, None, [], self._part.entry.cut)
 
     def streamed_features(self, batch: Batch, problem: Problem) -> Features:
         """The same, with the tensors of one stretch of the prefix held at a time."""
-        args, kwargs = self._inputs(batch, problem)
+        args, kwargs = self._copied(*problem.inputs(batch))
         given: list[Tensor] = []
         x = None
         for stretch in self._part.prefix:
@@ -487,8 +488,8 @@ class PartRunner:
 
         return hook
 
-    def _inputs(self, batch: Batch, problem: Problem) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = problem.inputs(batch)
+    def _copied(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model is given: copies, where it writes into that."""
         if not self._part.copies_inputs:
             return args, kwargs
         return tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}

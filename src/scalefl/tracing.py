@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scalefl.caches import remembered
 from scalefl.errors import ConfigError, ModelDoesNotRun, ScaleFLError
-from scalefl.models.skeleton import lay_fakes
+from scalefl.models.skeleton import check_kinds, lay_fakes
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import NoTemplate, Template, floating, template_of
 from scalefl.problem import Batch, Problem
@@ -21,7 +21,8 @@ from scalefl.torch_private import FakeTensorMode, inside_checkpoint, quiet_fakes
 
 T = TypeVar("T")
 
-PROBE_EXAMPLES = 2
+PROBE_EXAMPLES = 5
+"""Of the batch that is watched: a number that few other dimensions have."""
 
 NUM_RUNS = 8
 """Of a model whose structure may depend on data or on random numbers, so many runs are compared."""
@@ -143,14 +144,17 @@ def _watching(model: ModelSpec, watch: Callable[[nn.Module, bool], T]) -> T:
     """What `watch` sees of a model: on fake tensors, as its second argument says, where it can be run on them."""
     try:
         module = model.skeleton()
+        check_kinds(module)
         with quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
             lay_fakes(module)
             return watch(module, True)
     except ScaleFLError:
         raise
     except Exception:  # control flow that depends on data, or an operator without a fake
+        module = model.build(0)
+        check_kinds(module)
         try:
-            return watch(model.build(0), False)
+            return watch(module, False)
         except ScaleFLError:
             raise
         except Exception as error:
@@ -333,14 +337,16 @@ class Graph:
         return set()
 
     def carried(self, call: Call) -> Carried | None:
-        """The one output of a module that leads to the logits; None where several do, or it runs more than once.
+        """The one output of a module [B, ...] that leads to the logits; None where several do, or it runs again.
 
         What else it returns (the last state of a recurrent layer) may carry a graph of its own that leads nowhere.
         """
         if call.times != 1 or call.is_checkpointed:
             return None
         leading = {(id(each.node), each.result): each for each in call.outputs[::-1] if self._is_used(each)}
-        return next(iter(leading.values())) if len(leading) == 1 else None
+        found = next(iter(leading.values())) if len(leading) == 1 else None
+        # What is kept of a batch, and cut into pieces, counts examples first: the state of a recurrent layer does not.
+        return found if found and found.shape[:1] == (PROBE_EXAMPLES,) else None
 
     def _is_used(self, carried: Carried) -> bool:
         return (id(carried.node), carried.result) in self._used

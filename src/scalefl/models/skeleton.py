@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from scalefl.errors import ConfigError
 from scalefl.params import Params
 
 
@@ -94,6 +96,29 @@ class Skeleton:
         owner, attribute = self._slots[name]
         table: dict[str, Any] = owner._parameters if attribute in owner._parameters else owner._buffers
         table[attribute] = value
+
+
+def check_kinds(module: nn.Module) -> None:
+    """Refuse tensors that are neither sent nor averaged.
+
+    Raises:
+        ConfigError: names one, and says what to do.
+    """
+    for name, tensor in _every_name(module):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            raise ConfigError(
+                f"{name} has no shape yet (a lazy module): run the model once on an example in its factory, before it "
+                "returns it"
+            )
+        if tensor.layout is not torch.strided:
+            raise ConfigError(
+                f"{name} is a sparse tensor ({tensor.layout}), which is neither sent nor averaged: hold it dense "
+                f"(.to_dense()), or make it in forward"
+            )
+        if tensor.dtype is torch.complex128:
+            raise ConfigError(f"{name} is complex128, which is not saved: use complex64")
+        if tensor.is_quantized:
+            raise ConfigError(f"{name} is quantized ({tensor.dtype}), which is not averaged: hold it in float")
 
 
 def _every_name(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
