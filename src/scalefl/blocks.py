@@ -240,6 +240,8 @@ class Blocks:
 
     def _inner(self, entries: Sequence[Entry | None], span: Span, feature: Cut | None) -> tuple[Entry, ...]:
         """Those of the cuts inside a span at which a run can start, and that come by the feature."""
+        if self.partition.recomputes:
+            return ()  # it wants its tensors again when the gradient comes, and they are to come and go between cuts
         if self.statistics(self.straddling(span)):
             return ()  # a second run of the prefix would see the statistics that the first has left
         return tuple(e for e in entries if e and (e.cut == feature or not _passes(e, feature)))

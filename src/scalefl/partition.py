@@ -85,6 +85,7 @@ class Partition:
         source: the module whose output is the input features (token models); None where the input is.
         source_blank: what that output looks like.
         feature: the last feature before the model's own head.
+        recomputes: whether the model recomputes activations itself, in its backward pass.
         entries: for each cut, how a run could start there; None where a module's output cannot be stood in for, or
             both sides use what training changes. Whether the run then gives the same numbers, `starting` says.
     """
@@ -102,6 +103,7 @@ class Partition:
     source: str | None
     source_blank: Blank | None
     feature: Cut | None
+    recomputes: bool
     entries: tuple[Entry | None, ...]
 
     @property
@@ -334,6 +336,7 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place], written: frozen
         source=graph.source_module,
         source_blank=_source_blank(trace, graph.source_module),
         feature=features[-1].cut() if features else None,
+        recomputes=any(call.is_checkpointed for call in trace.calls.values()) or graph.has_checkpoint,
         entries=tuple(None if c in shared else _entry(trace, place) for c, place in enumerate(places)),
     )
 

@@ -310,6 +310,7 @@ class Graph:
     Attributes:
         nodes: all of them, inputs first.
         order: the place of each in `nodes`, by its id.
+        has_checkpoint: whether a part of it is hidden in a checkpoint of the reentrant kind.
         source_module: the module whose output stands for the input (token models).
         dominators: places of the nodes on every path.
     """
@@ -319,6 +320,7 @@ class Graph:
         self.order = {id(node): i for i, node in enumerate(self.nodes)}
         self._used = {(id(n), result) for node in self.nodes for n, result in node.next_functions if n is not None}
         self._used.add((id(trace.sink), 0))
+        self.has_checkpoint = any(type(node).__name__ == "CheckpointFunctionBackward" for node in self.nodes)
         self.source_module: str | None = None
         self.dominators = self._dominators(self._sources(trace))
 
