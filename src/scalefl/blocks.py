@@ -330,12 +330,18 @@ def blocks_by_count(model: ModelSpec, problem: Problem, count: int) -> Blocks:
     Raises:
         UncuttableModel: the model has no place to cut.
     """
-    found = partition(model, problem)
+    found = _seen_partition(model, problem)
     ends = found.block_ends
     units = [found.unit_of[trained[0]] for path, trained in _weight_layers(found)]
     starts = [0, *(end + 1 for end in ends[:-1])]
     loads = tuple(sum(start <= unit <= end for unit in units) for start, end in zip(starts, ends, strict=True))
     return Blocks(model, problem, found, tuple(ends[i] for i in _even_ends(loads, min(count, len(ends)))))
+
+
+@remembered(64)
+def _seen_partition(model: ModelSpec, problem: Problem, cuts: tuple[str, ...] | None = None) -> Partition:
+    """The partition, with all that forward passes were seen to write."""
+    return partition(model, problem, cuts).with_written(effects(model, problem).written_in_training)
 
 
 def _weight_layers(found: Partition) -> list[Layer]:
@@ -347,7 +353,7 @@ def _weight_layers(found: Partition) -> list[Layer]:
 @remembered(64)
 def blocks_by_hand(model: ModelSpec, problem: Problem, cuts: tuple[str, ...]) -> Blocks:
     """Cut after the modules named in `cuts`; without any, the whole model is one block."""
-    found = partition(model, problem, cuts)
+    found = _seen_partition(model, problem, cuts)
     return Blocks(model, problem, found, tuple(range(found.num_units)))
 
 
@@ -379,7 +385,7 @@ def blocks_as_asked(model: ModelSpec, problem: Problem, blocks: int | tuple[str,
 @remembered(1024)
 def blocks_from_ends(model: ModelSpec, problem: Problem, ends: tuple[int, ...]) -> Blocks:
     """Blocks that end with the given units of the automatic partition; the whole model where there is one."""
-    found = blocks_as_asked(model, problem, 1).partition if len(ends) == 1 else partition(model, problem)
+    found = blocks_as_asked(model, problem, 1).partition if len(ends) == 1 else _seen_partition(model, problem)
     return Blocks(model, problem, found, ends)
 
 

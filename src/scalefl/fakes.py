@@ -112,6 +112,8 @@ def _key(value: Any) -> Any:
 def _noted(result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if result is None:
         return None
+    if any(t.layout is not torch.strided for t in _tensors([result])):
+        raise _Forgettable  # it has no storage
     hidden = {id(t.untyped_storage()) for t in _tensors([a for a in args if isinstance(a, tuple | list)])}
     hidden |= {id(t.untyped_storage()) for t in _tensors(list(kwargs.values()))}
     if any(id(t.untyped_storage()) in hidden for t in _tensors([result])):

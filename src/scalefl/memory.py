@@ -207,6 +207,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def file(self, tensors: Iterable[Tensor], term: Term) -> None:
         """File tensors, known or not, under `term`; also for the time that they have been there."""
         for tensor in tensors:
+            if tensor.layout is not torch.strided:
+                continue
             storage = tensor.untyped_storage()
             if storage in self._known:
                 self._move(self._known[storage], TERMS.index(term))

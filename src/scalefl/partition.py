@@ -12,13 +12,12 @@ open how to find it; the search for dominators is ours.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from scalefl.caches import remembered
-from scalefl.effects import effects
 from scalefl.errors import UncuttableModel, nearest
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
@@ -80,7 +79,7 @@ class Partition:
         train_mode: paths of the modules that train in train mode: those that the model's own `train()` leaves in it.
         norms: those of `layers` that own vectors only (norms, scales): they go with the layer before them.
         statistics: names of the tensors that each module writes while it runs in train mode: running statistics of
-            norms, and what else a forward pass was seen to change.
+            norms, and what `with_written` adds.
         static_norms: batch norms without running statistics.
         source: the module whose output is the input features (token models); None where the input is.
         source_blank: what that output looks like.
@@ -119,6 +118,22 @@ class Partition:
         trained = sorted({self.unit_of[name] for name in self.parameters})
         return (*trained[:-1], self.num_units - 1)
 
+    def with_written(self, names: Collection[str]) -> Partition:
+        """The same, where forward passes were seen to write further tensors in train mode.
+
+        A run cannot start at a cut that a module which writes runs on both sides of. What a module owns that never runs
+        itself, the one around it writes.
+        """
+        owned = {path: set(own) for path, own in self.statistics.items()}
+        for name in sorted(set(names) - self.parameters):
+            owner = name.rpartition(".")[0]
+            while owner not in self.module_units:
+                owner = owner.rpartition(".")[0]
+            owned.setdefault(owner, set()).add(name)
+        around = [range(*self.module_units[path]) for path in owned]
+        entries = tuple(None if any(c in cuts for cuts in around) else e for c, e in enumerate(self.entries))
+        return replace(self, statistics={path: tuple(sorted(own)) for path, own in owned.items()}, entries=entries)
+
     def writes(self, unit: int) -> bool:
         """Whether anything that runs in a unit writes into the model's tensors while it trains."""
         writing = (self.module_units[path] for path in self.statistics if path in self.train_mode)
@@ -146,7 +161,7 @@ def partition(model: ModelSpec, problem: Problem, cuts: tuple[str, ...] | None =
         raise UncuttableModel(trace.why_uncuttable)
     graph = Graph(trace)
     chosen = _automatic(trace, graph) if cuts is None else _by_hand(trace, graph, cuts)
-    return _partition(trace, graph, chosen, effects(model, problem).written_in_training)
+    return _partition(trace, graph, chosen)
 
 
 @dataclass(frozen=True)
@@ -300,7 +315,7 @@ def _named_place(trace: Trace, graph: Graph, path: str) -> _Place:
     return _Place(path, call, carried.position, carried.node, carried.shape)
 
 
-def _partition(trace: Trace, graph: Graph, places: list[_Place], written: frozenset[str]) -> Partition:
+def _partition(trace: Trace, graph: Graph, places: list[_Place]) -> Partition:
     unit = graph.units([place.node for place in places])
     exits = [place.call.exit for place in places]
     module = trace.module
@@ -318,7 +333,7 @@ def _partition(trace: Trace, graph: Graph, places: list[_Place], written: frozen
             owner = owner.rpartition(".")[0]
         unit_of[name] = module_units[owner][0]
     unit_of |= _needed(trace, unit, graph)
-    statistics = _statistics(module, written - trace.trainable, module_units)
+    statistics = {path: names for path, names in _statistics(module).items() if path in module_units}
     shared = _shared(trace, graph, unit, [module_units[path] for path in statistics])
     everywhere = _dominating_places(trace, graph)
     features = _before_weights(trace, graph, everywhere)
@@ -385,21 +400,12 @@ def _own_parameters(module: nn.Module, path: str) -> tuple[str, ...]:
     return tuple(f"{path}.{name}" for name, _ in module.get_submodule(path).named_parameters(recurse=False))
 
 
-def _statistics(
-    module: nn.Module, written: frozenset[str], module_units: Mapping[str, tuple[int, int]]
-) -> dict[str, tuple[str, ...]]:
-    """What modules write, by the module that runs and owns it, or has it in a container that never runs itself."""
-    found = set(written)
-    for path, child in module.named_modules():
-        if getattr(child, "track_running_stats", False):
-            found |= {f"{path}.{name}" for name, _ in child.named_buffers(recurse=False)}
-    owned: dict[str, list[str]] = {}
-    for name in sorted(found):
-        owner = name.rpartition(".")[0]
-        while owner not in module_units:
-            owner = owner.rpartition(".")[0]
-        owned.setdefault(owner, []).append(name)
-    return {path: tuple(names) for path, names in owned.items()}
+def _statistics(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    return {
+        path: tuple(f"{path}.{name}" for name, _ in child.named_buffers(recurse=False))
+        for path, child in module.named_modules()
+        if getattr(child, "track_running_stats", False)
+    }
 
 
 def _static_norms(module: nn.Module) -> frozenset[str]:

@@ -98,10 +98,11 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
         module = model.build(0)
         batch = random_batch(problem, NUM_EXAMPLES)
         fewer = _whole_run(module.eval(), {n: column[:-1] for n, column in batch.items()}, problem, entries)
-        in_modes = [_whole_run(module.train(training), batch, problem, entries) for training in (False, True)]
-        same = [i in in_modes[0].kept and _same(in_modes[0].kept[i], in_modes[1].kept[i]) for i in range(len(entries))]
-        for training, whole in zip((False, True), in_modes, strict=True):
+        in_modes = []
+        for training in (False, True):
             module.train(training)
+            whole = _whole_run(module, batch, problem, entries)
+            in_modes.append(whole)
             following: int | None = None
             for i, entry in reversed(list(enumerate(found))):
                 reached = entry is not None and i in whole.kept
@@ -112,6 +113,8 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
                     found[i] = None
     except Exception:  # a model that only runs on real data: it then runs from the input
         return Proof((None,) * len(entries), (False,) * len(entries))
+    evaluated, trained = (whole.kept for whole in in_modes)
+    same = (i in evaluated and _same(evaluated[i], trained[i]) for i in range(len(entries)))
     return Proof(tuple(found), tuple(same))
 
 

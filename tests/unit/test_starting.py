@@ -32,7 +32,7 @@ from support import copied, identical
 
 
 def entries_of(c: Case, cuts: tuple[str, ...] | None = None) -> tuple[Entry | None, ...]:
-    return proven(c.model, c.problem, partition(c.model, c.problem, cuts).entries)
+    return proven(c.model, c.problem, partition(c.model, c.problem, cuts).entries).entries
 
 
 def which(c: Case, *cuts: str) -> list[bool]:
