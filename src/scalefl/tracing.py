@@ -169,7 +169,7 @@ class _DependsOnChance(Exception):  # control flow, not an error
 
 def _probe(module: nn.Module, problem: Problem, *, is_fake: bool) -> Trace:
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
-    if not trainable:
+    if not trainable and next(module.parameters(), None) is not None:
         raise ConfigError("every parameter of the model is frozen (requires_grad = False): there is nothing to train")
     for p in module.parameters():
         if p.is_floating_point() or p.is_complex():

@@ -338,8 +338,11 @@ def test_the_users_frozen_parameters_do_not_train() -> None:
     assert found.parameters == {"second.weight", "head.weight", "head.bias"}
     assert set(found.unit_of) > {"first.weight", "first.bias", "second.bias"}
     # A block of the user's frozen layers alone would have nothing to train.
-    assert cut_names(found) == ["second"]
-    assert cut_names(partition(ModelSpec.of(FrozenHead), vectors(6))) == ["first"]
+    assert cut_names(found) == ["first", "second"]
+    assert found.block_ends == (1, 2)
+    head = partition(ModelSpec.of(FrozenHead), vectors(6))
+    assert cut_names(head) == ["first", "second"]
+    assert head.block_ends == (0, 2)
 
 
 def test_a_backbone_without_a_gradient_is_held_from_the_start() -> None:

@@ -25,7 +25,7 @@ from scalefl.partition import Entry, partition
 from scalefl.parts import Resident
 from scalefl.problem import Batch, Classification, Column, Problem
 from scalefl.rng import seeded
-from scalefl.starting import proven, skipping
+from scalefl.starting import NUM_EXAMPLES, proven, skipping
 from scalefl.steps import span_step
 from scalefl.types import ClientTask, ClientUpdate, LocalWork, Means
 from support import copied, identical
@@ -388,7 +388,6 @@ HOSTILE: dict[str, tuple[type[nn.Module], Classification, list[bool]]] = {
     "a layer on both sides": (Shared, vectors(6), [True, False]),
     "tied weights": (Tied, IDS, [False, False]),
     "a shortcut past the second cut": (Shortcut, vectors(6), [True, False]),
-    "examples in the second dimension": (SequenceFirst, SEQUENCES, [False, False]),
     "a dropout on both sides": (SharedDropout, vectors(6), [True, True]),
     "examples normalised together": (Coupled, vectors(6), [True, False]),
     "a norm on both sides of the first cut": (SharedNorm, vectors(8), [False, True]),
@@ -398,6 +397,12 @@ HOSTILE: dict[str, tuple[type[nn.Module], Classification, list[bool]]] = {
 def hostile(name: str) -> tuple[Case, list[bool]]:
     made, problem, expected = HOSTILE[name]
     return Case(ModelSpec.of(made), problem, vocabulary=NUM_CLASSES), expected
+
+
+def test_a_model_is_not_cut_where_examples_are_in_the_second_dimension() -> None:
+    """What is kept of them is cut into pieces by example, and an output module stands for each."""
+    with pytest.raises(UncuttableModel, match=r"returns \[\d+, 5, 8\] with a gradient for 5 examples.*examples first"):
+        partition(ModelSpec.of(SequenceFirst), SEQUENCES, ("first",))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -445,7 +450,7 @@ class OnlyRealData(nn.Module):
         self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 3:
+        if len(x) == NUM_EXAMPLES:
             raise ValueError("not these")
         return self.head(F.relu(self.second(F.relu(self.first(x)))))
 
