@@ -374,10 +374,17 @@ def blocks_as_asked(model: ModelSpec, problem: Problem, blocks: int | tuple[str,
         if blocks > 1:
             _log.warning("model %s can't be cut, and trains as one block: %s", model.name, error)
         return blocks_by_hand(model, problem, ())
-    if len(found) < blocks:
-        what = "units that train" if len(found.partition.block_ends) < found.partition.num_units else "units"
+    if (count := len(found)) < blocks:
+        trains = " that train" if count < found.partition.num_units else ""
+        where = "trains as one block" if count == 1 else f"is cut into {count} blocks"
         _log.warning(
-            "model %s has %d %s: it is cut into %d blocks, not %d", model.name, len(found), what, len(found), blocks
+            "model %s has %d unit%s%s: it %s, not %d",
+            model.name,
+            count,
+            "" if count == 1 else "s",
+            trains,
+            where,
+            blocks,
         )
     return found
 

@@ -280,8 +280,8 @@ _OWN_TENSORS = (
 
 
 def _statistics(state: ServerState, name: str = "") -> str:
-    what = f"running statistics ({name})" if name else "statistics of the batch"
+    which = f" ({name})" if name else ""
     return (
-        f"[privacy]: norms of {state.model.name} have {what}, which tell of clients' data and which no "
+        f"[privacy]: norms of {state.model.name} have running statistics{which}, which tell of clients' data and which no "
         'noise covers: take norms without (model_arguments.norm = "group" in the built-in models)'
     )
