@@ -282,6 +282,6 @@ _OWN_TENSORS = (
 def _statistics(state: ServerState, name: str = "") -> str:
     which = f" ({name})" if name else ""
     return (
-        f"[privacy]: norms of {state.model.name} have running statistics{which}, which tell of clients' data and which no "
-        'noise covers: take norms without (model_arguments.norm = "group" in the built-in models)'
+        f"[privacy]: norms of {state.model.name} have running statistics{which}, which tell of clients' data and "
+        'which no noise covers: take norms without (model_arguments.norm = "group" in the built-in models)'
     )

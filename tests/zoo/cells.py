@@ -102,7 +102,7 @@ CELLS = [Cell(*place) for place in itertools.product(ZOO, VARIANTS, METHODS)]
 # What is expected of cells that do not pass: the pattern of a refusal.
 # ScaleFL's paper mode, FeDepth and DepthFL put classifiers behind blocks, which answer with one label for an example.
 ONE_LABEL = r"one label for each example"
-SEVERAL_LABELS = ("unet", "per_pixel", "gpt2_lm")
+SEVERAL_LABELS = ("unet", "per_pixel")
 REFUSED: Mapping[tuple[str, str, str], str] = {
     (model, variant, method): ONE_LABEL
     for model in SEVERAL_LABELS
