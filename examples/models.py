@@ -21,9 +21,7 @@ def bert(num_classes: int, vocabulary: int = 4096) -> nn.Module:
 
 
 def _layer(channels: int, more: int, stride: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv1d(channels, more, 5, stride, padding=2), nn.GroupNorm(4, more), nn.ReLU()
-    )
+    return nn.Sequential(nn.Conv1d(channels, more, 5, stride, padding=2), nn.GroupNorm(4, more), nn.ReLU())
 
 
 class Motion(nn.Module):
