@@ -494,7 +494,7 @@ def test_a_cut_by_hand_may_lie_where_no_single_tensor_flows(model: type[nn.Modul
         (Residual, ("head",), r"'head' is the model's own output"),
         (Residual, ("body",), r"'body' names no module that runs"),
         (Residual, ("body.stem", "body.stem"), "twice"),
-        (TwoTensors, ("layers.1",), r"'layers\.1' runs once and returns 2 .*tensors"),
+        (TwoTensors, ("layers.1",), r"'layers\.1' runs once and returns \[5, 6\], \[5, 6\] with a gradient"),
         # Its tensor is that of body.stem, but when it runs the unit's own weights have been used.
         (Residual, ("body.stage1.0.shortcut",), r"'body\.stage1\.0\.shortcut' .*'body\.stage1\.0\.conv1'"),
         (TwoTowers, ("right",), r"'right' .*'left'"),
