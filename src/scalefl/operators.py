@@ -13,7 +13,7 @@ _RNN_BACKWARD = torch.ops.aten.mkldnn_rnn_layer_backward.default
 _GATES = 4  # of an LSTM, the only kind that goes this way
 
 _DEAR = re.compile(
-    r"fft|linalg|cdist|ctc_loss|grid_sampl|rnn|lstm|\bgru|conv(?!ert)|attention|cholesky|svd|\b_?eig|(?<!re)solve|sparse"
+    r"fft|linalg_(?!vector_norm)|cdist|ctc_loss|grid_sampl|rnn|lstm|\bgru|conv(?!ert)|attention|cholesky|svd|\b_?eig|(?<!re)solve|sparse"
 )
 """Operators of torch that multiply matrices or more, so that one without a known cost is missed in a sum of FLOPs."""
 
