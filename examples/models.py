@@ -1,23 +1,6 @@
-"""Models for questions.toml and motion.toml, which name them beside themselves."""
+"""The model of motion.toml, which names it as one beside itself."""
 
 from torch import Tensor, nn
-
-
-def bert(num_classes: int, vocabulary: int = 4096) -> nn.Module:
-    """A small BERT, from scratch; needs transformers."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=128,
-            max_position_embeddings=64,
-            num_labels=num_classes,
-        )
-    )
 
 
 def _layer(channels: int, more: int, stride: int) -> nn.Module:

@@ -72,6 +72,8 @@ def page(results: Mapping[Cell, Result]) -> str:
         told += ["", "✗: neither. A mistake of ours, or of the test."]
     if any(f" {NOT_RUN}" in line for line in lines):
         told += ["", f"{NOT_RUN}: not run when this page was made."]
+    if absent := [entry.about for name, entry in ZOO.items() if name not in {cell.model for cell in results}]:
+        told += ["", f"Not run at all when this page was made: {'; '.join(absent)}."]
     return HEAD + "\n".join(lines) + "\n" + ("\n" + "\n".join(told) + "\n" if told else "")
 
 
