@@ -68,7 +68,7 @@ ASKED_CLIENTS = 1000
 
 def _why_nobody(population: Population, floor_bytes: int, state: ServerState) -> str:
     """Need and offer. Not the need by term: a gate knows bytes only (a run checks its budgets term by term before)."""
-    asked = [population[i] for i in range(min(len(population), ASKED_CLIENTS))]
+    asked = [population[i] for i in range(min(len(population), ASKED_CLIENTS))] if state.tightened else []
     with_data = [client for client in asked if client.num_examples > 0]
     most = max((client.memory_bytes for client in with_data), default=0)
     lowered = [client.id for client in with_data if client.id in state.tightened]
