@@ -443,6 +443,7 @@ def preview(config: Config, seconds: float) -> Preview:
     """
     start = time.perf_counter()
     experiment = Experiment(config)
+    experiment.check_clients()
     state = first_state(experiment)
     settled = experiment.settle_engine()
     settings, rounds = experiment.config.engine, experiment.config.rounds

@@ -269,11 +269,19 @@ class Blocks:
         Modules around the entry run too, from their beginning: what they own themselves (a position embedding, a
         buffer) is needed though an earlier unit has it.
         """
-        return tuple(
-            name
-            for name, unit in self.partition.unit_of.items()
-            if unit <= last and not (entry and entry.covers(name.rpartition(".")[0]))
-        )
+        covered = self._covered(entry) if entry else frozenset()
+        return tuple(name for name, unit in self.partition.unit_of.items() if unit <= last and name not in covered)
+
+    def _covered(self, entry: Entry) -> frozenset[str]:
+        """Tensors of modules that do not run after one of the partition's entries."""
+        if entry.cut not in self._covered_by:
+            names = self.partition.unit_of
+            self._covered_by[entry.cut] = frozenset(n for n in names if entry.covers(n.rpartition(".")[0]))
+        return self._covered_by[entry.cut]
+
+    @cached_property
+    def _covered_by(self) -> dict[Cut, frozenset[str]]:
+        return {}
 
     def _running(self, span: Span) -> list[str]:
         units = self.training_units(span)

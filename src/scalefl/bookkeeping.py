@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from collections.abc import Callable, Mapping
@@ -15,12 +16,13 @@ import torch
 
 from scalefl.checkpoint import save_state, write_whole
 from scalefl.client import Residents
+from scalefl.disk_cache import kept
 from scalefl.effects import effects
 from scalefl.engines.gauge import device_of
 from scalefl.errors import CheckpointError
 from scalefl.evaluate import accuracy_over_clients, evaluate, evaluate_groups, nhsic_plane
 from scalefl.experiment import Experiment
-from scalefl.measure import base_bytes
+from scalefl.measure import warm_worker_bytes
 from scalefl.models.spec import ModelSpec
 from scalefl.params import Params, without_attachments
 from scalefl.partition import Cut
@@ -234,6 +236,16 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
     write_whole(path, (to_json(content, indent=2) + "\n").encode())
+
+
+@functools.cache
+def base_bytes() -> int | None:
+    """Resident bytes of a worker that has warmed up: what a budget comes on top of.
+
+    Measured once for a machine and a version of this package; see `warm_worker_bytes`.
+    """
+    found: int | None = kept("base", (), warm_worker_bytes)
+    return found
 
 
 def environment() -> dict[str, Any]:

@@ -21,7 +21,6 @@ from typer.core import TyperGroup
 from scalefl.deploy_cli import deploy
 from scalefl.errors import ConfigError, ScaleFLError
 from scalefl.lookup import look_in
-from scalefl.measure import base_bytes
 from scalefl.run_folder import RunFolder, to_json
 from scalefl.terminal import (
     Interrupted,
@@ -172,6 +171,7 @@ def plan(
     """Print what training as CONFIG says needs, and which clients can do what; train nothing."""
     if picture is not None and not picture.suffix:
         raise ScaleFLError(f"cannot draw {picture}: name a file that ends in .png, .svg or .pdf")
+    from scalefl.bookkeeping import base_bytes
     from scalefl.report.tables import class_table, memory_table, show
 
     with telling(f"reading {config}"), apart(as_json):
@@ -355,6 +355,7 @@ def _train(console: Console, config: Config, folder: Path, *, resume: bool, over
 
     with telling("loading the data"):
         experiment = _assembled(config)
+        experiment.check_clients()
         if overwrite:
             _remove(folder)
         crew = None if resume and RunFolder(folder).config.exists() else experiment.settle_engine()

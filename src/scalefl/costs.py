@@ -15,15 +15,29 @@ from torch import Tensor, nn
 from scalefl.blocks import blocks_as_asked
 from scalefl.caches import remembered
 from scalefl.client import held_by, holding, make_optimizer, train_batch
-from scalefl.memory import SPLIT, WHOLE, Array, Cost, Ledger, Profile, Slices, cost_of, predict, profile, slices
+from scalefl.disk_cache import kept
+from scalefl.memory import (
+    SPLIT,
+    WHOLE,
+    Array,
+    Cost,
+    Ledger,
+    Profile,
+    Slices,
+    Symbols,
+    cost_of,
+    predict,
+    profile,
+    slices,
+)
 from scalefl.models.spec import ModelSpec
 from scalefl.objectives import TaskLoss
 from scalefl.params import Params, is_attachment
 from scalefl.parts import Features, Part, Resident, Taps
 from scalefl.prefix import CHUNK, Prefix, from_input
 from scalefl.problem import Batch, Problem, Weighted, num_rows
-from scalefl.profile_store import stored
 from scalefl.steps import full_step
+from scalefl.tracing import fingerprint
 from scalefl.types import OWN, LocalWork, Objective, PrefixMode, Step
 from scalefl.units import TERMS, Term
 
@@ -120,14 +134,20 @@ def _profile(step: Step, problem: Problem, objective: Objective, splits: bool) -
     work = replace(step.work, batch_size=symbols.batch)
     means = replace(step.means, micro_batch_size=symbols.first, prefix="streamed")
     run = _traced(replace(step, work=work, means=means), problem, objective)
-    fingerprint = _fingerprint(step.part.model, problem)
-    return stored(fingerprint, ("step", step, problem, objective, splits), lambda: profile(run, symbols))
+    return _kept_profile(step.part.model, problem, ("step", step, objective, splits), run, symbols)
 
 
-def _fingerprint(model: ModelSpec, problem: Problem) -> str | None:
-    """What tells a model from others in every process; None where it can't be traced in units."""
-    found = _slices(model, problem)
-    return None if found is None else found.fingerprint
+def _kept_profile(
+    model: ModelSpec, problem: Problem, facts: tuple[Any, ...], run: Callable[[Ledger], None], symbols: Symbols
+) -> Profile | None:
+    """The profile of `run`, of which `facts` are all that it depends on beside model and problem."""
+
+    def make() -> dict[str, Any] | None:
+        made = profile(run, symbols)
+        return None if made is None else made.to_json()
+
+    found = kept(fingerprint(model, problem), (problem, *facts), make)
+    return None if found is None else Profile.from_json(found)
 
 
 def _cost_for_real(step: Step, problem: Problem, objective: Objective, micro: int) -> Cost:
@@ -204,14 +224,13 @@ def _prefix_profile(part: Part, problem: Problem, *, streamed: bool) -> Profile 
             else:
                 runner.prefix_features(batch, problem)
 
-    fingerprint = _fingerprint(part.model, problem)
-    return stored(fingerprint, ("prefix", part, problem, streamed), lambda: profile(run, WHOLE))
+    return _kept_profile(part.model, problem, ("prefix", part, streamed), run, WHOLE)
 
 
 @remembered(256)
 def _collecting_profile(part: Part, moving: frozenset[str], problem: Problem) -> Profile | None:
     run = _collecting(part, moving, problem, WHOLE.batch)
-    return stored(_fingerprint(part.model, problem), ("collecting", part, problem), lambda: profile(run, WHOLE))
+    return _kept_profile(part.model, problem, ("collecting", part), run, WHOLE)
 
 
 def _collecting(part: Part, moving: frozenset[str], problem: Problem, rows: int) -> Callable[[Ledger], None]:
@@ -412,7 +431,12 @@ def _slices(model: ModelSpec, problem: Problem) -> Slices | None:
         with _resident(model).marking(cuts, ledger.mark):
             run(ledger)
 
-    return slices(marked, WHOLE, len(cuts) + 1)
+    def make() -> dict[str, Any] | None:
+        made = slices(marked, WHOLE, len(cuts) + 1)
+        return None if made is None else made.to_json()
+
+    found = kept(fingerprint(model, problem), ("slices", step, problem), make)
+    return None if found is None else Slices.from_json(found)
 
 
 @remembered(64)

@@ -6,18 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from scalefl.caches import remembered
+from scalefl.disk_cache import kept
 from scalefl.errors import ConfigError, ScaleFLError
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
 from scalefl.problem import Batch, Problem
 from scalefl.rng import seeded
-from scalefl.tracing import random_batch
+from scalefl.tracing import fingerprint, random_batch
 
 NUM_EXAMPLES = 4
 """Of a batch with which a model is tried."""
@@ -52,10 +54,20 @@ def effects(model: ModelSpec, problem: Problem) -> Effects:
     Raises:
         ConfigError: the model holds a sparse tensor, or changes its weights when it is set to train or eval mode.
     """
+
+    def make() -> Any:
+        found = _effects(model, problem)
+        return None if found is None else msgspec.to_builtins(found, order="deterministic")
+
+    found = kept(fingerprint(model, problem), ("effects", problem), make)
+    return Effects() if found is None else msgspec.convert(found, Effects)
+
+
+def _effects(model: ModelSpec, problem: Problem) -> Effects | None:
     try:
         module = model.build(0)
     except (ConfigError, MemoryError):  # too large for this machine, or it says so itself where it is to train
-        return Effects()
+        return None
     _check_modes(module)
     try:
         return _seen(module, random_batch(problem, NUM_EXAMPLES), problem)

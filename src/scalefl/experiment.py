@@ -66,6 +66,7 @@ class Experiment:
     def __init__(self, config: Config, reach: Reach | None = None) -> None:
         forget_models()
         self.config = config
+        self._has_checked_clients = False
         if config.folder is not None:
             look_in(config.folder)
         check_installed(config.tracking)
@@ -89,10 +90,8 @@ class Experiment:
         for split in ("validation", "test"):
             if not num_rows(getattr(self.data, split)):
                 raise DataError(f"the {split} data is empty: there is nothing to measure accuracy on")
-        if self.remote is None:
-            self.data.examples(0)  # rows that are made when asked for are held against the problem then
         warn_of_scale(self.problem, self.data.validation)
-        check_vocabulary(self.model, self.problem, self.data)
+        check_vocabulary(self.model, self.problem, self.data, of_clients=False)
         self.privacy: Mechanism | None = None
         if config.privacy is not None:
             self.privacy = config.privacy.for_clients(len(self.population), config.clients_per_round)
@@ -114,6 +113,17 @@ class Experiment:
         """The state before the first round, for a smallest client of so much memory: by default the smallest now."""
         smallest = self.offered.smallest_memory_bytes if smallest_memory_bytes is None else smallest_memory_bytes
         return self.method.init(self.model, self.problem, seed=self.config.seed, smallest_memory_bytes=smallest)
+
+    def check_clients(self) -> None:
+        """Share the rows among the clients, and look at them.
+
+        Raises:
+            ConfigError, DataError: they can't be shared so, or are not what the problem and the model expect.
+        """
+        if self.remote is None and not self._has_checked_clients:
+            self.data.examples(0)  # rows that are made when asked for are held against the problem then
+            check_vocabulary(self.model, self.problem, self.data, of_clients=True)
+            self._has_checked_clients = True
 
     def rehearse(self, state: ServerState) -> None:
         """Try what the first round will ask of clients, on a few examples; see `rehearsal`.

@@ -6,13 +6,14 @@ cost more than all the rest of a trace: with this one, traces take half the time
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from scalefl.torch_private import FakeTensor, FakeTensorMode, on_meta
+from scalefl.torch_private import FakeTensor, FakeTensorMode, without_modes
 
 
 class _Forgettable(Exception):
@@ -54,25 +55,20 @@ class RememberingFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
         """See `FakeTensorMode`."""
         kwargs = kwargs or {}
         result = super().dispatch(func, types, args, kwargs)
-        try:
-            key = _key_of(func, args, kwargs)
-            if key not in _results and torch.Tag.inplace_view not in func.tags:
+        key = key_of(func, args, kwargs)
+        if key is not None and key not in _results and torch.Tag.inplace_view not in func.tags:
+            with contextlib.suppress(_Forgettable):
                 _results[key] = _noted(result, args, kwargs)
-        except (_Forgettable, TypeError):  # or an argument that can't be hashed
-            pass
         return result
 
-    def recall(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What an operation gives; UNKNOWN where it has not been seen with such arguments."""
-        try:
-            noted = _results.get(_key_of(func, args, kwargs), UNKNOWN)
-        except (_Forgettable, TypeError):
-            return UNKNOWN
+    def recall(self, key: Any, args: Sequence[Any]) -> Any:
+        """What an operation of such a key (see `key_of`) gives; UNKNOWN where it has not been seen."""
+        noted = _results.get(key, UNKNOWN)
         return UNKNOWN if noted is UNKNOWN else self._again(noted, args)
 
     def _again(self, noted: Any, args: Sequence[Any]) -> Any:
         if isinstance(noted, _Made):
-            with on_meta(self):
+            with without_modes():
                 if noted.view_of is None:
                     made = torch.empty_strided(noted.shape, noted.stride, dtype=noted.dtype, device="meta")
                 else:
@@ -92,21 +88,30 @@ class RememberingFakes(FakeTensorMode):  # type: ignore[no-untyped-call]
         return fake
 
 
-def _key_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return func, _key(args), _key(tuple(kwargs.items())), torch.get_default_dtype()
+def key_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """All that the shapes which an operation gives depend on; None where they may depend on more."""
+    try:
+        key = func, _key(args), _key(tuple(kwargs.items())) if kwargs else (), torch.get_default_dtype()
+        hash(key)
+    except (_Forgettable, TypeError):  # or an argument that can't be hashed
+        return None
+    return key
 
 
 def _key(value: Any) -> Any:
     """What of an argument its operation's result can depend on."""
-    if isinstance(value, FakeTensor):
+    kind = type(value)
+    if kind is FakeTensor:
         if value.constant is not None or value.layout is not torch.strided or value.is_neg() or value.is_conj():
             raise _Forgettable
         return value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device
+    if kind is int or kind is float or kind is bool:
+        return kind, value  # 1, 1.0 and True are equal
     if isinstance(value, tuple | list):
         return tuple([_key(item) for item in value])
     if isinstance(value, Tensor):
         raise _Forgettable
-    return type(value), value  # 1, 1.0 and True are equal
+    return kind, value
 
 
 def _noted(result: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

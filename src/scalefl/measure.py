@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import functools
 import math
 import mmap
 import os
@@ -86,12 +85,10 @@ def _huge_pages() -> dict[str, str]:
     return {"GLIBC_TUNABLES": ":".join(filter(None, (before, "glibc.malloc.hugetlb=1")))}
 
 
-@functools.cache
-def base_bytes() -> int | None:
-    """Resident bytes of a worker that has warmed up: what a budget comes on top of.
+def warm_worker_bytes() -> int | None:
+    """Resident bytes of a worker that has warmed up, measured in a fresh process, which takes seconds.
 
-    Measured in a fresh process, once in each process that asks, as it takes seconds. None where the system does not
-    tell (there is no /proc) or the measuring process fails.
+    None where the system does not tell (there is no /proc) or the measuring process fails.
     """
     if not Path("/proc/self/statm").exists():
         return None

@@ -9,9 +9,8 @@ resident growth of fresh processes this stays within a few per cent (docs/memory
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scalefl.fakes import UNKNOWN, RememberingFakes
+from scalefl.fakes import UNKNOWN, RememberingFakes, key_of
 from scalefl.operators import flops, is_unknown, workspace
 from scalefl.torch_private import (
     DataDependentOutputException,
@@ -85,7 +84,7 @@ class Symbols:
 SHAPES = 7
 # Numbers that share no factor and have a prime factor in the thousands each, as no layer's width does.
 SPLIT = Symbols(first=8462, later=8461, batch=16923)
-WHOLE = Symbols(first=8191, later=8191, batch=8191)
+WHOLE = Symbols(first=8461, later=8461, batch=8461)  # as a later one: what fakes do for it is known
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,18 +95,24 @@ class Profile:
         moments: sizes of all terms at the moments that can be the peak, [moments, terms, SHAPES].
         waiting: the same where the step waits for the features of a frozen prefix.
         flops: [SHAPES].
-        unknown_names: of the operators in it that may cost much and are not counted, in UTF-8, with spaces between.
+        unknown: operators in it that may cost much and are not counted.
     """
 
     moments: Array
     waiting: Array
     flops: Array
-    unknown_names: npt.NDArray[np.uint8]
+    unknown: tuple[str, ...]
 
-    @property
-    def unknown(self) -> tuple[str, ...]:
-        """The operators that are not counted."""
-        return tuple(self.unknown_names.tobytes().decode().split())
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        arrays = {name: getattr(self, name).tolist() for name in ("moments", "waiting", "flops")}
+        return {**arrays, "unknown": self.unknown}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Profile:
+        """From what `to_json` gave."""
+        moments, waiting, flops = (np.array(found[n], dtype=np.int64) for n in ("moments", "waiting", "flops"))
+        return cls(moments, waiting, flops, tuple(found["unknown"]))
 
     def peak(self, micro: int, batch: int) -> Array:
         """Bytes of each term at the peak, [terms]."""
@@ -141,12 +146,20 @@ class Slices:
     Args:
         before: what lives where each unit begins, [SHAPES] each.
         during: the moments of its forward and of its backward pass that can be the peak, [moments, SHAPES] each.
-        fingerprint: a digest of all operations and of their arguments' shapes: what the model does, whatever its name.
     """
 
     before: tuple[Array, ...]
     during: tuple[Array, ...]
-    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"before": [a.tolist() for a in self.before], "during": [a.tolist() for a in self.during]}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Slices:
+        """From what `to_json` gave."""
+        before = tuple(np.array(unit, dtype=np.int64) for unit in found["before"])
+        return cls(before, tuple(np.array(unit, dtype=np.int64).reshape(-1, SHAPES) for unit in found["during"]))
 
     def peak(self, units: range, num_examples: int) -> int:
         """About what the activations of some units come to, without what they leave to later ones."""
@@ -157,24 +170,25 @@ class Slices:
 
 @dataclass
 class _Entry:
-    """A followed storage: its term, how it grows, since when it is there, and since when under this term."""
+    """A followed storage: its term, how it grows, since when it is there, and what tells when it is gone."""
 
     term: int
     growth: Array
     since: int
+    gone: weakref.ref[torch.UntypedStorage] | None = None
+
+
+_flops: dict[Any, int | None] = {}
+"""Of operations that were seen, by `fakes.key_of`."""
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows live storages by term, and notes how much there was after each operation that took some."""
 
-    def __init__(
-        self, symbols: Symbols | None = None, fakes: RememberingFakes | None = None, *, fingerprint: bool = False
-    ) -> None:
+    def __init__(self, symbols: Symbols | None = None, fakes: RememberingFakes | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._fakes = fakes
         self._symbols = symbols
-        self._done = hashlib.sha256()
-        self._fingerprint = fingerprint
         self._term: Term = "transients"
         self._reads = False
         self._live = np.zeros((len(TERMS), SHAPES), dtype=np.int64)
@@ -184,7 +198,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._later: list[tuple[slice, int, int, Array]] = []
         self._flops = np.zeros(SHAPES, dtype=np.int64)
         self._unknown: set[str] = set()
-        self._known: weakref.WeakKeyDictionary[torch.UntypedStorage, _Entry] = weakref.WeakKeyDictionary()
+        self._known: dict[int, _Entry] = {}
+        self._growths: dict[int, Array] = {}
 
     @contextlib.contextmanager
     def counting_as(self, term: Term) -> Iterator[None]:
@@ -210,8 +225,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if tensor.layout is not torch.strided:
                 continue
             storage = tensor.untyped_storage()
-            if storage in self._known:
-                self._move(self._known[storage], TERMS.index(term))
+            if storage._cdata in self._known:
+                self._move(self._known[storage._cdata], TERMS.index(term))
             else:
                 self._follow(storage, term)
 
@@ -240,7 +255,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             before.append(live[passing].sum(0))
             both = np.concatenate([moments[start:end], moments[turn:done]])
             during.append(np.unique(both, axis=0))
-        return Slices(tuple(before), tuple(during), self._done.hexdigest())
+        return Slices(tuple(before), tuple(during))
 
     def wait(self) -> None:
         """A frozen prefix runs at this moment, elsewhere."""
@@ -254,6 +269,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._moments.clear()
         self._later.clear()
 
+    def close(self) -> None:
+        """Follow nothing any more: what tells of a storage's end holds this."""
+        self._known.clear()
+
     def profile(self) -> Profile:
         """What was noted."""
         moments = np.stack(self._moments) if self._moments else self._live[None]
@@ -264,8 +283,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flops = self._flops.copy()
         if self._symbols and self._symbols.first != self._symbols.batch:
             flops[[1, 3, 5]] //= 2  # two micro-batches were run, and each counted for an example
-        names = " ".join(sorted(self._unknown)).encode()
-        return Profile(_undominated(moments), waiting, flops, np.frombuffer(names, dtype=np.uint8))
+        return Profile(_undominated(moments), waiting, flops, tuple(sorted(self._unknown)))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nobody compiles here, and the guard against it costs more than most operations
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -274,9 +296,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if self._reads and func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _one_of(args[0].dtype)
-        if self._fingerprint:
-            self._done.update(repr((str(func), *map(_shapes, (args, kwargs or {})))).encode())
-        result = UNKNOWN if self._fakes is None else self._fakes.recall(func, args, kwargs or {})
+        key = None if self._fakes is None else key_of(func, args, kwargs or {})
+        result = UNKNOWN if self._fakes is None or key is None else self._fakes.recall(key, args)
         if result is UNKNOWN:
             result = func(*args, **(kwargs or {}))
         outputs = result if isinstance(result, tuple | list) else (result,)
@@ -287,22 +308,25 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for output in outputs:
             if not isinstance(output, Tensor) or output.layout is not torch.strided:
                 continue  # a sparse gradient of an embedding: small, and made dense before it is used
-            if output.untyped_storage() not in self._known:
-                self._follow(output.untyped_storage(), self._term)
+            storage = output.untyped_storage()
+            if storage._cdata not in self._known:
+                self._follow(storage, self._term)
                 new = True
         scratches = _scratch(func, args, outputs)
         for scratch in scratches or ([[]] if new else []):
             self._note(scratch)
-        self._count_flops(func, args, kwargs or {}, result)
+        self._count_flops(key, func, args, kwargs or {}, result)
         return result
 
     def _follow(self, storage: torch.UntypedStorage, term: Term) -> None:
         entry = _Entry(TERMS.index(term), self._growth(storage.nbytes()), len(self._moments))
-        self._known[storage] = entry
+        number = storage._cdata
+        entry.gone = weakref.ref(storage, lambda _: self._release(number))
+        self._known[number] = entry
         self._live[entry.term] += entry.growth
-        weakref.finalize(storage, self._release, entry)
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, number: int) -> None:
+        entry = self._known.pop(number)
         self._live[entry.term] -= entry.growth
 
     def _move(self, entry: _Entry, term: int) -> None:
@@ -318,12 +342,16 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._moments.append(moment)
 
     def _growth(self, size: int) -> Array:
-        found = (size, *[0] * (SHAPES - 1)) if self._symbols is None else self._symbols.growth(size)
-        return np.array(found, dtype=np.int64)
+        if size not in self._growths:
+            found = (size, *[0] * (SHAPES - 1)) if self._symbols is None else self._symbols.growth(size)
+            self._growths[size] = np.array(found, dtype=np.int64)
+        return self._growths[size]
 
-    def _count_flops(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _count_flops(self, key: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         # FlopCounterMode itself counts by the same table, at the price of a third of the trace's time.
-        counted = flops(func, args, kwargs, result)
+        counted = _flops[key] if key in _flops else flops(func, args, kwargs, result)
+        if key is not None:
+            _flops[key] = counted
         if counted is not None:
             self._flops += self._growth(counted)
         elif is_unknown(func):
@@ -343,7 +371,7 @@ def profile(step: Callable[[Ledger], None], symbols: Symbols) -> Profile | None:
 
 def slices(step: Callable[[Ledger], None], symbols: Symbols, num_units: int) -> Slices | None:
     """What the units of a model take in `step`, which marks them; None where it can't run on fake tensors."""
-    ledger = Ledger(symbols, fakes := RememberingFakes(), fingerprint=True)
+    ledger = Ledger(symbols, fakes := RememberingFakes())
     try:
         _watched(step, ledger, fakes)
     except (DataDependentOutputException, DynamicOutputShapeException):
@@ -369,7 +397,7 @@ def cost_of(terms: Array, flops: int, num_examples: int, unknown: tuple[str, ...
 def _watched(
     step: Callable[[Ledger], None], ledger: Ledger, mode: contextlib.AbstractContextManager[object]
 ) -> Profile:
-    with mode, ledger:
+    with mode, ledger, contextlib.closing(ledger):
         step(ledger)
         return ledger.profile()
 
@@ -389,17 +417,6 @@ def _scratch(func: Any, args: tuple[Any, ...], outputs: Any) -> list[list[Tensor
         g, x, w = args[:3]
         return [[x, g, w]]
     return []
-
-
-def _shapes(value: Any) -> Any:
-    """Arguments of an operation, with shapes and dtypes in the place of tensors."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), str(value.dtype)
-    if isinstance(value, tuple | list):
-        return [_shapes(item) for item in value]
-    if isinstance(value, dict):
-        return [(name, _shapes(item)) for name, item in value.items()]
-    return str(value)
 
 
 def _undominated(moments: Array) -> Array:

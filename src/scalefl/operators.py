@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
     return None if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
+@cache
 def is_unknown(func: Any) -> bool:
     """Whether an operator may cost much, and nothing says how much."""
     if func in (_RNN, _RNN_BACKWARD) or getattr(func, "_overloadpacket", None) in flop_registry:

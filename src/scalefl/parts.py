@@ -15,13 +15,13 @@ from scalefl.models.output import OutputModule, OutputSpec, empty_output
 from scalefl.models.pooling import speed_up
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.models.stand_ins import Blank, floating
+from scalefl.models.stand_ins import Blank, StandIns, floating
 from scalefl.norm_statistics import collecting
 from scalefl.params import Params
 from scalefl.partition import Cut, Entry
 from scalefl.problem import Batch, Problem
 from scalefl.rng import RngState, rng_state, set_rng_state
-from scalefl.starting import skipping
+from scalefl.starting import running_after, skipping
 
 
 @dataclass(frozen=True)
@@ -270,6 +270,8 @@ class PartRunner:
         self._seen: dict[str, Tensor] = {}
         self._exits: list[Tensor] = []
         self._again: list[_Rerun] = []
+        self._after: dict[int, list[nn.Module]] = {}
+        self._stand_ins: dict[tuple[int, torch.device], StandIns] = {}
 
     def __call__(
         self,
@@ -443,13 +445,20 @@ class PartRunner:
                 turn = entry.cut if entry is not None and entry.covers(part.start.module) else part.start
                 undo.callback(self._watch(turn.module, self._note_start).remove)
             if entry is not None:
-                undo.enter_context(skipping(self._module, entry, given))
+                undo.enter_context(self._skipping(entry, given))
             end = stop or part.feature
             if end is not None:
                 undo.callback(self._watch(end.module, self._noting(end, ends=stop is not None)).remove)
             with contextlib.suppress(_Reached):
                 return self._module(*args, **kwargs)
         return None
+
+    def _skipping(self, entry: Entry, given: list[Tensor]) -> contextlib.AbstractContextManager[None]:
+        if id(entry) not in self._after:  # of this part, which is held here
+            self._after[id(entry)] = running_after(self._module, entry)
+        count, device = len(given[0]), given[0].device
+        stand_ins = self._stand_ins.setdefault((count, device), StandIns(count, device))
+        return skipping(self._module, entry, given, after=self._after[id(entry)], stand_ins=stand_ins)
 
     @contextlib.contextmanager
     def _leaving(self, mask: Tensor | None) -> Iterator[None]:

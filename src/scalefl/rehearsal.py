@@ -27,14 +27,14 @@ TOLERANCE = 1e-3
 """By which the loss of a batch may differ from that of its parts through rounding."""
 
 
-def check_vocabulary(model: ModelSpec, problem: Problem, data: FederatedData) -> None:
-    """Refuse token ids that the model has no embedding for.
+def check_vocabulary(model: ModelSpec, problem: Problem, data: FederatedData, *, of_clients: bool) -> None:
+    """Refuse token ids that the model has no embedding for, in the rows of clients or in those of the server.
 
     Raises:
         DataError: names the column, where the value is, and how many embeddings there are.
     """
     for column, size in effects(model, problem).vocabularies:
-        for where, batch in _pieces(data):
+        for where, batch in _clients(data) if of_clients else _held_out(data):
             values = batch[column].flatten(1) if batch[column].ndim > 1 else batch[column].unsqueeze(1)
             wrong = ((values < 0) | (values >= size)).nonzero()
             if len(wrong):
@@ -45,11 +45,15 @@ def check_vocabulary(model: ModelSpec, problem: Problem, data: FederatedData) ->
                 )
 
 
-def _pieces(data: FederatedData) -> Iterator[tuple[str, Batch]]:
-    """All rows that there are, of so many clients at most, with words for where they are."""
+def _held_out(data: FederatedData) -> Iterator[tuple[str, Batch]]:
+    """The server's rows, with words for where they are."""
     for name, batch in (("the validation data", data.validation), ("the test data", data.test)):
         if num_rows(batch):
             yield name, batch
+
+
+def _clients(data: FederatedData) -> Iterator[tuple[str, Batch]]:
+    """The rows of so many clients at most, with words for where they are."""
     for client in range(min(data.num_clients, NUM_CLIENTS)):
         if data.num_examples(client):
             yield f"the data of client {client}", data.examples(client)

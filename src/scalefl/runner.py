@@ -74,6 +74,7 @@ def check_folder(config: Config, folder: Path, *, resume: bool) -> None:
 def _rounds(experiment: Experiment, files: RunFolder, *, resume: bool) -> Generator[RunProgress]:
     config = experiment.config
     device_of(config.engine.device)  # refused before anything is written
+    experiment.check_clients()
     again = resume and files.config.exists()
     state = _resumed(experiment, files) if again else _started(experiment, files, resume=resume)
     if again:

@@ -10,36 +10,51 @@ import torch
 from torch import Tensor, nn
 
 from scalefl.caches import remembered
+from scalefl.disk_cache import kept
 from scalefl.models.skeleton import Skeleton, tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.models.stand_ins import Template, filled, floating
+from scalefl.models.stand_ins import StandIns, Template, floating
 from scalefl.partition import Entry
 from scalefl.problem import Batch, Problem
 from scalefl.rng import seeded
-from scalefl.tracing import PROBE_EXAMPLES, random_batch
+from scalefl.tracing import PROBE_EXAMPLES, fingerprint, random_batch
 
 NUM_EXAMPLES = PROBE_EXAMPLES + 1
 """Of the proof: another number than the probe's, so that a stand-in of a fixed size shows."""
 
 
 @contextlib.contextmanager
-def skipping(module: nn.Module, entry: Entry, given: list[Tensor], *, wrong: bool = False) -> Iterator[None]:
+def skipping(
+    module: nn.Module,
+    entry: Entry,
+    given: list[Tensor],
+    *,
+    after: Sequence[nn.Module] | None = None,
+    stand_ins: StandIns | None = None,
+) -> Iterator[None]:
     """Inside the block, modules before `entry` return stand-ins, and the one at the cut the tensor in `given`.
 
     The tensor is taken out of the list: nothing here keeps it longer than the model itself does. Modules that run on
     both sides of the cut are in eval mode until it is reached: what they make of stand-ins draws no dropout and enters
-    no statistics. `wrong` stand-ins are for proofs (see `filled`).
+    no statistics.
+
+    Args:
+        module: the model.
+        entry: where its run starts.
+        given: the tensor at the cut.
+        after: what `running_after` gives, where the caller has it.
+        stand_ins: makes what modules before the entry return, for as many examples as `given` has.
     """
-    num_examples, device = len(given[0]), given[0].device
-    around = [child for path, child in module.named_modules() if child.training and not entry.covers(path)]
+    stand_in_for = StandIns(len(given[0]), given[0].device) if stand_ins is None else stand_ins
+    around = [child for child in (running_after(module, entry) if after is None else after) if child.training]
 
     def before_cut(template: Template) -> Any:
-        return lambda *_args, **_kwargs: filled(template, num_examples, wrong=wrong, device=device)
+        return lambda *_args, **_kwargs: stand_in_for(template)
 
     def at_cut(template: Template) -> Any:
         def forward(*_args: Any, **_kwargs: Any) -> Any:
             _set_training(around, training=True)
-            return filled(template, num_examples, entry.cut.position, given.pop(), wrong=wrong, device=device)
+            return stand_in_for(template, entry.cut.position, given.pop())
 
         return forward
 
@@ -50,6 +65,11 @@ def skipping(module: nn.Module, entry: Entry, given: list[Tensor], *, wrong: boo
             stand_in = (at_cut if path == entry.cut.module else before_cut)(template)
             undo.enter_context(_doing(module.get_submodule(path), stand_in))
         yield
+
+
+def running_after(module: nn.Module, entry: Entry) -> list[nn.Module]:
+    """The modules that run where a run starts at `entry`."""
+    return [child for path, child in module.named_modules() if not entry.covers(path)]
 
 
 @contextlib.contextmanager
@@ -69,7 +89,7 @@ def _doing(child: nn.Module, forward: Any) -> Iterator[None]:
 
 def _set_training(modules: Sequence[nn.Module], *, training: bool) -> None:
     for module in modules:
-        module.training = training
+        vars(module)["training"] = training  # past torch's own __setattr__, as this is done for each stretch of a step
 
 
 class Proof(NamedTuple):
@@ -93,6 +113,13 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
     into the tensor, or read a tensor that a skipped module holds. Nor may the modules before it couple examples.
     Last to first: a run that comes to the same tensor at a proven entry ends in the same logits.
     """
+    cuts = tuple(None if entry is None else entry.cut for entry in entries)
+    holds, same = kept(fingerprint(model, problem), ("proof", problem, cuts), lambda: _proven(model, problem, entries))
+    return Proof(tuple(e if held else None for e, held in zip(entries, holds, strict=True)), tuple(same))
+
+
+def _proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]) -> tuple[list[bool], list[bool]]:
+    """For each entry whether it holds, and whether what comes before it gives the same in train mode."""
     found = list(entries)
     try:
         module = model.build(0)
@@ -112,10 +139,10 @@ def proven(model: ModelSpec, problem: Problem, entries: tuple[Entry | None, ...]
                 else:
                     found[i] = None
     except Exception:  # a model that only runs on real data: it then runs from the input
-        return Proof((None,) * len(entries), (False,) * len(entries))
+        return [False] * len(entries), [False] * len(entries)
     evaluated, trained = (whole.kept for whole in in_modes)
-    same = (i in evaluated and _same(evaluated[i], trained[i]) for i in range(len(entries)))
-    return Proof(tuple(found), tuple(same))
+    same = [i in evaluated and _same(evaluated[i], trained[i]) for i in range(len(entries))]
+    return [entry is not None for entry in found], same
 
 
 class _Kept(NamedTuple):
@@ -184,7 +211,8 @@ def _alike(
     skipped = {n: t.to("meta") for n, t in tensors(module).items() if entry.covers(n.rpartition(".")[0])}
     try:
         for wrong in (False, True):
-            with seeded(0), torch.no_grad(), skipping(module, entry, [given], wrong=wrong):
+            stand_ins = StandIns(NUM_EXAMPLES, given.device, wrong=wrong)
+            with seeded(0), torch.no_grad(), skipping(module, entry, [given], stand_ins=stand_ins):
                 torch.set_rng_state(rng_state)
                 skeleton.lay(skipped if wrong else {})
                 came = _run_to(module, batch, problem, None if following is None else entries[following])

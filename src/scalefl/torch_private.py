@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _dispatch_key_parse, _dispatch_keys, _functorch
+from torch._C import _DisableTorchDispatch as without_modes
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -13,7 +14,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch._subclasses.fake_tensor import in_kernel_invocation_manager as on_meta
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,8 +25,8 @@ __all__ = [
     "TorchDispatchMode",
     "inside_checkpoint",
     "is_transformed",
-    "on_meta",
     "quiet_fakes",
+    "without_modes",
     "without_vmap_loops",
 ]
 

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from scalefl.caches import remembered
 from scalefl.errors import ConfigError, ModelDoesNotRun, ScaleFLError
+from scalefl.fakes import RememberingFakes
+from scalefl.fingerprints import Operations, code, structure
 from scalefl.models.skeleton import check_kinds, lay_fakes
 from scalefl.models.spec import ModelSpec
 from scalefl.models.stand_ins import NoTemplate, Template, floating, template_of
 from scalefl.problem import Batch, Problem
 from scalefl.rng import drawn_by_python, generator, seeded
-from scalefl.torch_private import FakeTensorMode, inside_checkpoint, quiet_fakes
+from scalefl.torch_private import inside_checkpoint, quiet_fakes
 
 T = TypeVar("T")
 
@@ -74,6 +76,7 @@ class Trace:
         sink: the node of the logits.
         output_shape: of the logits of one example.
         why_uncuttable: why no part of the model can be told from the others; None where it can.
+        fingerprint: of what the model does, the same in every process; None where it does not run on fake tensors.
     """
 
     module: nn.Module
@@ -84,6 +87,7 @@ class Trace:
     sink: Node
     output_shape: tuple[int, ...]
     why_uncuttable: str | None = None
+    fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         self._names = {id(p): name for name, p in self.module.named_parameters()}
@@ -99,6 +103,16 @@ def output_shape(model: ModelSpec, problem: Problem) -> tuple[int, ...]:
     return traced(model, problem).output_shape
 
 
+@remembered(64)
+def fingerprint(model: ModelSpec, problem: Problem) -> str | None:
+    """What tells a model from others in every process, whatever it is called; see `Trace`."""
+    try:
+        return traced(model, problem).fingerprint
+    except ScaleFLError:
+        return None
+
+
+@remembered(1)  # several ask for the same in turn; it holds the model
 def traced(model: ModelSpec, problem: Problem) -> Trace:
     """Run a model on a tiny batch, on fake tensors where it can be, and note what happens.
 
@@ -108,7 +122,7 @@ def traced(model: ModelSpec, problem: Problem) -> Trace:
         ModelDoesNotRun: it does not run, or its output does not depend on its input and parameters.
         ConfigError: it does not return what the problem can read, or trains nothing.
     """
-    return _watching(model, lambda module, is_fake: _probe(module, problem, is_fake=is_fake))
+    return _watching(model, lambda module, fakes: _probe(module, problem, fakes))
 
 
 @remembered(64)
@@ -120,7 +134,7 @@ def rewritten(model: ModelSpec, problem: Problem) -> frozenset[str]:
     Raises:
         ModelDoesNotRun: the model does not run.
     """
-    return _watching(model, lambda module, is_fake: _rewritten(module, problem))
+    return _watching(model, lambda module, _: _rewritten(module, problem))
 
 
 def random_batch(problem: Problem, num_examples: int, seed: int = 0) -> Batch:
@@ -140,21 +154,21 @@ def _random_like(column: Tensor, draw: torch.Generator) -> Tensor:
     return values
 
 
-def _watching(model: ModelSpec, watch: Callable[[nn.Module, bool], T]) -> T:
-    """What `watch` sees of a model: on fake tensors, as its second argument says, where it can be run on them."""
+def _watching(model: ModelSpec, watch: Callable[[nn.Module, RememberingFakes | None], T]) -> T:
+    """What `watch` sees of a model: on fake tensors, whose mode it is given, where it can be run on them."""
     try:
         module = model.skeleton()
         check_kinds(module)
-        with quiet_fakes(), FakeTensorMode(allow_non_fake_inputs=True):
+        with quiet_fakes(), RememberingFakes() as fakes:
             lay_fakes(module)
-            return watch(module, True)
+            return watch(module, fakes)
     except ScaleFLError:
         raise
     except Exception:  # control flow that depends on data, or an operator without a fake
         module = model.build(0)
         check_kinds(module)
         try:
-            return watch(module, False)
+            return watch(module, None)
         except ScaleFLError:
             raise
         except Exception as error:
@@ -167,7 +181,7 @@ class _DependsOnChance(Exception):  # control flow, not an error
     """Python's or NumPy's random numbers are drawn, which may decide what runs: fake tensors show one case only."""
 
 
-def _probe(module: nn.Module, problem: Problem, *, is_fake: bool) -> Trace:
+def _probe(module: nn.Module, problem: Problem, fakes: RememberingFakes | None) -> Trace:
     trainable = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
     if not trainable and next(module.parameters(), None) is not None:
         raise ConfigError("every parameter of the model is frozen (requires_grad = False): there is nothing to train")
@@ -176,15 +190,29 @@ def _probe(module: nn.Module, problem: Problem, *, is_fake: bool) -> Trace:
             p.requires_grad_()
     train_mode = frozenset(path for path, child in module.train().named_modules() if child.training)
     batches = [problem.example(PROBE_EXAMPLES)]
-    if not is_fake:  # what runs may depend on the data: then it has to be the same for all
+    if fakes is None:  # what runs may depend on the data: then it has to be the same for all
         batches += [random_batch(problem, PROBE_EXAMPLES, seed) for seed in range(NUM_RUNS)]
-    trained = [_watched_run(module, batch, problem, seed) for seed, batch in enumerate(batches)]
-    if is_fake and trained[0].draws:
-        raise _DependsOnChance
-    module.eval()
-    run = _watched_run(module, batches[0], problem)
+    operations = None if fakes is None else Operations(fakes)
+    with operations or contextlib.nullcontext():
+        trained = [_watched_run(module, batch, problem, seed) for seed, batch in enumerate(batches)]
+        if operations and trained[0].draws:
+            raise _DependsOnChance
+        module.eval()
+        run = _watched_run(module, batches[0], problem)
     why = _why_uncuttable(module, run, trained)
-    return Trace(module, trainable, train_mode, run.calls, run.inputs, run.sink, run.output_shape, why)
+    found = Trace(module, trainable, train_mode, run.calls, run.inputs, run.sink, run.output_shape, why)
+    if operations and (written := code(_classes(module, run.sink))) is not None:
+        calls = [(path, call.enter, call.exit, call.times) for path, call in run.calls.items()]
+        operations.note(structure(module), sorted(trainable), sorted(train_mode), calls, written)
+        found.fingerprint = operations.digest.hexdigest()
+    return found
+
+
+def _classes(module: nn.Module, sink: Node) -> list[type]:
+    """Those of a model's modules, and of its own differentiable functions."""
+    modules = [type(child) for child in module.modules()]
+    functions = [getattr(type(node), "_forward_cls", None) for node in _topological(sink)]
+    return [*modules, *(kind for kind in functions if kind is not None)]
 
 
 class _Run(NamedTuple):

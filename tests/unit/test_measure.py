@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 
 import scalefl.measure
+from scalefl.bookkeeping import base_bytes
 from scalefl.engines.local import LocalEngine
-from scalefl.measure import base_bytes, resident_bytes, worker_environment
+from scalefl.measure import resident_bytes, warm_worker_bytes, worker_environment
 from scalefl.models.spec import ModelSpec
 from scalefl.types import ClientTask, Means
 from support import PROBLEM, Clients, MadeData, children, full_bytes, make_method, play, spec
@@ -30,7 +31,7 @@ def test_the_base_is_what_a_worker_holds_after_its_first_task():
 
 def test_a_base_that_cannot_be_measured_is_none(monkeypatch):
     monkeypatch.setattr(scalefl.measure.sys, "executable", "/bin/false")
-    assert base_bytes.__wrapped__() is None
+    assert warm_worker_bytes() is None
 
 
 def test_the_memory_of_a_process():

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from scalefl import disk_cache
 from scalefl.cli import app
 from scalefl.config import load_config
 from scalefl.run_folder import RunFolder
@@ -69,8 +70,10 @@ main()
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workers() -> Iterator[None]:
-    with standing_server():
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what is found out about a model for its other cells, and the processes that have imported torch."""
+    with pytest.MonkeyPatch.context() as patch, standing_server():
+        patch.setenv(disk_cache.VARIABLE, str(tmp_path_factory.mktemp("cache")))
         yield
 
 

@@ -5,8 +5,9 @@ Shapes: N rows, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scalefl.data.checks import check_values, conformed
-from scalefl.data.partitioners import Natural, Partitioner, largest_remainder, partition
+from scalefl.data.partitioners import Natural, Partitioner, check_partition, largest_remainder, partition
 from scalefl.errors import ConfigError, DataError
 from scalefl.problem import Batch, Problem, num_rows, take
 from scalefl.rng import generator
@@ -92,20 +93,26 @@ class PartitionedData:
 
     Args:
         dataset: the rows.
-        clients: for each client the indices of its training rows.
+        clients: for each client the indices of its training rows; or what gives them when they are asked for.
+        num_clients: how many there are; None: as many as `clients` names.
         validation: indices of the training rows that the server keeps for validation.
     """
 
-    def __init__(self, dataset: Dataset, clients: Sequence[Tensor], validation: Tensor) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        clients: Sequence[Tensor] | Callable[[], Sequence[Tensor]],
+        validation: Tensor,
+        num_clients: int | None = None,
+    ) -> None:
         self.problem = dataset.problem
         read = dataset.problem.example(1)
         self.test: Batch = {name: column for name, column in dataset.test.items() if name in read}
         self._train = {name: column for name, column in dataset.train.items() if name in read}
         self.validation: Batch = take(self._train, validation)
         self._labels = dataset.problem.labels(dataset.train)
-        # One tensor for all clients: a million small ones would cost more than the indices in them.
-        self._rows = torch.cat(list(clients))
-        self._ends = torch.tensor([0, *map(len, clients)]).cumsum(0)
+        self._clients = clients
+        self._num_clients = num_clients
 
     @classmethod
     def from_dataset(
@@ -144,19 +151,32 @@ class PartitionedData:
             if natural_ids is None:
                 raise ConfigError(f"the partition {type(partitioner).__name__.lower()} needs a number of clients")
             num_clients = len(np.unique(natural_ids.numpy()))
-        parts = partition(partitioner, labels[kept], num_clients, groups=groups, natural_ids=natural_ids, seed=seed)
-        return cls(dataset, [kept[part] for part in parts], held_out)
+        check_partition(partitioner, len(kept), num_clients, natural_ids)
+        # Not yet: the library takes seconds to import, and a memory plan needs no rows of clients.
+        share = partial(
+            partition, partitioner, labels[kept], num_clients, groups=groups, natural_ids=natural_ids, seed=seed
+        )
+        return cls(dataset, partial(_picked, kept, share), held_out, num_clients)
+
+    @cached_property
+    def _shared(self) -> tuple[Tensor, Tensor]:
+        """The rows of all clients, one after another, and where each client's begin; last, where they end."""
+        clients = self._clients() if callable(self._clients) else self._clients
+        # One tensor for all clients: a million small ones would cost more than the indices in them.
+        self._clients = ()
+        return torch.cat(list(clients)), torch.tensor([0, *map(len, clients)]).cumsum(0)
 
     @property
     def num_clients(self) -> int:
         """Size of the population."""
-        return len(self._ends) - 1
+        return len(self._shared[1]) - 1 if self._num_clients is None else self._num_clients
 
     def indices(self, client: int) -> Tensor:
         """Where a client's rows are among the training rows: int64, not copied."""
         if not 0 <= client < self.num_clients:
             raise IndexError(f"client {client} of {self.num_clients}")
-        return self._rows[self._ends[client] : self._ends[client + 1]]
+        rows, ends = self._shared
+        return rows[ends[client] : ends[client + 1]]
 
     def num_examples(self, client: int) -> int:
         """Training rows of a client; may be 0."""
@@ -239,6 +259,10 @@ def stratified_split(labels: Tensor, fraction: float, generator: torch.Generator
     rank_in_label = torch.arange(len(rows)) - first_of_label[labels[rows]]
     held_out = rank_in_label < quotas[labels[rows]]
     return rows[~held_out].sort().values, rows[held_out].sort().values
+
+
+def _picked(rows: Tensor, share: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    return [rows[part] for part in share()]
 
 
 def _ids(dataset: Dataset, name: str) -> Tensor:

@@ -139,14 +139,21 @@ def partition(
         ConfigError: the settings ask for what these rows cannot give.
         DataError: there are no rows, or no ids to partition by.
     """
-    _check_sizes(len(labels), num_clients)
+    check_partition(config, len(labels), num_clients, natural_ids)
     if isinstance(config, Capability):
         return _by_capability(config, labels.numpy(), num_clients, groups, derive(seed, "partition"))
-    if isinstance(config, Natural):
-        return _by_ids(_checked_ids(config, natural_ids, num_clients).numpy(), num_clients, derive(seed, "partition"))
-    if isinstance(config, Shards):
-        _check_shards(config, len(labels), num_clients)
+    if natural_ids is not None and isinstance(config, Natural):
+        return _by_ids(natural_ids.numpy(), num_clients, derive(seed, "partition"))
     return _by_flower(config, labels.numpy(), num_clients, derive(seed, "partition"))
+
+
+def check_partition(config: Partitioner, num_rows: int, num_clients: int, natural_ids: Tensor | None = None) -> None:
+    """Refuse, before anything is shared out, what the numbers of rows and clients rule out; see `partition`."""
+    _check_sizes(num_rows, num_clients)
+    if isinstance(config, Natural):
+        _check_ids(config, natural_ids, num_clients)
+    if isinstance(config, Shards):
+        _check_shards(config, num_rows, num_clients)
 
 
 def largest_remainder(weights: npt.NDArray[Any], total: int) -> Ints:
@@ -180,7 +187,7 @@ def _check_shards(config: Shards, num_rows: int, num_clients: int) -> None:
         )
 
 
-def _checked_ids(config: Natural, natural_ids: Tensor | None, num_clients: int) -> Tensor:
+def _check_ids(config: Natural, natural_ids: Tensor | None, num_clients: int) -> None:
     if natural_ids is None:
         raise DataError(f"the data set came without the column {config.column!r} to partition by")
     if natural_ids.ndim != 1 or natural_ids.is_floating_point():
@@ -190,7 +197,6 @@ def _checked_ids(config: Natural, natural_ids: Tensor | None, num_clients: int) 
     num_ids = len(np.unique(natural_ids.numpy()))
     if num_clients > num_ids:
         raise ConfigError(f"column {config.column!r} has {num_ids} values, too few for {num_clients} clients")
-    return natural_ids
 
 
 def _by_ids(ids: Ints, num_clients: int, seed: int) -> list[Tensor]:

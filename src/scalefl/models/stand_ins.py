@@ -40,8 +40,8 @@ class Blank:
         shape = (num_examples, *self.shape) if self.batched else self.shape
         return torch.zeros(shape, dtype=getattr(torch, self.dtype))
 
-    def filled(self, num_examples: int, value: float = 0, device: torch.device | None = None) -> Tensor:
-        """One value in every place, in the memory of one."""
+    def filled(self, num_examples: int, value: float, device: torch.device) -> Tensor:
+        """One value in every place, in the memory of one: torch refuses to write into it, but for a single place."""
         shape = (num_examples, *self.shape) if self.batched else self.shape
         return torch.full((), value, dtype=getattr(torch, self.dtype), device=device).expand(shape)
 
@@ -89,40 +89,44 @@ def blanks(template: Template) -> list[Blank]:
     return [] if template is None else [template]
 
 
-def filled(
-    template: Template,
-    num_examples: int,
-    position: int = -1,
-    given: Tensor | None = None,
-    *,
-    wrong: bool = False,
-    device: torch.device | None = None,
-) -> Any:
-    """The output that a template describes: zeros, and `given` as its floating-point tensor number `position`.
+class StandIns:
+    """Makes outputs that templates describe: zeros, or, to show who reads them, NaN and 1 where there is no NaN.
 
-    With `wrong`, NaN instead of zeros, and 1 where there is no NaN: whoever reads a stand-in will show it.
+    Args:
+        num_examples: of the batch.
+        wrong: not zeros.
+        device: where they are.
     """
-    return _filled(template, itertools.count(), num_examples, position, given, wrong, device)
 
+    def __init__(self, num_examples: int, device: torch.device, *, wrong: bool = False) -> None:
+        self._num_examples, self._device, self._wrong = num_examples, device, wrong
+        self._made_before: dict[Blank, Tensor] = {}
 
-# Not a closure that calls itself: that is a cycle, which would hold the tensor until Python's collector comes by.
-def _filled(
-    part: Template,
-    floating: Iterator[int],
-    num_examples: int,
-    position: int,
-    given: Tensor | None,
-    wrong: bool,
-    device: torch.device | None,
-) -> Any:
-    if part is None:
-        return None
-    if isinstance(part, Blank):
-        is_given = part.is_floating_point and next(floating) == position
-        value = 0.0 if not wrong else math.nan if part.is_floating_point else 1.0
-        return given if is_given else part.filled(num_examples, value, device)
-    items = [_filled(item, floating, num_examples, position, given, wrong, device) for item in part.items]
-    return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
+    def __call__(self, template: Template, position: int = -1, given: Tensor | None = None) -> Any:
+        """The output that a template describes, with `given` as its floating-point tensor number `position`."""
+        return self._made(template, itertools.count(), position, given)
+
+    # Not a closure that calls itself: that is a cycle, which would hold the tensor until Python's collector comes by.
+    def _made(self, part: Template, floating: Iterator[int], position: int, given: Tensor | None) -> Any:
+        if part is None:
+            return None
+        if isinstance(part, Blank):
+            is_given = part.is_floating_point and next(floating) == position
+            return given if is_given else self._blank(part)
+        items = [self._made(item, floating, position, given) for item in part.items]
+        return part.kind(**dict(zip(part.keys, items, strict=True))) if part.keys else part.kind(items)
+
+    def _blank(self, blank: Blank) -> Tensor:
+        # A run passes a stand-in for each module before its start, most of them alike: to make one costs more than
+        # to call the module.
+        found = self._made_before.get(blank)
+        if found is not None and found.shape[blank.batched :] == blank.shape:  # nobody has squeezed it in place
+            return found
+        value = 0.0 if not self._wrong else math.nan if blank.is_floating_point else 1.0
+        found = blank.filled(self._num_examples, value, self._device)
+        if found.ndim:  # else it could be written into
+            self._made_before[blank] = found
+        return found
 
 
 def floating(output: Any) -> list[Tensor]:

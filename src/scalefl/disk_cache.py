@@ -1,4 +1,4 @@
-"""Profiles on disk: what a step of a model costs is traced once for a machine, not by each command again."""
+"""What was found out about a model, on disk: it is found out once for a machine, not by each command again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -13,11 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from scalefl.memory import Profile
 from scalefl.models.spec import ModelSpec
 
 VARIABLE = "SCALEFL_CACHE"
@@ -29,7 +28,7 @@ class _Unknown(Exception):
 
 
 def folder() -> Path | None:
-    """Where profiles are kept; None where they are not. Whoever wants the space deletes it."""
+    """Where findings are kept; None where they are not. Whoever wants the space deletes it."""
     named = os.environ.get(VARIABLE)
     if named is not None:
         return Path(named) if named else None
@@ -37,23 +36,24 @@ def folder() -> Path | None:
     return (Path(home) if home else Path.home() / ".cache") / "scalefl"
 
 
-def stored(fingerprint: str | None, facts: tuple[Any, ...], make: Callable[[], Profile | None]) -> Profile | None:
-    """The profile of `facts` about a model: from disk, else made, and kept there if it can be.
+def kept(name: str | None, facts: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """What `make` gives, of JSON's types: from disk, else made, and kept there if it can be.
 
     Args:
-        fingerprint: of the model (see `Slices`); None: nothing is kept.
-        facts: what else the profile depends on. Where a class among them isn't this package's, nothing is kept: its
-            code may change, and its name does not tell.
-        make: traces it.
+        name: the fingerprint of the model that it is about (see `tracing.fingerprint`), or another name; None: nothing
+            is kept.
+        facts: what else it depends on. Recipes of models count by the fingerprint. Where the class of anything else
+            isn't this package's, nothing is kept: its code may change, and its name does not tell.
+        make: finds it out; None is not kept.
     """
     home = folder()
+    if home is None or name is None:
+        return make()
     try:
-        key = f"{_code()} {fingerprint} {_described(facts)}"
+        key = f"{_code()} {name} {_described(facts)}"
     except _Unknown:
         return make()
-    if home is None or fingerprint is None:
-        return make()
-    path = home / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+    path = home / hashlib.sha256(key.encode()).hexdigest()
     found = _read(path)
     if found is None and (found := make()) is not None:
         _write(path, found)
@@ -70,6 +70,8 @@ def _described(value: Any) -> str:
         return f"{{{', '.join(sorted(map(_described, value)))}}}"
     if isinstance(value, Mapping):
         return _described(sorted(value.items()))
+    if type(value) is tuple and {str}.issuperset(map(type, value)):
+        return repr(value)  # most of a part are lists of names
     if isinstance(value, list) or type(value) is tuple:
         return f"({', '.join(map(_described, value))})"
     if isinstance(value, ModelSpec):
@@ -91,24 +93,29 @@ def _fields(value: Any) -> Sequence[str]:
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """What traces: this package to the byte, torch, and the kind of machine, for which torch chooses its kernels."""
-    digest = hashlib.sha256(f"{torch.__version__} {platform.machine()}".encode())
+    """What finds out: this package to the byte, Python and torch, and the machine, for which torch chooses kernels."""
+    machine = (*platform.uname(), torch.backends.cpu.get_cpu_capability())
+    digest = hashlib.sha256(f"{sys.version} {torch.__version__} {machine}".encode())
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _read(path: Path) -> Profile | None:
+def _read(path: Path) -> Any:
     try:
-        return Profile(**load_file(path))
-    except (OSError, SafetensorError, TypeError):  # not there, or not whole: it will be made again
+        content = path.read_bytes()
+    except OSError:
         return None
+    digest, found = content[:32], content[32:]
+    # What is not whole will be made again.
+    return msgspec.json.decode(found) if digest == hashlib.sha256(found).digest() else None
 
 
-def _write(path: Path, profile: Profile) -> None:
-    with contextlib.suppress(OSError, SafetensorError):  # a full or a foreign disk: then the next command traces again
+def _write(path: Path, value: Any) -> None:
+    found = msgspec.json.encode(value)
+    with contextlib.suppress(OSError):  # a full or a foreign disk: then the next command finds it out again
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             whole = Path(scratch) / path.name
-            save_file({f.name: getattr(profile, f.name) for f in fields(profile)}, whole)
+            whole.write_bytes(hashlib.sha256(found).digest() + found)
             whole.replace(path)
