@@ -1,4 +1,4 @@
-"""The model of motion.toml, which names it as one beside itself."""
+"""The models of motion.toml and questions.toml, which name them as ones beside themselves."""
 
 from torch import Tensor, nn
 
@@ -21,3 +21,20 @@ class Motion(nn.Module):
 
 def motion(num_classes: int) -> nn.Module:
     return Motion(num_classes)
+
+
+def bert(num_classes: int) -> nn.Module:
+    """A small BERT with weights drawn anew, from a config of transformers."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=4096,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            max_position_embeddings=32,
+            num_labels=num_classes,
+        )
+    )

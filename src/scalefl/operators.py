@@ -7,10 +7,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _RNN = torch.ops.aten.mkldnn_rnn_layer.default
 _RNN_BACKWARD = torch.ops.aten.mkldnn_rnn_layer_backward.default
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_COUNTED_HERE = (_RNN, _RNN_BACKWARD, _ATTENTION, _ATTENTION_BACKWARD)
 _GATES = 4  # of an LSTM, the only kind that goes this way
 
 _DEAR = re.compile(
@@ -44,6 +47,9 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
         (length, batch, inputs), hidden = args[0].shape, args[2].shape[1]
         forward = 2 * length * batch * _GATES * hidden * (inputs + hidden)
         return int(forward if func is _RNN else 2 * forward)
+    if func in (_ATTENTION, _ATTENTION_BACKWARD):  # torch counts the same on a GPU, and not this one
+        shapes = [t.shape for t in args[: 3 if func is _ATTENTION else 4]]
+        return int(sdpa_flop_count(*shapes) if func is _ATTENTION else sdpa_backward_flop_count(*shapes))
     formula = flop_registry.get(getattr(func, "_overloadpacket", None))
     return None if formula is None else int(formula(*args, **kwargs, out_val=result))
 
@@ -51,7 +57,7 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
 @cache
 def is_unknown(func: Any) -> bool:
     """Whether an operator may cost much, and nothing says how much."""
-    if func in (_RNN, _RNN_BACKWARD) or getattr(func, "_overloadpacket", None) in flop_registry:
+    if func in _COUNTED_HERE or getattr(func, "_overloadpacket", None) in flop_registry:
         return False
     namespace, _, name = func.name().partition("::")
     return namespace not in ("aten", "prim", "prims") or _DEAR.search(name) is not None

@@ -307,6 +307,7 @@ class PartRunner:
             entry, given = self._run_bare(args, kwargs, entry, given)
         with self._leaving(mask), self._laid(len(self._part.inner)):
             raw = self._run(args, kwargs, entry, given, self._part.stop)
+        self._stand_ins.clear()
         x = self._x(*came) if x is None else x
         exits = tuple(self._exits)
         self._exits.clear()
@@ -333,6 +334,7 @@ class PartRunner:
                 again = self._again.pop()
                 with self._laid(again.stretch):
                     again.backward(self._run)
+        self._stand_ins.clear()
         set_rng_state(after)
 
     @contextlib.contextmanager
@@ -384,6 +386,7 @@ class PartRunner:
                 found = self._frozen(args, kwargs, stretch.entry, given, stretch.stop)
             given, x = [found.z], found.x if x is None else x
             del found
+        self._stand_ins.clear()
         return Features(given.pop(), x)
 
     def features(self, batch: Batch, problem: Problem, cuts: tuple[Cut, ...]) -> tuple[Tensor | None, list[Tensor]]:

@@ -48,7 +48,9 @@ def started(made, **changes):
         "data": {"source": {"name": "test_data_checks:make_data"}, "clients": 3},
         "engine": {"workers": 0, "threads": 1, "clients_at_once": 1},
     }
-    return Experiment(settings("200%", **{**common, **changes}))
+    experiment = Experiment(settings("200%", **{**common, **changes}))
+    experiment.check_clients()
+    return experiment
 
 
 def trained(made, folder, **changes):

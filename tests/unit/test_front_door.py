@@ -698,7 +698,8 @@ def test_a_token_without_an_embedding_is_named(tmp_path):
     with pytest.raises(
         DataError, match=r"column 'ids': .* row \d+ holds 20 at position 5; .* has 20 rows, for ids from 0 to 19"
     ):
-        Experiment(config("Recurrent", data="out_of_vocabulary"))
+        run(config("Recurrent", data="out_of_vocabulary"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @dataclass(frozen=True)
@@ -748,6 +749,26 @@ def test_an_lstm_is_predicted_and_counted():
     flops = experiment.full_cost.flops_per_example
     forward = 2 * 8 * 4 * 12 * (8 + 12) + 2 * 12 * K
     assert 2.9 * forward < flops < 3.1 * forward
+
+
+class Attends(nn.Module):
+    """Each token looks at the others of its example: tokens [B, 8] -> [B, K]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Embedding(20, 8), nn.Linear(8, 24), nn.Linear(8, K)
+
+    def forward(self, ids):
+        q, k, v = self.qkv(self.embed(ids)).unsqueeze(1).chunk(3, -1)
+        return self.head(F.scaled_dot_product_attention(q, k, v).squeeze(1).mean(1))
+
+
+def test_attention_is_counted():
+    """Two products forward; backward five, as the scores are made again."""
+    cost = Experiment(config("Attends", data="tokens")).full_cost
+    product, linear = 2 * 8 * 8 * 8, 2 * 8 * 8 * 24 + 2 * 8 * K
+    assert cost.unknown == ()
+    assert cost.flops_per_example == 7 * product + 3 * linear
 
 
 def test_a_gate_that_caps_have_closed_says_so():

@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from scalefl.models.stand_ins import filled, template_of
+from scalefl.models.stand_ins import StandIns, template_of
 
 
 def test_what_a_run_starts_from_is_free_as_soon_as_the_run_is_over():
@@ -17,7 +17,7 @@ def test_what_a_run_starts_from_is_free_as_soon_as_the_run_is_over():
     alive = weakref.ref(given)
     gc.disable()
     try:
-        output = filled(template, 4, 0, given)
+        output = StandIns(4, given.device)(template, 0, given)
         assert output[0] is given and output[1][0].shape == (4,)
         del given, output
         assert alive() is None

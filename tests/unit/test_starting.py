@@ -20,7 +20,7 @@ from scalefl.methods.common import initial_params
 from scalefl.methods.fedavg import FedAvg
 from scalefl.models.skeleton import tensors
 from scalefl.models.spec import ModelSpec
-from scalefl.models.stand_ins import NoTemplate, blanks, filled, floating, template_of
+from scalefl.models.stand_ins import NoTemplate, StandIns, blanks, floating, template_of
 from scalefl.partition import Entry, partition
 from scalefl.parts import Resident
 from scalefl.problem import Batch, Classification, Column, Problem
@@ -369,6 +369,7 @@ class Coupled(nn.Module):
         return self.head(F.relu(self.second(F.relu(self.norm(self.first(x))))))
 
 
+CPU = torch.device("cpu")
 IDS = Classification(NUM_CLASSES, (Column("input_ids", (6,), "int64"),))
 SEQUENCES = Classification(NUM_CLASSES, (Column("x", (2, 4), "float32"),))
 CUTS = ("first", "second")
@@ -557,7 +558,7 @@ def test_modules_around_a_cut_draw_nothing_before_it() -> None:
 
 def test_stand_ins_take_the_memory_of_one_element() -> None:
     template = template_of({"a": torch.randn(2, 3, 4), "b": (torch.ones(2, 5, dtype=torch.int64), None)}, 2)
-    made = filled(template, 7)
+    made = StandIns(7, CPU)(template)
     assert made["a"].shape == (7, 3, 4)
     assert made["a"].untyped_storage().nbytes() == 4
     assert made["b"][0].shape == (7, 5)
@@ -571,16 +572,29 @@ def test_the_given_tensor_has_its_place() -> None:
     output = [torch.ones(2, 1, dtype=torch.int64), torch.randn(1, 4), (torch.randn(2, 6),)]
     template = template_of(output, 2)
     given = torch.randn(5, 6)
-    made = filled(template, 5, 1, given)
+    made = StandIns(5, CPU)(template, 1, given)
     assert made[2][0] is given
     assert made[1].shape == (1, 4)
     assert made[0].tolist() == [[0]] * 5
 
 
 def test_wrong_stand_ins_show() -> None:
-    made = filled(template_of((torch.randn(2, 3), torch.zeros(2, dtype=torch.bool)), 2), 4, wrong=True)
+    made = StandIns(4, CPU, wrong=True)(template_of((torch.randn(2, 3), torch.zeros(2, dtype=torch.bool)), 2))
     assert made[0].isnan().all()
     assert made[1].all()
+
+
+def test_stand_ins_of_one_kind_are_one_tensor_which_a_model_may_not_reshape() -> None:
+    make, template = StandIns(4, CPU), template_of(torch.randn(2, 1), 2)
+    first = make(template)
+    assert make(template) is first
+    first.squeeze_()
+    assert make(template).shape == (4, 1)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        make(template).add_(1)
+    number = template_of(torch.tensor(1.0), 2)
+    make(number).add_(1)
+    assert make(number) == 0
 
 
 def test_what_has_no_stand_in() -> None:
