@@ -36,5 +36,6 @@ def bert(num_classes: int) -> nn.Module:
             intermediate_size=128,
             max_position_embeddings=32,
             num_labels=num_classes,
+            initializer_range=0.1,
         )
     )
