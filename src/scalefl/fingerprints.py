@@ -7,7 +7,7 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Iterable
-from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -64,34 +64,51 @@ def structure(module: nn.Module) -> list[Any]:
     return [modules, parameters, list(module.named_buffers())]
 
 
-def code(classes: Iterable[type]) -> str | None:
-    """A digest of the files that define some classes, and of what these files take from others.
+def code(classes: Iterable[type]) -> str:
+    """A digest of the code of some classes, and of what their modules define or take from each other.
 
-    Of what is installed (Python, torch, libraries) the files of the classes themselves only: the rest has versions.
-    None where a class has no source.
+    Of what is installed (Python, torch, libraries) the classes themselves only: the rest has versions.
     """
-    digest, read = hashlib.sha256(), set[str]()
-    for kind in {base: None for one in classes for base in one.__mro__ if not _is_torch(base.__module__)}:
-        try:
-            source = inspect.getsource(kind)
-        except (OSError, TypeError):
-            return None
-        digest.update(source.encode())
-        read.add(kind.__module__)
-    for name in sorted(read | {used for one in read for used in _used_by(one)}):
-        path = getattr(sys.modules.get(name), "__file__", None)
-        if path is not None and Path(path).suffix == ".py":
-            digest.update(Path(path).read_bytes())
+    digest, seen = hashlib.sha256(), set[int]()
+    own = list({base: None for one in classes for base in one.__mro__ if not _is_torch(base.__module__)})
+    modules = {kind.__module__ for kind in own if kind.__module__ in sys.modules and not _is_installed(kind.__module__)}
+    used = [value for name in sorted(modules) for _, value in sorted(vars(sys.modules[name]).items())]
+    for value in (*own, *used):
+        if inspect.isclass(value) and (value in own or not _is_installed(value.__module__)):
+            members = [member for _, member in sorted(vars(value).items())]
+        elif inspect.isfunction(value) and not _is_installed(value.__module__):
+            members = [value]
+        else:
+            continue
+        for member in members:
+            for function in _functions(member):
+                if id(function) not in seen:
+                    seen.add(id(function))
+                    digest.update(repr(_told(function.__code__)).encode())
     return digest.hexdigest()
+
+
+def _functions(member: Any) -> list[FunctionType]:
+    """The functions that a member of a class or a module is made of."""
+    if isinstance(member, property):
+        return [f for f in (member.fget, member.fset, member.fdel) if inspect.isfunction(f)]
+    found = getattr(member, "__func__", member)
+    return [inspect.unwrap(found)] if inspect.isfunction(found) else []
+
+
+def _told(value: Any) -> Any:
+    """What compiled code does, the same in every process."""
+    if isinstance(value, CodeType):
+        return value.co_code, value.co_names, value.co_varnames, [_told(constant) for constant in value.co_consts]
+    if isinstance(value, frozenset):
+        return sorted(map(repr, value))
+    return repr(value)
 
 
 def _is_torch(module: str) -> bool:
     return module.partition(".")[0] in ("torch", "builtins", "typing", "abc")
 
 
-def _used_by(name: str) -> set[str]:
-    """The modules of which one uses something, but for installed ones."""
-    values = list(vars(sys.modules[name]).values()) if name in sys.modules else []
-    found = {v.__name__ if inspect.ismodule(v) else getattr(v, "__module__", None) for v in values}
-    files = {one: getattr(sys.modules.get(one), "__file__", None) for one in found if isinstance(one, str)}
-    return {one for one, path in files.items() if path and not path.startswith(_INSTALLED)}
+def _is_installed(module: str | None) -> bool:
+    path = getattr(sys.modules.get(module or ""), "__file__", None)
+    return module != "__main__" and (path is None or path.startswith(_INSTALLED))

@@ -49,7 +49,8 @@ def flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
         return int(forward if func is _RNN else 2 * forward)
     if func in (_ATTENTION, _ATTENTION_BACKWARD):  # torch counts the same on a GPU, and not this one
         shapes = [t.shape for t in args[: 3 if func is _ATTENTION else 4]]
-        return int(sdpa_flop_count(*shapes) if func is _ATTENTION else sdpa_backward_flop_count(*shapes))
+        count: Any = sdpa_flop_count if func is _ATTENTION else sdpa_backward_flop_count
+        return int(count(*shapes))
     formula = flop_registry.get(getattr(func, "_overloadpacket", None))
     return None if formula is None else int(formula(*args, **kwargs, out_val=result))
 

@@ -201,8 +201,9 @@ def _probe(module: nn.Module, problem: Problem, fakes: RememberingFakes | None) 
         run = _watched_run(module, batches[0], problem)
     why = _why_uncuttable(module, run, trained)
     found = Trace(module, trainable, train_mode, run.calls, run.inputs, run.sink, run.output_shape, why)
-    if operations and (written := code(_classes(module, run.sink))) is not None:
+    if operations:
         calls = [(path, call.enter, call.exit, call.times) for path, call in run.calls.items()]
+        written = code(_classes(module, run.sink))
         operations.note(structure(module), sorted(trainable), sorted(train_mode), calls, written)
         found.fingerprint = operations.digest.hexdigest()
     return found
