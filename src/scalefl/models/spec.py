@@ -40,7 +40,7 @@ def load_object(path: str) -> Any:
     try:
         target: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a user's module may fail in any way while it is imported
-        raise ConfigError(f"cannot import {module_name!r} for {path!r}: {_why(error, module_name)}") from error
+        raise ConfigError(f"cannot import {module_name!r} for {path!r}: {cause(error, module_name)}") from error
     _check_own(path, module_name)
     try:
         return functools.reduce(getattr, attribute.split("."), target)
@@ -60,7 +60,7 @@ def _check_own(path: str, module: str) -> None:
         )
 
 
-def _why(error: BaseException, module: str = "") -> str:
+def cause(error: BaseException, module: str = "") -> str:
     """What stopped a user's code, a `module` while it was imported or a function, and what to do about it."""
     if isinstance(error, SystemExit):
         guard = 'put what parses arguments or runs under `if __name__ == "__main__":`'
@@ -169,7 +169,7 @@ class ModelSpec:
         except ScaleFLError:
             raise
         except (Exception, SystemExit) as error:
-            raise ConfigError(f"model {self.name}: its factory fails with {_why(error)}") from error
+            raise ConfigError(f"model {self.name}: its factory fails with {cause(error)}") from error
 
     def _made(self) -> nn.Module:
         """See `make`; what the factory raises is passed on."""
