@@ -326,7 +326,7 @@ def test_a_function_that_returns_something_else_is_refused():
     with pytest.raises(DataError, match="returned list: expected a Dataset or FederatedData"):
         from_function("make_data", wrong=True)
     with pytest.raises(
-        DataError, match=r"make_data: the function fails with KeyError: 'pixels' \(test_data_sources.py"
+        DataError, match=r"the function fails with KeyError: 'pixels' \(test_data_sources.py"
     ):
         from_function("make_data", fails=True)
     with pytest.raises(ConfigError, match="rows"):
