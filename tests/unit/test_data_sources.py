@@ -325,9 +325,7 @@ def test_a_function_may_return_a_data_set_or_federated_data():
 def test_a_function_that_returns_something_else_is_refused():
     with pytest.raises(DataError, match="returned list: expected a Dataset or FederatedData"):
         from_function("make_data", wrong=True)
-    with pytest.raises(
-        DataError, match=r"the function fails with KeyError: 'pixels' \(test_data_sources.py"
-    ):
+    with pytest.raises(DataError, match=r"the function fails with KeyError: 'pixels' \(test_data_sources.py"):
         from_function("make_data", fails=True)
     with pytest.raises(ConfigError, match="rows"):
         from_function("make_data", rows=3)
