@@ -133,6 +133,15 @@ def test_budgets_are_no_matter_to_the_reference_that_ignores_them(tmp_path):
     assert summary["num_clients_lost"] == 0
 
 
+def test_plainer_means_come_before_cuts(tmp_path):
+    """Who holds the whole model by them trains it; who does not trains parts of it."""
+    for memory, start in (("90%", "full, "), ("31.5%", "block")):
+        config = settings(memory, method={"name": "scalefl", "blocks": 2}, work={"batch_size": 16})
+        run(config, tmp_path / memory)
+        rungs = {rung for line in RunFolder(tmp_path / memory).read_journal() for rung in line.get("rungs", ())}
+        assert rungs and all(rung.startswith(start) for rung in rungs), rungs
+
+
 @pytest.mark.parametrize(("memory", "low"), [(("50%", "300%"), {0}), (("200%", "300%"), {0}), (("200%",), {0})])
 def test_low_memory_clients_are_those_below_full_training_or_the_weakest(memory, low):
     experiment = Experiment(settings(*memory, rounds=1))
