@@ -247,7 +247,7 @@ def test_scalefl_is_ahead_on_each_seed_and_pays_as_the_readme_says():
     assert float(told) == pytest.approx(ratio, abs=ROUNDED)
     small, ours = (100 * mean(tight[name], "at_equal_flops") for name in ("all-small", "scalefl"))
     spent = mean(tight["all-small"], "flops") / 1e12
-    assert f"({small:.1f} against {ours:.1f} % after {spent:.1f} TFLOP)" in README
+    assert f"({small:.1f} against {ours:.1f} % of validation accuracy after {spent:.1f} TFLOP)" in README
     clipped = by_seed("unclipped")
     (words,) = re.findall(r"without that they have ([\d., and]+)\. ", README.replace("*", ""))
     wanted = [100 * mean(clipped[s, f"{name}-unclipped"]) for name in ("heterofl", "fedrolex") for s in SCENARIOS]
