@@ -112,7 +112,6 @@ def fingerprint(model: ModelSpec, problem: Problem) -> str | None:
         return None
 
 
-@remembered(1)  # several ask for the same in turn; it holds the model
 def traced(model: ModelSpec, problem: Problem) -> Trace:
     """Run a model on a tiny batch, on fake tensors where it can be, and note what happens.
 
@@ -122,7 +121,13 @@ def traced(model: ModelSpec, problem: Problem) -> Trace:
         ModelDoesNotRun: it does not run, or its output does not depend on its input and parameters.
         ConfigError: it does not return what the problem can read, or trains nothing.
     """
-    return _watching(model, lambda module, fakes: _probe(module, problem, fakes))
+    found = _traced_on_fakes(model, problem)
+    return _for_real(model, lambda module: _probe(module, problem, None)) if found is None else found
+
+
+@remembered(1)  # several ask for the same in turn; one for real is not kept, as it holds the model
+def _traced_on_fakes(model: ModelSpec, problem: Problem) -> Trace | None:
+    return _on_fakes(model, lambda module, fakes: _probe(module, problem, fakes))
 
 
 @remembered(64)
@@ -134,7 +139,8 @@ def rewritten(model: ModelSpec, problem: Problem) -> frozenset[str]:
     Raises:
         ModelDoesNotRun: the model does not run.
     """
-    return _watching(model, lambda module, _: _rewritten(module, problem))
+    found = _on_fakes(model, lambda module, _: _rewritten(module, problem))
+    return _for_real(model, lambda module: _rewritten(module, problem)) if found is None else found
 
 
 def random_batch(problem: Problem, num_examples: int, seed: int = 0) -> Batch:
@@ -154,8 +160,8 @@ def _random_like(column: Tensor, draw: torch.Generator) -> Tensor:
     return values
 
 
-def _watching(model: ModelSpec, watch: Callable[[nn.Module, RememberingFakes | None], T]) -> T:
-    """What `watch` sees of a model: on fake tensors, whose mode it is given, where it can be run on them."""
+def _on_fakes(model: ModelSpec, watch: Callable[[nn.Module, RememberingFakes], T]) -> T | None:
+    """What `watch` sees of a model on fake tensors, whose mode it is given; None where it does not run on them."""
     try:
         module = model.skeleton()
         check_kinds(module)
@@ -165,16 +171,25 @@ def _watching(model: ModelSpec, watch: Callable[[nn.Module, RememberingFakes | N
     except ScaleFLError:
         raise
     except Exception:  # control flow that depends on data, or an operator without a fake
-        module = model.build(0)
-        check_kinds(module)
-        try:
-            return watch(module, None)
-        except ScaleFLError:
-            raise
-        except Exception as error:
-            raise ModelDoesNotRun(
-                f"model {model.name} does not run on an example batch of the data: {type(error).__name__}: {error}"
-            ) from error
+        return None
+
+
+def _for_real(model: ModelSpec, watch: Callable[[nn.Module], T]) -> T:
+    """What `watch` sees of a model with its initial weights.
+
+    Raises:
+        ModelDoesNotRun: it fails.
+    """
+    module = model.build(0)
+    check_kinds(module)
+    try:
+        return watch(module)
+    except ScaleFLError:
+        raise
+    except Exception as error:
+        raise ModelDoesNotRun(
+            f"model {model.name} does not run on an example batch of the data: {type(error).__name__}: {error}"
+        ) from error
 
 
 class _DependsOnChance(Exception):  # control flow, not an error
