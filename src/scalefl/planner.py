@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from scalefl.blocks import Blocks, Span
 from scalefl.caches import remembered
-from scalefl.costs import estimate, feature_bytes, may_fit, sizes_of, step_cost
+from scalefl.costs import estimate, feature_bytes, may_fit, step_cost
 from scalefl.errors import BudgetError
 from scalefl.memory import Cost
 from scalefl.models.output import LAYERS, PROJECTIONS, Layers, OutputSpec, Projection, light_targets
@@ -107,34 +107,16 @@ def fitting_means(
     tiers: dict[tuple[int, ...], list[Step]] = {}
     for variant in _variants(step, problem, ladder, round, num_examples):
         tiers.setdefault(_tier(variant, objective), []).append(variant)
-    known: dict[Means, int] = {}
     for tier in sorted(tiers):
-        fits = []
-        for variant in tiers[tier]:
-            if _least_possible(variant, known) > budget_bytes or not may_fit(variant, problem, budget_bytes):
-                continue
-            cost = step_cost(variant, problem, objective)
-            known[variant.means] = cost.peak_bytes
-            if cost.peak_bytes <= budget_bytes:
-                fits.append((variant, cost))
+        fits = [
+            (variant, cost)
+            for variant in tiers[tier]
+            if may_fit(variant, problem, budget_bytes)
+            and (cost := step_cost(variant, problem, objective)).peak_bytes <= budget_bytes
+        ]
         if fits:
             return min(fits, key=lambda pair: _loss(*pair))
     return None
-
-
-def _least_possible(step: Step, known: Mapping[Means, int]) -> int:
-    """What a step needs at the least, by what one that neither frees gradients nor streams frozen parts needs.
-
-    Those two save no more than the bytes of what they free and stream.
-    """
-    means = step.means
-    with_all = known.get(replace(means, free_gradients=False, stream_frozen=False))
-    if with_all is None or not (means.free_gradients or means.stream_frozen):
-        return 0
-    sizes = sizes_of(step.part)
-    freed = sum(sizes[name] for name in step.trainable) if means.free_gradients else 0
-    streamed = sum(sizes[name] for name in step.part.held if name not in step.trainable) if means.stream_frozen else 0
-    return with_all - freed - streamed
 
 
 def _tier(step: Step, objective: Objective) -> tuple[int, ...]:
